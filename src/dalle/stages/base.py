@@ -1,0 +1,67 @@
+"""What all stages share: a step that gives the loss, its logging, and the optimizer.
+
+A stage is the system around a network (loss, conditioning, sampling), never the network itself, and holds nothing
+frozen: its checkpoint, its moving average and its gradients see only what is trained.
+"""
+
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+from dalle.data.batch import Batch
+from dalle.stages.optim import Recipe
+
+VALIDATION_SEED = 20240229  # noise, times and dropped conditions are the same in every validation
+
+
+class Stage(lightning.LightningModule):
+    """A trained thing. A subclass sets `net` and implements `step`, and `sample` where it can make something."""
+
+    net: nn.Module
+
+    def __init__(self, optimizer: Recipe | None = None) -> None:
+        super().__init__()
+        self.recipe = optimizer
+
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        """The loss under ``"loss"`` and whatever else is worth logging; only scalars are logged."""
+        raise NotImplementedError
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        out = self.step(batch)
+        self.log_scalars("train", out, batch)
+        return {k: v if k == "loss" else v.detach() for k, v in out.items()}
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        return self._evaluate("val", batch, batch_idx)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        return self._evaluate("test", batch, batch_idx)
+
+    def _evaluate(self, split: str, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(VALIDATION_SEED + batch_idx + 100_003 * self.global_rank)
+            out = self.step(batch)
+        self.log_scalars(split, out, batch)
+        return out
+
+    def log_scalars(self, split: str, values: dict[str, Tensor], batch: Batch) -> None:
+        """Logs every zero-dimensional value as ``<split>/<key>``; tensors go in as they are, without a host sync."""
+        size = next(len(v) for v in batch.values() if isinstance(v, Tensor | list))
+        self.log_dict(
+            {f"{split}/{key}": value.detach() for key, value in values.items() if value.ndim == 0},
+            prog_bar=True,
+            batch_size=size,
+            on_step=split == "train",
+            on_epoch=split != "train",
+            sync_dist=split != "train",
+        )
+
+    def configure_optimizers(self) -> Any:
+        if self.recipe is None:
+            raise RuntimeError("this stage was loaded for use, without an optimizer; train it through train.py")
+        optimizer, schedule = self.recipe.build(self.net, self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -1,0 +1,57 @@
+"""How a stage is optimised: the algorithm, the step size over time, and what is decayed."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+class Recipe:
+    """An optimizer and its learning-rate schedule, before the network and the number of steps are known.
+
+    Args:
+        algorithm: makes the optimizer from parameter groups, e.g. ``torch.optim.AdamW``.
+        lr: peak learning rate.
+        weight_decay: applied to matrices and kernels only, never to gains, biases or one-dimensional embeddings.
+        warmup: optimizer steps of linear warm-up from zero.
+        decay: shape of the way down to ``final * lr``; it fills the steps after ``decay_start``.
+        decay_start: fraction of all steps after which the learning rate begins to fall.
+        options: further arguments of the algorithm (betas, eps, fused, momentum ...).
+    """
+
+    def __init__(
+        self,
+        algorithm: Callable[..., Optimizer],
+        lr: float,
+        weight_decay: float = 0.0,
+        warmup: int = 0,
+        decay: Literal["constant", "linear", "cosine"] = "cosine",
+        decay_start: float = 0.0,
+        final: float = 0.0,
+        **options: Any,
+    ) -> None:
+        self.algorithm, self.lr, self.weight_decay, self.options = algorithm, lr, weight_decay, options
+        self.warmup, self.decay, self.decay_start, self.final = warmup, decay, decay_start, final
+
+    def build(self, net: nn.Module, total_steps: float) -> tuple[Optimizer, LambdaLR]:
+        """The optimizer of `net`'s trainable parameters and its schedule over `total_steps` (may be infinite)."""
+        trainable = [p for p in net.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = self.algorithm([g for g in groups if g["params"]], lr=self.lr, **self.options)
+        return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
+
+    def factor(self, step: int, total_steps: float) -> float:
+        """Multiplier of the peak learning rate at optimizer step `step`."""
+        rising = min(1.0, (step + 1) / (self.warmup + 1))
+        if self.decay == "constant" or math.isinf(total_steps):
+            return rising
+        start = max(self.warmup, self.decay_start * total_steps)
+        done = min(max((step - start) / max(total_steps - start, 1), 0.0), 1.0)
+        falling = 1 - done if self.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+        return rising * (self.final + (1 - self.final) * falling)
