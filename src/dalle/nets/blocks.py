@@ -1,0 +1,147 @@
+"""What two networks share: attention, MLP, time embedding, and the conditioning of the decoder networks.
+
+Attention is never masked. Padding and dropped captions become learned tokens instead (DALL-E sec. 2.2, GLIDE),
+so every softmax has keys to look at and SDPA may pick its fastest kernel on every device.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+
+def time_embedding(t: Float[Tensor, "B"], dim: int) -> Float[Tensor, "B D"]:
+    """Sinusoids of 1000 t, laid out `[cos | sin]` with frequencies 10000^(-k/half) (ADM, GLIDE). `dim` is even."""
+    half = dim // 2
+    k = torch.arange(half, device=t.device, dtype=torch.float32)
+    angle = 1000.0 * t.float()[:, None] * torch.exp(-math.log(10000.0) / half * k)
+    return torch.cat((angle.cos(), angle.sin()), dim=1)
+
+
+def keep_or_null(
+    keep: Bool[Tensor, "B"] | None, value: Float[Tensor, "B ..."], null: Float[Tensor, "..."]
+) -> Float[Tensor, "B ..."]:
+    """Rows of `value` where `keep` is true, the learned `null` elsewhere.
+
+    Without `keep` every row is kept, but the null stays in the graph: DDP insists that each parameter gets a gradient.
+    """
+    if keep is None:
+        keep = torch.ones(len(value), dtype=torch.bool, device=value.device)
+    return torch.where(keep.reshape(-1, *[1] * (value.ndim - 1)), value, null.to(value.dtype))
+
+
+def attend(
+    q: Float[Tensor, "B N D"],
+    kv: Float[Tensor, "B M 2D"],
+    heads: int,
+    mask: Bool[Tensor, "N M"] | None = None,
+    causal: bool = False,
+) -> Float[Tensor, "B N D"]:
+    """Multi-head softmax attention of `q` over the keys | values packed in `kv`."""
+    q = rearrange(q, "b n (h d) -> b h n d", h=heads)
+    k, v = rearrange(kv, "b m (two h d) -> two b h m d", two=2, h=heads)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
+    return rearrange(out, "b h n d -> b n (h d)")
+
+
+class Attention(nn.Module):
+    """Self-attention that can also look at given context keys and values, as GLIDE's blocks do.
+
+    `context` (B, M, 2D) holds keys | values that every query sees; `causal` orders the tokens of `x` only.
+    """
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.width, self.heads = width, heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(
+        self, x: Float[Tensor, "B N D"], context: Float[Tensor, "B M 2D"] | None = None, causal: bool = False
+    ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B N 2D"]]:
+        """-> the attended tokens, and the keys | values of `x` for those who cache them."""
+        q, own = self.qkv(x).split((self.width, 2 * self.width), dim=-1)
+        if context is None:
+            return self.out(attend(q, own, self.heads, causal=causal)), own
+        kv = torch.cat((context.to(own.dtype), own), dim=1)
+        mask = None
+        if causal:  # SDPA's own causal mask starts at the first key, ours at the first own key
+            mask = torch.ones(q.shape[1], kv.shape[1], dtype=torch.bool, device=q.device).tril(context.shape[1])
+        return self.out(attend(q, kv, self.heads, mask)), own
+
+
+class MLP(nn.Sequential):
+    """width -> `expand` x width -> width, GELU between."""
+
+    def __init__(self, width: int, expand: int = 4, dropout: float = 0.0):
+        super().__init__(
+            nn.Linear(width, expand * width),
+            nn.GELU(approximate="tanh"),
+            nn.Dropout(dropout),
+            nn.Linear(expand * width, width),
+        )
+
+
+class TimeMLP(nn.Module):
+    """Sinusoidal features of t through two linear layers: (B,) -> (B, width)."""
+
+    def __init__(self, features: int, width: int):
+        super().__init__()
+        self.features = features
+        self.mlp = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Float[Tensor, "B"]) -> Float[Tensor, "B D"]:
+        return self.mlp(time_embedding(t, self.features))
+
+
+class Conditioning(nn.Module):
+    """What a decoder network is told (DALL-E 2 sec. 2.1), as one vector and one sequence of context tokens.
+
+    - vector (B, D): time embedding + projected image embedding + projected caption embedding;
+    - context (B, M + T, D): the image embedding as M extra tokens, before the projected, normalised text states.
+
+    A dropped image embedding or caption embedding becomes a learned null; text pads and dropped captions become one
+    learned token. The caption embedding is layer-normalised first, for its length carries no meaning in CLIP.
+    """
+
+    def __init__(self, width: int, features: int, embed_dim: int, text_width: int, image_tokens: int):
+        super().__init__()
+        self.image_tokens = image_tokens
+        self.time = TimeMLP(features, width)
+        self.image_vector = nn.Linear(embed_dim, width)
+        self.image_context = nn.Linear(embed_dim, image_tokens * width)
+        self.text_norm = nn.LayerNorm(embed_dim)
+        self.text_vector = nn.Linear(embed_dim, width)
+        self.text_context = nn.Linear(text_width, width)
+        self.text_context_norm = nn.LayerNorm(width)
+        self.null_image = nn.Parameter(torch.zeros(embed_dim))
+        self.null_text = nn.Parameter(torch.zeros(embed_dim))
+        self.null_token = nn.Parameter(torch.zeros(width))
+
+    def init_weights(self) -> None:
+        """Nulls start as small random vectors: unlike any real condition, and never without a gradient."""
+        for null in (self.null_image, self.null_text, self.null_token):
+            nn.init.normal_(null, std=0.02)
+
+    def forward(
+        self,
+        t: Float[Tensor, "B"],
+        image_embed: Float[Tensor, "B E"],
+        text_embed: Float[Tensor, "B E"],
+        text_hidden: Float[Tensor, "B T S"],
+        text_mask: Bool[Tensor, "B T"],
+        keep_image: Bool[Tensor, "B"] | None = None,
+        keep_text: Bool[Tensor, "B"] | None = None,
+    ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B L D"]]:
+        image = keep_or_null(keep_image, image_embed, self.null_image)
+        text = keep_or_null(keep_text, self.text_norm(text_embed), self.null_text)
+        vector = self.time(t) + self.image_vector(image) + self.text_vector(text)
+
+        real = text_mask if keep_text is None else text_mask & keep_text[:, None]
+        tokens = self.text_context_norm(self.text_context(text_hidden))
+        tokens = torch.where(real[..., None], tokens, self.null_token.to(tokens.dtype))
+        image_tokens = rearrange(self.image_context(image), "b (m d) -> b m d", m=self.image_tokens)
+        return vector, torch.cat((image_tokens.to(tokens.dtype), tokens), dim=1)

@@ -1,0 +1,247 @@
+"""The decoder network: the U-Net of ADM (Dhariwal & Nichol 2021) conditioned as in DALL-E 2, sec. 2.1.
+
+Differs from ADM in four ways: pixels may be folded into channels first (`patch`), which makes small images cheap; one
+linear layer computes the scales and shifts of all residual blocks, and one the context keys and values of all attention
+layers; attention is joint over pixels and context, as in GLIDE; down- and upsampling are plain convolutions unless
+`resample="block"` asks for ADM's residual ones.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dalle.nets.blocks import Attention, Conditioning
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """At most 32 groups, of at least four channels."""
+    return nn.GroupNorm(math.gcd(32, max(channels // 4, 1)), channels)
+
+
+class Downsample(nn.Conv2d):
+    """Half the size by a strided convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3, stride=2, padding=1)
+
+
+class Upsample(nn.Conv2d):
+    """Twice the size: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, input: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C 2*H 2*W"]:
+        return super().forward(F.interpolate(input, scale_factor=2.0, mode="nearest"))
+
+
+class ResBlock(nn.Module):
+    """norm, SiLU, (resample,) conv; norm, scale and shift, SiLU, dropout, conv; plus the input.
+
+    `scale_shift` (B, 2 * out_channels) modulates the second norm ("adaGN"). `resample` is "down", "up" or "" (neither).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0, resample: str = ""):
+        super().__init__()
+        self.out_channels, self.resample = out_channels, resample
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    def resize(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C h w"]:
+        if self.resample == "down":
+            return F.avg_pool2d(x, 2)
+        return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.resample == "up" else x
+
+    def forward(
+        self, x: Float[Tensor, "B C H W"], scale_shift: Float[Tensor, "B S"]
+    ) -> Float[Tensor, "B D h w"]:
+        h = self.conv1(self.resize(F.silu(self.norm1(x))))
+        scale, shift = scale_shift[..., None, None].chunk(2, dim=1)
+        h = F.silu(torch.addcmul(shift, self.norm2(h), 1 + scale))
+        return self.skip(self.resize(x)) + self.conv2(self.dropout(h))
+
+
+class PixelAttention(nn.Module):
+    """x + attention of the pixels over context and pixels."""
+
+    def __init__(self, channels: int, head_dim: int):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.attention = Attention(channels, channels // head_dim)
+
+    def forward(
+        self, x: Float[Tensor, "B C H W"], context: Float[Tensor, "B M 2*C"]
+    ) -> Float[Tensor, "B C H W"]:
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # a view where x is channels_last
+        out, _ = self.attention(tokens, context)
+        return x + out.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Block(nn.Module):
+    """A residual block, and attention behind it where `head_dim` is not 0."""
+
+    def __init__(self, in_channels: int, out_channels: int, head_dim: int, dropout: float, resample: str = ""):
+        super().__init__()
+        self.residual = ResBlock(in_channels, out_channels, dropout, resample)
+        self.attention = PixelAttention(out_channels, head_dim) if head_dim else None
+
+    def forward(
+        self,
+        x: Float[Tensor, "B C H W"],
+        scale_shift: Float[Tensor, "B S"],
+        context: Float[Tensor, "B M K"] | None,
+    ) -> Float[Tensor, "B D h w"]:
+        x = self.residual(x, scale_shift)
+        return x if self.attention is None else self.attention(x, context)
+
+
+class UNet(nn.Module):
+    """x_t, t and conditions -> the prediction (B, out_channels, image_size, image_size).
+
+    width: channels of the first level; `multipliers` give the others, `blocks` the residual blocks of each.
+    attention: sides of the feature maps (after patching) that attend, e.g. (32, 16, 8) for the paper's 64 px decoder.
+    patch: k folds k x k pixels into channels; 1 leaves them.
+    resample: "conv" (strided, nearest + conv) or "block" (ADM's residual blocks).
+    checkpoint: recompute each block in the backward pass: less memory, a third more time.
+    Raises ValueError where sizes do not divide.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        channels: int,
+        out_channels: int,
+        width: int,
+        multipliers: Sequence[int],
+        blocks: int,
+        attention: Sequence[int],
+        head_dim: int,
+        embed_dim: int,
+        text_width: int,
+        patch: int = 1,
+        image_tokens: int = 4,
+        dropout: float = 0.0,
+        resample: str = "conv",
+        checkpoint: bool = False,
+    ):
+        super().__init__()
+        self.image_size, self.channels, self.out_channels = image_size, channels, out_channels
+        self.embed_dim, self.text_width = embed_dim, text_width
+        self.patch, self.checkpoint = patch, checkpoint
+        check_sizes(image_size, patch, width, multipliers, attention, head_dim)
+        self.conditioning = Conditioning(4 * width, width, embed_dim, text_width, image_tokens)
+
+        side = image_size // patch
+        sides = [side >> level for level in range(len(multipliers))]
+        widths = [width * m for m in multipliers]
+        heads = [head_dim if s in attention else 0 for s in sides]
+
+        self.inlet = nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)
+        skips = [widths[0]]
+        self.down = nn.ModuleList()
+        for level, c in enumerate(widths):
+            if level:
+                self.down.append(
+                    Downsample(skips[-1])
+                    if resample == "conv"
+                    else Block(skips[-1], skips[-1], 0, dropout, "down")
+                )
+                skips.append(skips[-1])
+            for _ in range(blocks):
+                self.down.append(Block(skips[-1], c, heads[level], dropout))
+                skips.append(c)
+        c = skips[-1]
+        self.middle = nn.ModuleList([Block(c, c, head_dim, dropout), Block(c, c, 0, dropout)])
+        self.up = nn.ModuleList()
+        for level in reversed(range(len(widths))):
+            for _ in range(blocks + 1):
+                self.up.append(Block(c + skips.pop(), widths[level], heads[level], dropout))
+                c = widths[level]
+            if level:
+                self.up.append(Upsample(c) if resample == "conv" else Block(c, c, 0, dropout, "up"))
+        self.outlet_norm = group_norm(c)
+        self.outlet = nn.Conv2d(c, out_channels * patch**2, 3, padding=1)
+
+        made = [m for m in self.modules() if isinstance(m, Block)]
+        self.scales = [2 * b.residual.out_channels for b in made]
+        self.keys = [2 * b.residual.out_channels for b in made if b.attention is not None]
+        self.modulation = nn.Linear(4 * width, sum(self.scales))
+        self.context = nn.Linear(4 * width, sum(self.keys))
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """PyTorch's defaults, except that every residual branch and the output begin at zero: net(x) == 0 at birth."""
+        self.conditioning.init_weights()
+        last: list[nn.Conv2d | nn.Linear] = [self.outlet]
+        last += [m.conv2 for m in self.modules() if isinstance(m, ResBlock)]
+        last += [m.out for m in self.modules() if isinstance(m, Attention)]
+        for layer in last:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def run(
+        self, layer: nn.Module, x: Tensor, scales: Iterator[Tensor], contexts: Iterator[Tensor]
+    ) -> Tensor:
+        if not isinstance(layer, Block):
+            return layer(x)
+        context = None if layer.attention is None else next(contexts)
+        if self.checkpoint and self.training:
+            return checkpoint(layer, x, next(scales), context, use_reentrant=False)
+        return layer(x, next(scales), context)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B C H W"],
+        t: Float[Tensor, "B"],
+        *,
+        image_embed: Float[Tensor, "B E"],
+        text_embed: Float[Tensor, "B E"],
+        text_hidden: Float[Tensor, "B T S"],
+        text_mask: Bool[Tensor, "B T"],
+        keep_image: Bool[Tensor, "B"] | None = None,
+        keep_text: Bool[Tensor, "B"] | None = None,
+    ) -> Float[Tensor, "B O H W"]:
+        vector, context = self.conditioning(
+            t, image_embed, text_embed, text_hidden, text_mask, keep_image, keep_text
+        )
+        scales = iter(self.modulation(F.silu(vector)).split(self.scales, dim=1))
+        contexts = iter(self.context(context).split(self.keys, dim=2))
+
+        x = self.inlet(F.pixel_unshuffle(x, self.patch))
+        skips = [x]
+        for layer in self.down:
+            x = self.run(layer, x, scales, contexts)
+            skips.append(x)
+        for layer in self.middle:
+            x = self.run(layer, x, scales, contexts)
+        for layer in self.up:
+            x = torch.cat((x, skips.pop()), dim=1) if needs_skip(layer) else x
+            x = self.run(layer, x, scales, contexts)
+        return F.pixel_shuffle(self.outlet(F.silu(self.outlet_norm(x))), self.patch)
+
+
+def needs_skip(layer: nn.Module) -> bool:
+    return isinstance(layer, Block) and not layer.residual.resample
+
+
+def check_sizes(
+    image_size: int, patch: int, width: int, multipliers: Sequence[int], attention: Sequence[int], head_dim: int
+) -> None:
+    factor = patch * 2 ** (len(multipliers) - 1)
+    if image_size % factor:
+        raise ValueError(f"image_size {image_size} must be a multiple of patch * 2^(levels - 1) = {factor}.")
+    sides = {image_size // patch >> level: width * m for level, m in enumerate(multipliers)}
+    if set(attention) - set(sides):
+        raise ValueError(f"attention names feature maps of side {list(attention)}; there are {list(sides)}.")
+    attending = [c for side, c in sides.items() if side in attention] + [width * multipliers[-1]]
+    if any(c % head_dim for c in attending):
+        raise ValueError(f"head_dim {head_dim} must divide the channels of the attention levels {attending}.")
