@@ -1,0 +1,19 @@
+"""The one vocabulary of batches, from every DataModule to every stage."""
+
+from typing import TypedDict
+
+from torch import Tensor
+
+
+class Batch(TypedDict, total=False):
+    """Each kind of DataModule fills the keys its stage needs. B batch, T text length, D width, E embedding, N tokens."""
+
+    image: Tensor  # (B, 3, H, W) float32 in [-1, 1]
+    caption: list[str]  # B captions
+    index: Tensor  # (B,) int64, the item's number in its split
+    text: Tensor  # (B, T) int64 token ids
+    text_embed: Tensor  # (B, E) float32, CLIP's raw text embedding
+    text_hidden: Tensor  # (B, T, D) float32, CLIP's last text states
+    text_mask: Tensor  # (B, T) bool, True = a real token, start and end included
+    image_embed: Tensor  # (B, E) float32, normalised as `EmbedNorm` says
+    codes: Tensor  # (B, N) int64, dVAE image tokens

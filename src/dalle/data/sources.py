@@ -1,0 +1,165 @@
+"""From a source of captioned pictures to batches: the `Source` protocol, a data set over virtual indices, a sampler.
+
+A virtual index v = epoch * len(source) + item tells a DataLoader worker the epoch without any shared state, so
+captions and crops that change from epoch to epoch are pure functions of v, whatever the number of workers.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from dalle.data.batch import Batch
+
+
+@runtime_checkable
+class Source(Protocol):
+    """One split of a set of captioned pictures, made as `source(split="train" | "val" | "test")`."""
+
+    image_size: int
+    fixed: bool
+    """`images(item)` does not depend on the epoch, so what a frozen network makes of it can be kept."""
+
+    def __len__(self) -> int: ...
+
+    def captions(self, item: int) -> list[str]:
+        """All captions of an item, one or more."""
+        ...
+
+    def images(self, items: Sequence[int], epoch: int = 0) -> Tensor:
+        """(B, 3, S, S) float32 in [-1, 1]."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Short hash of everything the images and captions depend on."""
+        ...
+
+
+SourceFactory = Callable[..., Source]  # source(split=...) -> Source
+Tokenize = Callable[[list[str]], Tensor]  # B captions -> (B, T) int64
+
+
+def mix(*numbers: int) -> int:
+    """Hash of some integers, 64 bits, the same on every machine (splitmix64, Steele et al. 2014)."""
+    state = 0
+    for number in numbers:
+        state = (state ^ number) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state
+
+
+class SourceDataset(Dataset):
+    """Turns a list of virtual indices into one `Batch` in a single call, so a source can render a batch at once.
+
+    Args:
+        source: one split.
+        tokenize: adds `text` where given.
+        images: adds `image` when True.
+        seed: which caption of an item is used in which epoch; None = always the first (validation).
+    """
+
+    def __init__(
+        self, source: Source, tokenize: Tokenize | None = None, images: bool = True, seed: int | None = None
+    ):
+        self.source, self.tokenize, self.with_images, self.seed = source, tokenize, images, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        epoch, items = self.split_virtual(indices)
+        batch = Batch(index=torch.tensor(items, dtype=torch.int64))
+        if self.with_images:  # first: a picture found broken while being read takes its caption with it
+            batch["image"] = self.source.images(items, epoch)
+        batch["caption"] = captions = [self._caption(item, epoch) for item in items]
+        if self.tokenize is not None:
+            batch["text"] = self.tokenize(captions)
+        return batch
+
+    def split_virtual(self, indices: Sequence[int]) -> tuple[int, list[int]]:
+        """Epoch and item numbers; a batch never straddles two epochs."""
+        n = len(self.source)
+        return indices[0] // n, [index % n for index in indices]
+
+    def _caption(self, item: int, epoch: int) -> str:
+        captions = self.source.captions(item)
+        return captions[self.caption_number(item, epoch, len(captions))]
+
+    def caption_number(self, item: int, epoch: int, count: int) -> int:
+        return 0 if self.seed is None or count == 1 else mix(self.seed, epoch, item) % count
+
+
+def as_it_is(batch: Batch) -> Batch:
+    """`collate_fn` for a data set whose `__getitems__` makes whole batches."""
+    return batch
+
+
+class EpochSampler(Sampler[list[int]]):
+    """Yields batches of virtual indices: a fresh permutation in each epoch, the same on every machine.
+
+    With `world` ranks, every rank gets as many batches of the same sizes as every other; together the ranks' batches
+    number b are the batch number b that a single process with batch size `batch_size * world` would see.
+
+    Args:
+        n: items in the source.
+        batch_size: per rank.
+        shuffle: else in order.
+        drop_last: drop what does not fill a batch on all ranks; else items from the front fill up the ranks.
+        limit: only the first `limit` items (bounded validation).
+        position: asked at every `iter` for (epoch, batches already seen in it), so a resumed run goes on with exactly
+            the batches it would have seen; without it `set_epoch` says.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        limit: int | None = None,
+        position: Callable[[], tuple[int, int]] | None = None,
+    ):
+        self.n, self.batch_size, self.shuffle, self.drop_last = n, batch_size, shuffle, drop_last
+        self.seed, self.rank, self.world, self.position = seed, rank, world, position
+        self.used = n if limit is None else min(n, limit)
+        self.epoch, self.start = 0, 0
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """The next `iter` is this epoch's, without its first `start` batches."""
+        self.epoch, self.start = epoch, start
+
+    def __len__(self) -> int:
+        """Batches in a whole epoch on one rank, also when the epoch is entered midway."""
+        if self.drop_last:
+            return self.used // (self.batch_size * self.world)
+        return -(-self.used // (self.batch_size * self.world))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, start = self.position() if self.position else (self.epoch, self.start)
+        return self._batches(epoch, start)
+
+    def _batches(self, epoch: int, start: int) -> Iterator[list[int]]:
+        mine = self._order(epoch)
+        for b in range(start, len(self)):
+            yield (epoch * self.n + mine[b * self.batch_size : (b + 1) * self.batch_size]).tolist()
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """This rank's items of an epoch, in order."""
+        order = np.arange(self.used, dtype=np.int64)
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, epoch]).permutation(order)
+        if self.drop_last:
+            return order[self.rank : len(self) * self.batch_size * self.world : self.world]
+        return np.resize(order, -(-self.used // self.world) * self.world)[self.rank :: self.world]
