@@ -1,0 +1,166 @@
+"""Captions to ids: a small byte-level BPE trained on one's own captions, and CLIP's own.
+
+Both lower-case, squeeze white space, put the text between a start and an end token, pad with id 0, and cut
+what is too long. The end token has the largest id, which is where CLIP reads off the text's embedding.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Int64
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+
+from dalle.errors import UserError
+
+# Captions are short, one thread is as fast; and threads started before a DataLoader forks make workers warn.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+SPECIAL = 3  # pad, start, end
+AUTO_CONTEXT_CAP = 80  # one caption of a thousand words must not set the length of all
+
+
+@runtime_checkable
+class TextTokenizer(Protocol):
+    """What a stage's tokenizer offers; ids are 0 (padding) to `end_id` == `vocab_size - 1`."""
+
+    vocab_size: int
+    context_length: int
+    pad_id: int
+    start_id: int
+    end_id: int
+
+    def __call__(self, captions: Sequence[str]) -> Int64[Tensor, "b t"]: ...
+    def too_long(self, caption: str) -> bool: ...
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+class CaptionTokenizer:
+    """A byte-level BPE: any text can be written in it, and frequent words of its captions are one token.
+
+    Made by `CaptionTokenizer.train(captions, ...)` or `from_dict`. Ids: 0 padding, 1 start, then the BPE's
+    own (shifted by two, so that no text can spell a special token), last the end.
+    """
+
+    pad_id, start_id = 0, 1
+
+    def __init__(self, bpe: Tokenizer, context_length: int) -> None:
+        if context_length < 3:
+            raise UserError(f"context_length {context_length} leaves no room for text; give at least 3.")
+        self.bpe = bpe
+        self.context_length = context_length
+        self.vocab_size = bpe.get_vocab_size() + SPECIAL
+        self.end_id = self.vocab_size - 1
+
+    @classmethod
+    def train(
+        cls, captions: Iterable[str], vocab_size: int, context_length: int | Literal["auto"]
+    ) -> "CaptionTokenizer":
+        """Learns at most `vocab_size` ids, the same ones from the same captions.
+
+        `context_length="auto"`: the longest caption, rounded up to a multiple of 8, at most 80.
+
+        Raises:
+            UserError: no captions, or a vocabulary too small for the 256 bytes.
+        """
+        captions = list(captions)
+        if not captions:
+            raise UserError("no captions to train a tokenizer on.")
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        if vocab_size < len(alphabet) + SPECIAL:
+            raise UserError(f"vocab_size {vocab_size} is too small: {len(alphabet) + SPECIAL} at least.")
+        bpe = Tokenizer(models.BPE())
+        bpe.normalizer = normalizers.Sequence(
+            [
+                normalizers.NFC(),
+                normalizers.Lowercase(),
+                normalizers.Replace(Regex(r"\s+"), " "),
+                normalizers.Strip(),
+            ]
+        )
+        # The space put in front makes a word the same token wherever it stands.
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - SPECIAL, initial_alphabet=sorted(alphabet), show_progress=False
+        )
+        bpe.train_from_iterator(captions, trainer)
+        if context_length == "auto":
+            longest = max(len(encoding.ids) for encoding in bpe.encode_batch(captions)) + 2
+            context_length = min(AUTO_CONTEXT_CAP, 8 * -(-longest // 8))
+        return cls(bpe, context_length)
+
+    def __call__(self, captions: Sequence[str]) -> Int64[Tensor, "b t"]:
+        """Captions -> (B, context_length) ids; too long ones are cut before the end token."""
+        text = torch.zeros(len(captions), self.context_length, dtype=torch.int64)
+        for row, encoding in zip(text, self.bpe.encode_batch(list(captions)), strict=True):
+            ids = encoding.ids[: self.context_length - 2]
+            row[: len(ids) + 2] = torch.tensor([self.start_id, *(i + 2 for i in ids), self.end_id])
+        return text
+
+    def too_long(self, caption: str) -> bool:
+        """Whether the caption would be cut."""
+        return len(self.bpe.encode(caption).ids) + 2 > self.context_length
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "captions", "context_length": self.context_length, "bpe": self.bpe.to_str()}
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> "CaptionTokenizer":
+        return cls(Tokenizer.from_str(state["bpe"]), state["context_length"])
+
+
+class ClipBPE:
+    """CLIP's own tokenizer with its 49,408 ids, as open_clip brings it.
+
+    Raises:
+        UserError: open_clip is not installed.
+    """
+
+    pad_id = 0
+
+    def __init__(self, context_length: int = 77) -> None:
+        try:
+            from open_clip.tokenizer import SimpleTokenizer
+        except ImportError as error:
+            raise UserError("CLIP's own tokenizer needs open_clip: pip install dalle[open_clip]") from error
+        self.bpe = SimpleTokenizer(context_length=context_length)
+        self.context_length = context_length
+        self.vocab_size = self.bpe.vocab_size
+        self.start_id, self.end_id = self.bpe.sot_token_id, self.bpe.eot_token_id
+
+    def __call__(self, captions: Sequence[str]) -> Int64[Tensor, "b t"]:
+        """Captions -> (B, context_length) ids; too long ones are cut and end in the end token."""
+        return self.bpe(list(captions))
+
+    def too_long(self, caption: str) -> bool:
+        """Whether the caption would be cut."""
+        return len(self.bpe.encode(caption)) + 2 > self.context_length
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "clip", "context_length": self.context_length}
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> "ClipBPE":
+        return cls(state["context_length"])
+
+
+def tokenizer_from_dict(state: dict[str, Any]) -> CaptionTokenizer | ClipBPE:
+    """The tokenizer that `to_dict` described."""
+    kinds = {"captions": CaptionTokenizer, "clip": ClipBPE}
+    if state.get("kind") not in kinds:
+        raise UserError(f"unknown tokenizer {state.get('kind')!r}; this version knows {', '.join(kinds)}.")
+    return kinds[state["kind"]].from_dict(state)
+
+
+def save_tokenizer(tokenizer: TextTokenizer, path: Path) -> None:
+    """Writes `tokenizer.json`."""
+    path.write_text(json.dumps(tokenizer.to_dict(), ensure_ascii=False))
+
+
+def load_tokenizer(path: Path) -> CaptionTokenizer | ClipBPE:
+    """Reads what `save_tokenizer` wrote."""
+    return tokenizer_from_dict(json.loads(path.read_text()))

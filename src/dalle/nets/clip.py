@@ -1,0 +1,204 @@
+"""CLIP: an image tower and a text tower that meet in one embedding space (Radford et al. 2021).
+
+Sizes, initialisation and parameter names are those of OpenAI's release, so that its weights (and open_clip's)
+load unchanged. What differs: images come in [-1, 1] at any size; they are resized and normalised in here.
+"""
+
+import math
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dalle.errors import UserError
+
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the [0, 1] pixels CLIP was trained on
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+LOGIT_SCALE_INIT = math.log(1 / 0.07)
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x): what OpenAI's weights were trained with."""
+
+    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with the parameter names of `nn.MultiheadAttention`."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Float[Tensor, "b n d"], causal: bool) -> Float[Tensor, "b n d"]:
+        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        q, k, v = (z.unflatten(-1, (self.heads, -1)).transpose(1, 2) for z in (q, k, v))
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)  # (B, heads, N, D / heads)
+        return self.out_proj(x.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-norm residual attention block."""
+
+    def __init__(self, width: int, heads: int, activation: str) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads)
+        self.ln_2 = nn.LayerNorm(width)
+        act = QuickGELU() if activation == "quick_gelu" else nn.GELU()
+        self.mlp = nn.Sequential(
+            OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=act, c_proj=nn.Linear(4 * width, width))
+        )
+
+    def forward(self, x: Float[Tensor, "b n d"], causal: bool) -> Float[Tensor, "b n d"]:
+        x = x + self.attn(self.ln_1(x), causal)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """A stack of blocks. `checkpoint` recomputes each block in the backward pass to save memory."""
+
+    def __init__(
+        self, width: int, layers: int, heads: int, activation: str, causal: bool, checkpoint: bool
+    ) -> None:
+        super().__init__()
+        self.causal, self.checkpoint = causal, checkpoint
+        self.resblocks = nn.ModuleList(Block(width, heads, activation) for _ in range(layers))
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        for block in self.resblocks:
+            if self.checkpoint and self.training:
+                x = checkpoint(block, x, self.causal, use_reentrant=False)
+            else:
+                x = block(x, self.causal)
+        return x
+
+
+class VisionTower(nn.Module):
+    """A vision transformer whose class token, normalised and projected, is the image's embedding."""
+
+    def __init__(
+        self, image_size: int, patch_size: int, width: int, embed_dim: int, transformer: Transformer
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
+        self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
+        tokens = 1 + (image_size // patch_size) ** 2
+        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(tokens, width))
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = transformer
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
+
+    def forward(self, pixels: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b e"]:
+        x = self.conv1(pixels).flatten(2).transpose(1, 2)  # (B, patches, D)
+        x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+        x = self.transformer(self.ln_pre(x + self.positional_embedding))
+        return self.ln_post(x[:, 0]) @ self.proj
+
+
+class CLIP(nn.Module):
+    """The two towers and the learned temperature.
+
+    `vision_heads` and `text_heads` are width / 64 where left out, as in the paper's models.
+
+    Raises:
+        UserError: the patch does not tile the image, or the heads do not divide the width.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        patch_size: int,
+        vision_width: int,
+        vision_layers: int,
+        text_width: int,
+        text_layers: int,
+        context_length: int,
+        vocab_size: int,
+        embed_dim: int,
+        vision_heads: int | None = None,
+        text_heads: int | None = None,
+        activation: str = "gelu",
+        checkpoint: bool = False,
+    ) -> None:
+        super().__init__()
+        self.image_size, self.embed_dim = image_size, embed_dim
+        self.text_width, self.context_length, self.vocab_size = text_width, context_length, vocab_size
+        if image_size % patch_size:
+            raise UserError(f"CLIP: patch_size {patch_size} does not divide image_size {image_size}.")
+        if activation not in ("gelu", "quick_gelu"):
+            raise UserError(f"CLIP: activation is gelu or quick_gelu, not {activation!r}.")
+        vision_heads = _heads("vision", vision_width, vision_heads)
+        text_heads = _heads("text", text_width, text_heads)
+
+        tower = Transformer(vision_width, vision_layers, vision_heads, activation, False, checkpoint)
+        self.visual = VisionTower(image_size, patch_size, vision_width, embed_dim, tower)
+        self.token_embedding = nn.Embedding(vocab_size, text_width)
+        self.positional_embedding = nn.Parameter(torch.empty(context_length, text_width))
+        self.transformer = Transformer(text_width, text_layers, text_heads, activation, True, checkpoint)
+        self.ln_final = nn.LayerNorm(text_width)
+        self.text_projection = nn.Parameter(torch.empty(text_width, embed_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(LOGIT_SCALE_INIT))
+        self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
+        self._init_text()
+
+    def _init_text(self) -> None:
+        """The text tower's initialisation of the release; the image tower keeps PyTorch's, as there."""
+        width, layers = self.text_width, len(self.transformer.resblocks)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.text_projection, std=width**-0.5)
+        for block in self.transformer.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            for out in (block.attn.out_proj, block.mlp.c_proj):
+                nn.init.normal_(out.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+
+    def encode_image(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
+        """Images in [-1, 1], resized where their size is another one -> embeddings, not normalised."""
+        size = (self.image_size, self.image_size)
+        if image.shape[-2:] != size:
+            image = F.interpolate(image, size, mode="bicubic", antialias=True).clamp(-1, 1)
+        return self.visual(((image + 1) / 2 - self.pixel_mean) / self.pixel_std)
+
+    def encode_text(
+        self, text: Int[Tensor, "b t"]
+    ) -> tuple[Float[Tensor, "b e"], Float[Tensor, "b t d"], Bool[Tensor, "b t"]]:
+        """Ids -> the embeddings (not normalised), the states after the last norm, and which ids are real.
+
+        The embedding is read at the end token: the largest id, up to which (included) ids are real.
+        """
+        if text.shape[1] > self.context_length:
+            raise ValueError(f"{text.shape[1]} ids, but the context length is {self.context_length}")
+        x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]
+        hidden = self.ln_final(self.transformer(x))
+        end = text.argmax(dim=1, keepdim=True)  # (B, 1)
+        pooled = hidden.take_along_dim(end[..., None], dim=1)[:, 0]
+        mask = torch.arange(text.shape[1], device=text.device) <= end
+        return pooled @ self.text_projection, hidden, mask
+
+    def forward(
+        self, image: Float[Tensor, "b 3 h w"], text: Int[Tensor, "b t"]
+    ) -> tuple[Float[Tensor, "b e"], Float[Tensor, "b e"], Float[Tensor, ""]]:
+        """-> unit image embeddings, unit text embeddings, the scale of their cosines; float32 under autocast too."""
+        image_embed = F.normalize(self.encode_image(image).float(), dim=-1)
+        text_embed = F.normalize(self.encode_text(text)[0].float(), dim=-1)
+        return image_embed, text_embed, self.logit_scale.exp()
+
+
+def _heads(tower: str, width: int, heads: int | None) -> int:
+    heads = heads if heads is not None else max(1, width // 64)
+    if width % heads:
+        raise UserError(f"CLIP: {heads} heads do not divide {tower}_width {width}; set {tower}_heads.")
+    return heads
