@@ -1,0 +1,227 @@
+"""Samplers: from noise to x0 through a denoiser. One function each, all with the same signature.
+
+`denoise(x_t, t (B,)) -> x0`, or -> (x0, fraction) where the variance is learned (`Denoiser.with_variance`): any
+callable, never a network. `levels` are the noise levels to visit, the last one clean; `randn(x)` draws noise like x;
+`on_step(i, n, x0)` sees every estimate. All are written for any Gaussian path x_t = alpha x_0 + sigma eps, so they hold
+for variance-preserving schedules and for flow, where `ddim` with eta = 0 is the Euler method.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dalle.diffusion.schedule import Level, Levels, Schedule, posterior
+from dalle.errors import UserError
+
+Randn = Callable[[Tensor], Tensor]
+OnStep = Callable[[int, int, Tensor], object]
+Denoise = Callable[..., Tensor | tuple[Tensor, Tensor | None]]
+
+VARIANCES = ("small", "large", "learned", "analytic")
+
+
+@torch.inference_mode()
+def ddpm(
+    denoise: Denoise,
+    x: Float[Tensor, "B *S"],
+    levels: Levels,
+    variance: str = "small",
+    eps_square: Sequence[float] | None = None,
+    randn: Randn = torch.randn_like,
+    on_step: OnStep | None = None,
+) -> Float[Tensor, "B *S"]:
+    """Ancestral sampling: Ho et al. 2020, algorithm 2, on respaced levels (Nichol & Dhariwal 2021, sec. 4).
+
+    variance: `small` (the posterior's), `large` (beta), `learned`, or `analytic` (Bao et al. 2022), which takes
+    `eps_square`, the mean squared eps estimate on data at each of the N noisy levels.
+    """
+    if variance not in VARIANCES:
+        raise UserError(f"unknown variance '{variance}': choose one of {', '.join(VARIANCES)}")
+    if variance == "analytic" and (eps_square is None or len(eps_square) != len(levels)):
+        raise UserError(f"variance=analytic needs eps_square, {len(levels)} numbers measured on data, one per step")
+    for i, now, to in levels.steps():
+        x0, fraction = _estimate(denoise, x, now)
+        c0, ct, beta, small = posterior(now.alpha, now.sigma, to.alpha, to.sigma)
+        x = c0 * x0 + ct * x
+        if to.sigma > 0:
+            if variance == "learned":
+                std = _learned_std(fraction, beta, small)
+            elif variance == "analytic" and eps_square is not None:  # Bao et al. 2022, eq. 8
+                x0_variance = min(max((now.sigma / max(now.alpha, 1e-12)) ** 2 * (1 - eps_square[i]), 0.0), 1.0)
+                std = math.sqrt(small + c0**2 * x0_variance)
+            else:
+                std = math.sqrt(small if variance == "small" else beta)
+            x = x + std * randn(x)
+        if on_step is not None:
+            on_step(i, len(levels), x0)
+    return x
+
+
+@torch.inference_mode()
+def ddim(
+    denoise: Denoise,
+    x: Float[Tensor, "B *S"],
+    levels: Levels,
+    eta: float = 0.0,
+    randn: Randn = torch.randn_like,
+    on_step: OnStep | None = None,
+) -> Float[Tensor, "B *S"]:
+    """Song et al. 2021 (DDIM), eq. 12. eta = 0 is deterministic; eta = 1 has the law of `ddpm` with small variance."""
+    for i, now, to in levels.steps():
+        x0, _ = _estimate(denoise, x, now)
+        eps = (x - now.alpha * x0) / now.sigma
+        std = eta * math.sqrt(posterior(now.alpha, now.sigma, to.alpha, to.sigma)[3])  # eq. 16
+        x = to.alpha * x0 + math.sqrt(max(to.sigma**2 - std**2, 0.0)) * eps
+        if std > 0:
+            x = x + std * randn(x)
+        if on_step is not None:
+            on_step(i, len(levels), x0)
+    return x
+
+
+@torch.inference_mode()
+def dpmpp(
+    denoise: Denoise,
+    x: Float[Tensor, "B *S"],
+    levels: Levels,
+    randn: Randn = torch.randn_like,
+    on_step: OnStep | None = None,
+) -> Float[Tensor, "B *S"]:
+    """DPM-Solver++ 2M: Lu et al. 2022b, algorithm 2. Deterministic; best on levels uniform in ln(alpha/sigma).
+
+    The first step and the last (to no noise at all) are of first order, which is DDIM.
+    """
+    x0_before, h_before = x, math.inf
+    for i, now, to in levels.steps():
+        x0, _ = _estimate(denoise, x, now)
+        h = _logsnr(to) - _logsnr(now)
+        second_order = i > 0 and to.sigma > 0
+        weight = h / (2 * h_before) if second_order else 0.0
+        guess = (1 + weight) * x0 - weight * x0_before
+        x = to.sigma / now.sigma * x - to.alpha * math.expm1(-h) * guess
+        x0_before, h_before = x0, h
+        if on_step is not None:
+            on_step(i, len(levels), x0)
+    return x
+
+
+@torch.inference_mode()
+def heun(
+    denoise: Denoise,
+    x: Float[Tensor, "B *S"],
+    levels: Levels,
+    churn: float = 0.0,
+    churn_noise: float = 1.0,
+    randn: Randn = torch.randn_like,
+    on_step: OnStep | None = None,
+) -> Float[Tensor, "B *S"]:
+    """Karras et al. 2022, algorithm 2, in g = sigma/alpha and y = x/alpha, where dy/dg = eps. Two calls a step.
+
+    Steps from pure noise (g infinite) and to no noise are Euler's. `churn` is S_churn, `churn_noise` S_noise.
+    """
+    gamma = min(churn / len(levels), math.sqrt(2) - 1)
+    for i, now, to in levels.steps():
+        if gamma > 0 and now.alpha > 0:
+            x, now = _add_noise(x, levels.schedule, now, 1 + gamma, churn_noise, randn)
+        x0, _ = _estimate(denoise, x, now)
+        eps = (x - now.alpha * x0) / now.sigma
+        x = to.alpha * x0 + to.sigma * eps
+        if to.sigma > 0 and now.alpha > 0:
+            x0, _ = _estimate(denoise, x, to)
+            eps_there = (x - to.alpha * x0) / to.sigma
+            step = to.sigma / to.alpha - now.sigma / now.alpha
+            x = x + to.alpha * step * (eps_there - eps) / 2
+        if on_step is not None:
+            on_step(i, len(levels), x0)
+    return x
+
+
+METHODS: dict[str, Callable[..., Tensor]] = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "dpmpp": dpmpp,
+    "heun": heun,
+    "euler": ddim,  # on flow, DDIM with eta = 0 is Euler's method
+}
+
+
+class Sampler:
+    """A sampler by name, with its number of steps, spacing of levels and options.
+
+    `spacing` None takes the method's best on a variance-preserving schedule (dpmpp `logsnr`, heun `edm`, else
+    `strided`) and `uniform` on flow. `options` are the method's own arguments (ddim: eta; ddpm: variance;
+    heun: churn). Raises UserError for an unknown method, spacing or option.
+    """
+
+    def __init__(self, method: str = "ddim", steps: int = 50, spacing: str | None = None, **options):
+        if method not in METHODS:
+            raise UserError(f"unknown sampler '{method}': choose one of {', '.join(METHODS)}")
+        arguments = list(inspect.signature(METHODS[method]).parameters)[3:]
+        known = [name for name in arguments if name not in ("randn", "on_step")]
+        for name in options:
+            if name not in known:
+                raise UserError(f"sampler {method} has no option '{name}': it takes {', '.join(known) or 'none'}")
+        if steps < 1:
+            raise UserError(f"a sampler needs at least 1 step, not {steps}")
+        self.method, self.steps, self.spacing, self.options = method, steps, spacing, options
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __repr__(self) -> str:
+        options = "".join(f", {name}={value!r}" for name, value in self.options.items())
+        return f"Sampler({self.method!r}, steps={self.steps}, spacing={self.spacing!r}{options})"
+
+    def levels(self, schedule: Schedule) -> Levels:
+        spacing = self.spacing
+        if spacing is None and schedule.variance_preserving:
+            spacing = {"dpmpp": "logsnr", "heun": "edm"}.get(self.method)
+        return schedule.levels(self.steps, spacing)
+
+    def __call__(
+        self,
+        denoise: Denoise,
+        noise: Float[Tensor, "B *S"],
+        schedule: Schedule,
+        randn: Randn = torch.randn_like,
+        on_step: OnStep | None = None,
+    ) -> Float[Tensor, "B *S"]:
+        """From standard normal `noise` to x0."""
+        levels = self.levels(schedule)
+        first = levels.alpha[0] ** 2 + levels.sigma[0] ** 2  # the variance there, for data of variance 1
+        x = noise * first.sqrt().item()
+        return METHODS[self.method](denoise, x, levels, randn=randn, on_step=on_step, **self.options)
+
+
+def _estimate(denoise: Denoise, x: Tensor, level: Level) -> tuple[Tensor, Tensor | None]:
+    """x0 and, if the denoiser tells, the learned variance's fraction; in x's precision."""
+    out = denoise(x, torch.full(x.shape[:1], level.t, dtype=x.dtype, device=x.device))
+    x0, fraction = out if isinstance(out, tuple) else (out, None)
+    return x0.to(x.dtype), fraction
+
+
+def _learned_std(fraction: Tensor | None, beta: float, small: float) -> Tensor:
+    if fraction is None:
+        raise UserError("variance=learned needs a model trained with learned_variance=true: take small or large")
+    return torch.exp(0.5 * (fraction * math.log(beta) + (1 - fraction) * math.log(small)))
+
+
+def _logsnr(level: Level) -> float:
+    if level.alpha == 0 or level.sigma == 0:
+        return math.copysign(math.inf, level.alpha - level.sigma)
+    return math.log(level.alpha / level.sigma)
+
+
+def _add_noise(
+    x: Tensor, schedule: Schedule, now: Level, factor: float, scale: float, randn: Randn
+) -> tuple[Tensor, Level]:
+    """Raise sigma/alpha by `factor` (no further than the schedule goes) by adding noise of the missing variance."""
+    t = schedule.t_at(torch.tensor([_logsnr(now) - math.log(factor)], dtype=torch.float64))
+    raised = Level(t.item(), *(c.item() for c in schedule.alpha_sigma(t)))
+    missing = (raised.sigma / raised.alpha) ** 2 - (now.sigma / now.alpha) ** 2
+    x = raised.alpha * (x / now.alpha + scale * math.sqrt(max(missing, 0.0)) * randn(x))
+    return x, raised
