@@ -210,6 +210,19 @@ class Claim:
     background: int | None = None
 
 
+def tell(scenes: Scenes) -> list[Claim]:
+    """Everything there is to say about each scene."""
+    columns = (scenes.background, scenes.relation, scenes.row, scenes.column, scenes.colour, scenes.shape, scenes.size)
+    claims = []
+    for background, relation, row, column, *things in zip(*(column.tolist() for column in columns), strict=True):
+        said = tuple(Thing(*thing) for thing in zip(*things, strict=True) if thing[1] >= 0)
+        if len(said) == 2:
+            claims.append(Claim(said, relation=relation, background=background))
+        else:
+            claims.append(Claim(said, row=row, column=column, background=background))
+    return claims
+
+
 def say(claim: Claim, choose: Callable[[Sequence[str]], str]) -> str:
     """The claim as a caption of at most 20 words; `choose` picks among synonyms, the usual one first."""
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from dalle.data.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, THIRDS, Claim, Scenes, Thing, draw, say
+from dalle.data.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, THIRDS, Claim, Scenes, Thing, draw, say, tell
 from dalle.errors import UserError
 
 FORMAT = 1  # part of the fingerprint: raise it whenever the same item may look or read differently than before
@@ -120,35 +120,40 @@ class _Chance:
         return words[0] if u < 0.5 else words[int((2 * u - 1) * len(words))]
 
 
-def _claim(scene: Scenes, chance: _Chance, complete: bool) -> Claim:
-    """Something true to say about a scene (a batch of one); `complete`: with all colours, shapes and the relation."""
-    colour, shape, size = scene.colour[0].tolist(), scene.shape[0].tolist(), scene.size[0].tolist()
-    two = shape[1] >= 0
+def _less(claim: Claim, chance: _Chance, complete: bool) -> Claim:
+    """The claim with some of it left unsaid; `complete`: neither colours, shapes nor the relation."""
+    first, second = claim.things[0], claim.things[-1]
+    two = len(claim.things) == 2
     # What is left unsaid must not make the two objects of a scene sound the same.
-    free_colour = not complete and (not two or shape[0] != shape[1])
-    free_shape = not complete and (not two or colour[0] != colour[1])
-    hush_colour = chance(0.1) and free_colour
-    hush_shape = chance(0.05) and free_shape and not hush_colour
-    hush_size = chance(0.4)
+    hush_colour = chance(0.1) and not complete and not (two and first.shape == second.shape)
+    hush_shape = chance(0.05) and not (complete or hush_colour) and not (two and first.colour == second.colour)
+    hush_size, hush_place, hush_background = chance(0.4), chance(0.5), chance(0.5)
+    hush_relation = chance(0.15) and not complete
+    around = chance(0.5)  # the same, seen from the other object: left <-> right, above <-> below
+
     things = [
-        Thing(None if hush_colour else colour[k], None if hush_shape else shape[k], None if hush_size else size[k])
-        for k in range(1 + two)
+        Thing(
+            None if hush_colour else thing.colour,
+            None if hush_shape else thing.shape,
+            None if hush_size else thing.size,
+        )
+        for thing in claim.things
     ]
-    background = int(scene.background) if chance(0.5) else None
-    if not two:
-        row, column = int(scene.row), int(scene.column)
-        place = (row, column) if row == column == 1 else (None if row == 1 else row, None if column == 1 else column)
-        return Claim(tuple(things), None, *(place if chance(0.5) else (None, None)), background)
-    relation = int(scene.relation) if chance(0.85) or complete else None
-    if chance(0.5):  # the other way round: left <-> right, above <-> below
-        things.reverse()
-        relation = None if relation is None else relation ^ 1
-    return Claim(tuple(things), relation, background=background)
+    relation = None if claim.relation is None or hush_relation else claim.relation ^ (around and two)
+    row, column = claim.row, claim.column
+    if hush_place:
+        row, column = None, None
+    elif not row == column == 1:  # nobody says "in the middle left"
+        row, column = None if row == 1 else row, None if column == 1 else column
+    background = None if hush_background else claim.background
+    return Claim(tuple(things[::-1] if around else things), relation, row, column, background)
 
 
 def _captions(stream: str, items: Tensor, scenes: Scenes, complete: bool) -> list[str]:
+    """A true caption for each scene."""
     chances = [_Chance(draws) for draws in _uniforms(stream, items, 20).tolist()]
-    return [say(_claim(scenes[i : i + 1], chance, complete), chance.choose) for i, chance in enumerate(chances)]
+    pairs = zip(tell(scenes), chances, strict=True)
+    return [say(_less(claim, chance, complete), chance.choose) for claim, chance in pairs]
 
 
 def _novel(scenes: Scenes) -> Bool[Tensor, "B"]:
