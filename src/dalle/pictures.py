@@ -23,8 +23,8 @@ PAPER, INK = (255, 255, 255), (40, 40, 40)
 def to_uint8(image: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
     """[-1, 1] -> 0..255 by rounding; values outside are clamped.
 
-    The one quantisation used by PNGs and metrics alike. `(x * 255).byte()` truncates instead, and values that went
-    from 8 bits to [-1, 1] would come back one level lower in 63 of 256 cases.
+    The one quantisation used by PNGs and metrics alike. `(x * 255).byte()` truncates instead, and values
+    that went from 8 bits to [-1, 1] would come back one level lower in 63 of 256 cases.
     """
     return ((image.float() + 1) / 2 * 255).round().clamp(0, 255).to(torch.uint8)
 
@@ -44,9 +44,9 @@ def grid(
 ) -> Image.Image:
     """A labelled grid of pictures in [-1, 1].
 
-    With one caption per picture, each stands under its picture, `columns` of them in a row (None: about square).
-    With n pictures per caption (B = n * len(captions), those of one caption adjacent), each caption gets a row of its
-    own with its n pictures, the caption once underneath.
+    With one caption per picture, each stands under its picture, `columns` of them in a row (None: about
+    square). With n pictures per caption (B = n * len(captions), those of one caption adjacent), each caption
+    gets a row of its own with its n pictures, the caption once underneath.
 
     Raises:
         ValueError: the number of pictures is no multiple of the number of captions, or there are none.
@@ -74,7 +74,7 @@ def grid(
     for row, texts, row_height in zip(rows, row_labels, heights, strict=True):
         for column, index in enumerate(row):
             picture = to_pil(images[index]).resize((width, height), Image.Resampling.NEAREST)
-            _place(sheet, draw, picture, (GAP + column * (width + GAP), top))
+            _place(sheet, picture, (GAP + column * (width + GAP), top))
         for column, lines in enumerate(texts):
             for number, line in enumerate(lines):
                 place = (GAP + column * (width + GAP), top + height + GAP // 2 + number * LINE_HEIGHT)
@@ -84,8 +84,10 @@ def grid(
 
 
 def save_png(image: Image.Image, path: str | Path, text: Mapping[str, str] | None = None) -> Path:
-    """Writes a PNG beside its final name, then renames: nobody ever sees half a file. `text` goes into the metadata
-    (any Unicode), where `Image.open(path).text` and most viewers find it. Makes missing folders."""
+    """Writes a PNG beside its final name, then renames it: nobody ever sees half a file.
+
+    `text` goes into the metadata (any Unicode), where `Image.open(path).text` and many viewers find it.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     info = PngInfo()
@@ -101,15 +103,16 @@ def save_png(image: Image.Image, path: str | Path, text: Mapping[str, str] | Non
 
 
 def _square(count: int) -> int:
-    """Columns of a roughly square grid, without a nearly empty last row where a neighbouring number avoids it."""
+    """Columns of a roughly square grid, preferring a full last row."""
     root = math.ceil(math.sqrt(count))
     return min(range(root, root + 3), key=lambda columns: (-count % columns, columns))
 
 
-def _place(sheet: Image.Image, draw: ImageDraw.ImageDraw, picture: Image.Image, corner: tuple[int, int]) -> None:
+def _place(sheet: Image.Image, picture: Image.Image, corner: tuple[int, int]) -> None:
     left, top = corner
     sheet.paste(picture, corner)
     # A hairline around it: a picture on a white background would have no edge on white paper.
+    draw = ImageDraw.Draw(sheet)
     draw.rectangle((left - 1, top - 1, left + picture.width, top + picture.height), outline=(200, 200, 200))
 
 
@@ -118,7 +121,7 @@ def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _wrap(caption: str, width: int) -> list[str]:
-    """Lines of at most `width` pixels; words longer than a line are broken, the seventh line becomes an ellipsis."""
+    """Lines of at most `width` pixels; longer words are broken, too many lines end in an ellipsis."""
     font = _font()
     lines = [""]
     for word in _printable(caption).split():
@@ -141,6 +144,6 @@ def _wrap(caption: str, width: int) -> list[str]:
 
 
 def _printable(caption: str) -> str:
-    """Accents are dropped (the built-in font has none); other unknown letters are drawn as that font's empty box."""
+    """Without accents, which the built-in font lacks; it draws other unknown letters as an empty box."""
     letters = unicodedata.normalize("NFKD", caption)
     return "".join(letter for letter in letters if not unicodedata.combining(letter))
