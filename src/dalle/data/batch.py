@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Batch(TypedDict, total=False):
-    """Each kind of DataModule fills the keys its stage needs. B batch, T text length, D width, E embedding, N tokens."""
+    """Every DataModule fills the keys its stage needs. B batch, T text, D width, E embedding, N tokens."""
 
     image: Tensor  # (B, 3, H, W) float32 in [-1, 1]
     caption: list[str]  # B captions

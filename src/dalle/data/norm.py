@@ -1,8 +1,8 @@
 """Named normalisations of CLIP image embeddings, the space in which a prior works.
 
-Ramesh et al. 2022 (DALL-E 2) train the prior on unit embeddings scaled by 17.2; at their dimension 1024 that is a
-standard deviation of 0.5375 per dimension, that of ImageNet pixels in [-1, 1]. `unit_times_sqrt_dim` keeps that
-standard deviation at any dimension: |z| = 0.5375 sqrt(E).
+Ramesh et al. 2022 (DALL-E 2) train the prior on unit embeddings scaled by 17.2; at their dimension 1024 that
+is a standard deviation of 0.5375 per dimension, that of ImageNet pixels in [-1, 1]. `unit_times_sqrt_dim`
+keeps it at any dimension: |z| = 0.5375 sqrt(E).
 """
 
 from typing import Any, Literal, Self, get_args
@@ -24,8 +24,8 @@ class EmbedNorm:
     """Maps raw CLIP embeddings (B, E) to the space a prior works in, and back.
 
     Args:
-        kind: `none`; `unit` (length 1); `unit_times_sqrt_dim` (length 0.5375 sqrt(E)); `standardized` (zero mean and
-            unit variance per dimension, measured by `fit`).
+        kind: `none`; `unit` (length 1); `unit_times_sqrt_dim` (length 0.5375 sqrt(E)); `standardized` (zero
+            mean and unit variance per dimension, measured by `fit`).
         mean, std: (E,), only for `standardized`.
     """
 
@@ -54,7 +54,7 @@ class EmbedNorm:
         return normalize(raw, dim=-1) * self.scale(raw.shape[-1])
 
     def decode(self, normalised: Float[Tensor, "b e"]) -> Float[Tensor, "b e"]:
-        """The unit vector for the two unit kinds (the raw length is gone), the raw embedding for the others."""
+        """The unit vector for the two unit kinds (the length is lost), the raw embedding for the others."""
         if self.kind == "none":
             return normalised
         if self.kind == "standardized":
@@ -79,5 +79,5 @@ class EmbedNorm:
 
     def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         if self.mean is None or self.std is None:
-            raise UserError("image_embed_norm=standardized was never fitted: call fit on training embeddings first")
+            raise UserError("image_embed_norm=standardized is not fitted yet: fit it on training embeddings")
         return self.mean.to(like), self.std.to(like)

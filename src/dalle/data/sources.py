@@ -1,7 +1,7 @@
-"""From a source of captioned pictures to batches: the `Source` protocol, a data set over virtual indices, a sampler.
+"""From a source of captioned pictures to batches: the `Source` protocol, a data set, a sampler.
 
-A virtual index v = epoch * len(source) + item tells a DataLoader worker the epoch without any shared state, so
-captions and crops that change from epoch to epoch are pure functions of v, whatever the number of workers.
+A virtual index v = epoch * len(source) + item tells a DataLoader worker the epoch without any shared state,
+so captions and crops that change from epoch to epoch are pure functions of v, however many workers there are.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -54,7 +54,7 @@ def mix(*numbers: int) -> int:
 
 
 class SourceDataset(Dataset):
-    """Turns a list of virtual indices into one `Batch` in a single call, so a source can render a batch at once.
+    """Turns a list of virtual indices into one `Batch` in one call, so a source can render a batch at once.
 
     Args:
         source: one split.
@@ -105,8 +105,8 @@ def as_it_is(batch: Batch) -> Batch:
 class EpochSampler(Sampler[list[int]]):
     """Yields batches of virtual indices: a fresh permutation in each epoch, the same on every machine.
 
-    With `world` ranks, every rank gets as many batches of the same sizes as every other; together the ranks' batches
-    number b are the batch number b that a single process with batch size `batch_size * world` would see.
+    With `world` ranks, every rank gets as many batches of the same sizes as every other; together the ranks'
+    batches number b are what one process with batch size `batch_size * world` would see as its number b.
 
     Args:
         n: items in the source.
@@ -114,8 +114,8 @@ class EpochSampler(Sampler[list[int]]):
         shuffle: else in order.
         drop_last: drop what does not fill a batch on all ranks; else items from the front fill up the ranks.
         limit: only the first `limit` items (bounded validation).
-        position: asked at every `iter` for (epoch, batches already seen in it), so a resumed run goes on with exactly
-            the batches it would have seen; without it `set_epoch` says.
+        position: asked at every `iter` for (epoch, batches already seen in it), so a resumed run goes on with
+            exactly the batches it would have seen; without it `set_epoch` says.
     """
 
     def __init__(

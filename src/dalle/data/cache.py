@@ -1,0 +1,242 @@
+"""What a frozen CLIP makes of a source, computed once and kept on disk as memory-mapped arrays.
+
+A cache is a folder `<key>/` of .npy files and a `meta.json`. It is written under another name and renamed once
+it is complete, so whatever bears the right name is a whole cache; checksums show later damage.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from tqdm import tqdm
+
+from dalle.data.batch import Batch
+from dalle.data.frozen import FrozenCLIP
+from dalle.data.sources import Source, SourceDataset, Tokenize
+
+FORMAT = 1  # raise it when the files change
+CHUNK = 256  # items or captions embedded at a time
+TEXT = {  # name -> type on disk; half precision for the states, which are many and follow a layer norm
+    "text": np.int32,
+    "text_embed": np.float32,
+    "text_hidden": np.float16,
+    "text_mask": np.bool_,
+}
+IN_BATCH = {
+    "text": torch.int64,
+    "text_embed": torch.float32,
+    "text_hidden": torch.float32,
+    "text_mask": torch.bool,
+}
+
+
+class BrokenCache(Exception):
+    """A cache that is damaged, or of another format. It is built anew."""
+
+
+class EmbeddingCache:
+    """Raw embeddings of the items 0..n-1 of a source, read-only, straight from disk.
+
+    `has_text` says whether captions are there too (their states can be too large to keep). Then every caption
+    is one row of the arrays about text, and the captions of item i are the rows first[i] .. first[i + 1] - 1.
+
+    Raises:
+        BrokenCache: something is missing; with `verify`, also if any byte has changed.
+    """
+
+    def __init__(self, path: Path, verify: bool = False):
+        self.path = path
+        try:
+            meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+            _check(path, meta, verify)
+            self.has_text: bool = meta["text"]
+            self.image_embed = self._open("image_embed")
+            if self.has_text:
+                self.first = np.array(self._open("first"))
+                self.captions: list[str] = json.loads((path / "captions.json").read_text(encoding="utf-8"))
+                self._text = {name: self._open(name) for name in TEXT}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise BrokenCache(str(error)) from error
+
+    def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
+        return type(self), (self.path,)  # a worker process opens the files again instead of receiving a copy
+
+    def __len__(self) -> int:
+        return len(self.image_embed)
+
+    def images(self, items: Sequence[int]) -> Tensor:
+        """(B, E) float32."""
+        return torch.from_numpy(np.array(self.image_embed[list(items)]))
+
+    def texts(self, rows: Sequence[int]) -> dict[str, Tensor]:
+        """`text` (B, T), `text_embed` (B, E), `text_hidden` (B, T, D), `text_mask` (B, T) of these rows."""
+        taken = {name: torch.from_numpy(np.array(array[list(rows)])) for name, array in self._text.items()}
+        return {name: tensor.to(IN_BATCH[name]) for name, tensor in taken.items()}
+
+    def _open(self, name: str) -> np.ndarray:
+        return np.load(self.path / f"{name}.npy", mmap_mode="r")
+
+
+class CachedDataset(SourceDataset):
+    """A `SourceDataset` whose embeddings come from a cache; only what is not in it is asked of the source."""
+
+    def __init__(
+        self, source: Source, cache: EmbeddingCache, tokenize: Tokenize, images: bool, seed: int | None
+    ):
+        super().__init__(source, None if cache.has_text else tokenize, images, seed)
+        self.cache = cache
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        epoch, items = self.split_virtual(indices)
+        if not self.cache.has_text:
+            batch = super().__getitems__(indices)
+        else:
+            first = self.cache.first
+            rows = [
+                int(first[i]) + self.caption_number(i, epoch, int(first[i + 1] - first[i])) for i in items
+            ]
+            batch = Batch(index=torch.tensor(items), caption=[self.cache.captions[row] for row in rows])
+            batch.update(self.cache.texts(rows))  # pyright: ignore[reportArgumentType]
+            if self.with_images:
+                batch["image"] = self.source.images(items, epoch)
+        batch["image_embed"] = self.cache.images(items)
+        return batch
+
+
+def cached_embeddings(
+    cache_dir: Path,
+    source: Source,
+    clip: FrozenCLIP,
+    items: int,
+    text_bytes: int,
+    first_only: bool = False,
+    verify: bool = True,
+) -> EmbeddingCache:
+    """Opens the cache for the first `items` items of a source, building it where it is missing or broken.
+
+    Args:
+        text_bytes: captions are kept where they take at most so many bytes.
+        first_only: keep only the first caption of each item (validation uses no other).
+        verify: compare checksums; False where another process has just done so.
+    """
+    key = _key(source, clip, items, text_bytes, first_only)
+    path = cache_dir / key
+    if path.exists():
+        try:
+            cache = EmbeddingCache(path, verify)
+            if verify:
+                rank_zero_info(f"Embeddings of {items} items: read from {path}")
+            return cache
+        except BrokenCache as error:
+            rank_zero_info(f"Embeddings in {path} are damaged ({error}); computing them again")
+            shutil.rmtree(path)
+    with _appears_whole(path) as folder:
+        _build(folder, source, clip, items, text_bytes, first_only)
+    return EmbeddingCache(path)
+
+
+def _key(source: Source, clip: FrozenCLIP, items: int, text_bytes: int, first_only: bool) -> str:
+    """Everything the files depend on: network, tokenizer, pictures, captions."""
+    facts: list[Any] = [FORMAT, clip.weights_hash, clip.tokenizer.to_dict()]
+    facts += [source.fingerprint(), source.image_size]
+    facts += [items, text_bytes, first_only]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+@contextmanager
+def _appears_whole(path: Path) -> Iterator[Path]:
+    """Gives a folder to fill, which takes the name `path` once filled; an exception leaves nothing behind."""
+    folder = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        try:
+            folder.rename(path)
+        except OSError:
+            if not path.exists():
+                raise  # else another process was faster, with the same content
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _build(
+    folder: Path, source: Source, clip: FrozenCLIP, items: int, text_bytes: int, first_only: bool
+) -> None:
+    with tqdm(total=items, desc=f"Embedding {items} pictures", unit="") as progress:
+        images = _create(folder, "image_embed", np.float32, items, clip.embed_dim)
+        for chunk in _chunks(items):
+            device = _device(clip)
+            images[chunk.start : chunk.stop] = clip.embed_image(source.images(chunk).to(device)).cpu().numpy()
+            progress.update(len(chunk))
+        images.flush()
+    captions = [source.captions(item)[: 1 if first_only else None] for item in range(items)]
+    text = _text_size(clip, sum(map(len, captions))) <= text_bytes
+    if text:
+        _build_text(folder, clip, captions)
+    files = {file.name: [file.stat().st_size, _checksum(file)] for file in sorted(folder.iterdir())}
+    meta = {"format": FORMAT, "text": text, "files": files}
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+
+
+def _build_text(folder: Path, clip: FrozenCLIP, captions: list[list[str]]) -> None:
+    flat = [caption for group in captions for caption in group]
+    np.save(folder / "first.npy", np.cumsum([0, *map(len, captions)]))
+    (folder / "captions.json").write_text(json.dumps(flat), encoding="utf-8")
+    shapes = {"text": (clip.context_length,), "text_mask": (clip.context_length,)}
+    shapes |= {"text_embed": (clip.embed_dim,), "text_hidden": (clip.context_length, clip.text_width)}
+    arrays = {name: _create(folder, name, kind, len(flat), *shapes[name]) for name, kind in TEXT.items()}
+    with tqdm(total=len(flat), desc=f"Embedding {len(flat)} captions", unit="") as progress:
+        for chunk in _chunks(len(flat)):
+            text = clip.tokenizer(flat[chunk.start : chunk.stop]).to(_device(clip))
+            for name, values in {"text": text, **clip.embed_text(text)}.items():
+                arrays[name][chunk.start : chunk.stop] = values.cpu().numpy()
+            progress.update(len(chunk))
+    for array in arrays.values():
+        array.flush()
+
+
+def _device(clip: FrozenCLIP) -> torch.device:
+    return next(clip.parameters()).device
+
+
+def _text_size(clip: FrozenCLIP, captions: int) -> int:
+    """Bytes of the arrays about text."""
+    tokens = clip.context_length
+    return captions * (4 * tokens + 4 * clip.embed_dim + 2 * tokens * clip.text_width + tokens)
+
+
+def _create(folder: Path, name: str, kind: type[np.generic], *shape: int) -> np.memmap:
+    return np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=kind, shape=shape)
+
+
+def _chunks(n: int) -> Iterator[range]:
+    return (range(start, min(start + CHUNK, n)) for start in range(0, n, CHUNK))
+
+
+def _check(path: Path, meta: dict[str, Any], verify: bool) -> None:
+    if meta["format"] != FORMAT:
+        raise BrokenCache(f"format {meta['format']}, not {FORMAT}")
+    for name, (size, checksum) in meta["files"].items():
+        if (path / name).stat().st_size != size:
+            raise BrokenCache(f"{name} is cut short")
+        if verify and _checksum(path / name) != checksum:
+            raise BrokenCache(f"{name} has changed")
+
+
+def _checksum(file: Path) -> int:
+    checksum = 0
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            checksum = zlib.crc32(block, checksum)
+    return checksum

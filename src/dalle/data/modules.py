@@ -1,0 +1,306 @@
+"""One DataModule per kind of batch, all over the same sources.
+
+Frozen networks (CLIP) live here and not in a stage, so that a stage's checkpoint, EMA and DDP hold only what
+is trained. What they make of a fixed, small enough split is kept on disk (`cache.py`); the rest is computed
+on the device after the batch has arrived there.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from dalle.data.batch import Batch
+from dalle.data.cache import CachedDataset, EmbeddingCache, cached_embeddings
+from dalle.data.frozen import FrozenCLIP
+from dalle.data.norm import EmbedNorm
+from dalle.data.sources import EpochSampler, Source, SourceDataset, SourceFactory, as_it_is
+from dalle.data.tokenizers import TextTokenizer
+from dalle.errors import UserError
+
+TOKENIZER_ITEMS = 50_000  # items whose captions train a tokenizer
+NORM_ITEMS = 10_000  # items on which an embedding normalisation is fitted
+
+
+class ResumableLoader(DataLoader):
+    """Tells Lightning that it can be entered amid an epoch: its sampler asks the trainer where."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+class SourceDataModule(L.LightningDataModule):
+    """What all DataModules share: splits made on demand, samplers that know the rank and where a run goes on.
+
+    Args:
+        source: makes a split, `source(split="train" | "val" | "test")`.
+        batch_size: per rank.
+        num_workers: processes that read pictures; 0 = none.
+        seed: of the order and of the captions drawn.
+        val_items, test_items: use only the first so many items of these splits.
+    """
+
+    def __init__(
+        self,
+        source: SourceFactory,
+        batch_size: int,
+        num_workers: int = 0,
+        seed: int = 0,
+        val_items: int | None = None,
+        test_items: int | None = None,
+    ):
+        super().__init__()
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size}: give at least 1")
+        self.make_source, self.batch_size, self.num_workers, self.seed = source, batch_size, num_workers, seed
+        self.limits = {"val": val_items, "test": test_items}
+        self._splits: dict[str, Source] = {}
+
+    def split(self, name: str) -> Source:
+        """The source of `train`, `val` or `test`."""
+        if name not in self._splits:
+            self._splits[name] = self.make_source(split=name)
+        return self._splits[name]
+
+    def items(self, name: str) -> int:
+        """How many items of a split are used."""
+        n, limit = len(self.split(name)), self.limits.get(name)
+        return n if limit is None else min(n, limit)
+
+    def dataset(self, name: str) -> SourceDataset:
+        raise NotImplementedError
+
+    def train_dataloader(self) -> DataLoader:
+        n, world = self.items("train"), self.trainer.world_size if self.trainer else 1
+        if self.batch_size * world > n:
+            ranks = f" on each of {world} devices" if world > 1 else ""
+            raise UserError(
+                f"batch_size={self.batch_size}{ranks} is larger than the training set of {n} items; "
+                f"set a batch size of at most {n // world}"
+            )
+        # Overfitting on a few batches means the same ones, with the same captions, in every epoch.
+        overfit = self.trainer is not None and self.trainer.overfit_batches > 0
+        position = partial(_position, self.trainer, overfit) if self.trainer else None
+        return self._loader("train", shuffle=not overfit, drop_last=True, position=position)
+
+    def val_dataloader(self) -> DataLoader | list[DataLoader]:
+        return self._loader("val") if self.items("val") else []
+
+    def test_dataloader(self) -> DataLoader | list[DataLoader]:
+        return self._loader("test") if self.items("test") else []
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What a network on these batches must match."""
+        return {"image_size": self.split("train").image_size}
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for a run's manifest, JSON-able."""
+        names = ("train", "val", "test")
+        return {
+            "data": {
+                "source": type(self.split("train")).__name__,
+                "fingerprint": {name: self.split(name).fingerprint() for name in names},
+                "items": {name: self.items(name) for name in names},
+            },
+            "image_size": self.split("train").image_size,
+        }
+
+    def _loader(self, name: str, **sampling: Any) -> DataLoader:
+        trainer = self.trainer
+        sampler = EpochSampler(
+            len(self.split(name)),
+            self.batch_size,
+            seed=self.seed,
+            rank=trainer.global_rank if trainer else 0,
+            world=trainer.world_size if trainer else 1,
+            limit=self.limits.get(name),
+            **sampling,
+        )
+        return ResumableLoader(
+            self.dataset(name),
+            batch_sampler=sampler,
+            collate_fn=as_it_is,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            # Its own generator: else every new iterator would shift the noise that training draws.
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+
+def _position(trainer: L.Trainer, overfit: bool) -> tuple[int, int]:
+    """Epoch and number of batches trained on in it, from the progress that Lightning saves in checkpoints.
+
+    `trainer.current_epoch` will not do: it has already moved on in a checkpoint made when `max_steps` ends an
+    epoch midway. Called when an iterator is made, which Lightning does right after loading a checkpoint.
+    """
+    batches, epochs = trainer.fit_loop.epoch_loop.batch_progress, trainer.fit_loop.epoch_progress
+    begun, done = epochs.current.started, batches.current.processed
+    finished = batches.is_last_batch and done == batches.current.ready
+    epoch, start = (begun, 0) if finished or begun == 0 else (begun - 1, done)
+    return (0 if overfit else epoch), start
+
+
+class TextImageDataModule(SourceDataModule):
+    """Batches of `image`, `caption`, `index`, `text`: what CLIP trains on.
+
+    Args:
+        tokenizer: a tokenizer, or what makes one from a list of captions: those of the training split.
+    """
+
+    def __init__(
+        self,
+        source: SourceFactory,
+        tokenizer: TextTokenizer | Callable[[list[str]], TextTokenizer],
+        batch_size: int,
+        num_workers: int = 0,
+        seed: int = 0,
+        val_items: int | None = None,
+        test_items: int | None = None,
+    ):
+        super().__init__(source, batch_size, num_workers, seed, val_items, test_items)
+        self._tokenizer = tokenizer
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        if not isinstance(self._tokenizer, TextTokenizer):
+            train = self.split("train")
+            items = range(min(len(train), TOKENIZER_ITEMS))
+            self._tokenizer = self._tokenizer([c for item in items for c in train.captions(item)])
+        return self._tokenizer
+
+    def dataset(self, name: str) -> SourceDataset:
+        return SourceDataset(self.split(name), self.tokenizer, seed=self.seed if name == "train" else None)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        tokenizer = self.tokenizer
+        text = {"vocab_size": tokenizer.vocab_size, "context_length": tokenizer.context_length}
+        return super().sizes | text
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"tokenizer": tokenizer_facts(self.tokenizer)}
+
+
+class EmbeddingDataModule(SourceDataModule):
+    """Batches of `image_embed` (normalised), `text_embed`, `text_hidden`, `text_mask`, `text`, `caption`,
+    `index`: what a prior trains on. Images are read only to be embedded.
+
+    Args:
+        clip: the frozen CLIP whose embeddings these are.
+        cache_dir: where embeddings are kept.
+        image_embed_norm: none | unit | unit_times_sqrt_dim | standardized, see `EmbedNorm`.
+        cache_items: a larger split is embedded batch by batch instead.
+        cache_text_gb: captions whose states would take more are embedded batch by batch instead.
+    """
+
+    with_images = False
+
+    def __init__(
+        self,
+        source: SourceFactory,
+        clip: FrozenCLIP,
+        batch_size: int,
+        cache_dir: str | Path,
+        num_workers: int = 0,
+        seed: int = 0,
+        val_items: int | None = None,
+        test_items: int | None = None,
+        image_embed_norm: str = "unit_times_sqrt_dim",
+        cache_items: int = 100_000,
+        cache_text_gb: float = 1.0,
+    ):
+        super().__init__(source, batch_size, num_workers, seed, val_items, test_items)
+        self.clip, self.cache_dir = clip, Path(cache_dir)
+        self.cache_items, self.text_bytes = cache_items, int(cache_text_gb * 2**30)
+        self.norm = EmbedNorm(image_embed_norm)
+        self._caches: dict[str, EmbeddingCache | None] = {}
+
+    def prepare_data(self) -> None:
+        """One process computes what is kept, before the others look for it."""
+        self._embed(verify=True)
+
+    def setup(self, stage: str) -> None:
+        self._embed(verify=False)
+
+    def _embed(self, verify: bool) -> None:
+        if self.trainer:
+            self.clip.to(self.trainer.strategy.root_device)
+        embed = partial(cached_embeddings, self.cache_dir, clip=self.clip, verify=verify)
+        for name in ("train", "val"):
+            source, n = self.split(name), self.items(name)
+            if name not in self._caches and source.fixed and 0 < n <= self.cache_items:
+                self._caches[name] = embed(
+                    source=source, items=n, text_bytes=self.text_bytes, first_only=name == "val"
+                )
+        if self.norm.needs_fit:
+            train = self._caches.get("train") or embed(
+                source=self.split("train"), items=min(NORM_ITEMS, self.items("train")), text_bytes=0
+            )
+            self.norm.fit(train.images(range(min(NORM_ITEMS, len(train)))))
+
+    def dataset(self, name: str) -> SourceDataset:
+        source, seed = self.split(name), self.seed if name == "train" else None
+        if cache := self._caches.get(name):
+            return CachedDataset(source, cache, self.clip.tokenizer, images=self.with_images, seed=seed)
+        return SourceDataset(source, self.clip.tokenizer, seed=seed)
+
+    @torch.no_grad()
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Adds the embeddings that did not come from a cache, and normalises those of images."""
+        if "image_embed" not in batch:
+            self.clip.to(batch["text"].device)
+            batch["image_embed"] = self.clip.embed_image(batch["image"])
+            if not self.with_images:
+                del batch["image"]
+        if "text_embed" not in batch:
+            self.clip.to(batch["text"].device)
+            batch.update(self.clip.embed_text(batch["text"]))  # pyright: ignore[reportArgumentType]
+        batch["image_embed"] = self.norm.encode(batch["image_embed"])
+        return batch
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        return self.clip.tokenizer
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        clip = self.clip
+        return super().sizes | {
+            "vocab_size": clip.tokenizer.vocab_size,
+            "context_length": clip.context_length,
+            "embed_dim": clip.embed_dim,
+            "text_width": clip.text_width,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {
+            "tokenizer": tokenizer_facts(self.clip.tokenizer),
+            "clip": {"weights": self.clip.weights_hash, "embed_dim": self.clip.embed_dim},
+            "image_embed_norm": self.norm.to_dict(),
+        }
+
+
+class ImageEmbeddingDataModule(EmbeddingDataModule):
+    """The batches of `EmbeddingDataModule` and `image`: what a decoder trains on."""
+
+    with_images = True
+
+
+def tokenizer_facts(tokenizer: TextTokenizer) -> dict[str, Any]:
+    """What tells two tokenizers apart, in a few words: stages with other ids do not fit together."""
+    state = json.dumps(tokenizer.to_dict(), sort_keys=True)
+    return {
+        "vocab_size": tokenizer.vocab_size,
+        "context_length": tokenizer.context_length,
+        "hash": hashlib.sha256(state.encode()).hexdigest()[:16],
+    }
