@@ -1,7 +1,7 @@
-"""Denoiser: a network that predicts eps, x0, v or the velocity becomes an estimator of the clean x0, with its loss.
+"""Denoiser: makes a network that predicts eps, x0, v or the velocity an estimator of the clean x0, with its loss.
 
-Ho et al. 2020 (eps), Salimans & Ho 2022 (v), Liu et al. 2022 (velocity of rectified flow), Hang et al. 2023 (min-SNR
-weights), Nichol & Dhariwal 2021 (learned variance, hybrid loss), Esser et al. 2024 (logit-normal times).
+Ho et al. 2020 (eps), Salimans & Ho 2022 (v), Liu et al. 2022 (velocity of rectified flow), Hang et al. 2023
+(min-SNR weights), Nichol & Dhariwal 2021 (learned variance, hybrid loss), Esser et al. 2024 (logit-normal times).
 """
 
 import math
@@ -19,11 +19,11 @@ MIN_SNR_GAMMA = 5.0
 class Denoiser(nn.Module):
     """Wraps `net(x_t, t, **cond) -> (B, C, ...)`, where t is the continuous time in [0, 1].
 
-    prediction: what the network's output means: `eps`, `x0`, `v` (variance-preserving schedules) or `velocity`
-    (flow). weighting: `none` or `min_snr`. time_sampling: `uniform` (over the discrete levels, or continuous for
-    flow) or `logit_normal` with `logit_mean` and `logit_std`. learned_variance: the network emits 2C channels, the
-    second half the variance (eps prediction on a variance-preserving schedule only). Raises UserError for
-    combinations that do not exist.
+    prediction: what the network's output means: `eps`, `x0`, `v` (variance-preserving schedules only) or
+    `velocity` (flow only). weighting: `none` or `min_snr`. time_sampling: `uniform` or `logit_normal` with
+    `logit_mean` and `logit_std`; rounded up to a discrete level where the schedule has them.
+    learned_variance: the network emits 2C channels, the second half the variance (eps prediction on a
+    variance-preserving schedule only). Raises UserError for combinations that do not exist.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Denoiser(nn.Module):
     def with_variance(
         self, x_t: Float[Tensor, "B *S"], t: Float[Tensor, "B"], **cond
     ) -> tuple[Float[Tensor, "B *S"], Float[Tensor, "B *S"] | None]:
-        """The estimate of x0, and where ln variance lies between the posterior's (0) and beta (1), if learned."""
+        """The estimate of x0; if learned, where ln variance lies between the posterior's (0) and beta (1)."""
         out, fraction = self._split(self.net(x_t, t, **cond), x_t)
         return self._x0(x_t, out, t), fraction
 
@@ -65,7 +65,7 @@ class Denoiser(nn.Module):
     ) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
         """The loss of every sample and the times it was taken at.
 
-        For a reproducible value give `t` and `noise`, or a `generator` they are drawn from (on its own device).
+        For a reproducible value give `t` and `noise`, or a `generator`, which draws them on its own device.
         """
         t = self.times(x0, generator) if t is None else t
         noise = _draw(torch.randn, x0.shape, x0, generator).to(x0.dtype) if noise is None else noise
@@ -88,12 +88,15 @@ class Denoiser(nn.Module):
         """The mean of `losses`, which takes the same arguments."""
         return self.losses(x0, **cond)[0].mean()
 
-    def times(self, x0: Float[Tensor, "B *S"], generator: torch.Generator | None = None) -> Float[Tensor, "B"]:
+    def times(
+        self, x0: Float[Tensor, "B *S"], generator: torch.Generator | None = None
+    ) -> Float[Tensor, "B"]:
         """One training time per sample of x0."""
         if self.time_sampling == "uniform":
             t = _draw(torch.rand, x0.shape[:1], x0, generator)
         else:  # Esser et al. 2024, eq. 19
-            t = torch.sigmoid(self.logit_mean + self.logit_std * _draw(torch.randn, x0.shape[:1], x0, generator))
+            normal = _draw(torch.randn, x0.shape[:1], x0, generator)
+            t = torch.sigmoid(self.logit_mean + self.logit_std * normal)
         if self.schedule.variance_preserving:
             t = (t * self.schedule.steps).ceil().clamp(min=1) / self.schedule.steps
         return t
@@ -117,7 +120,7 @@ class Denoiser(nn.Module):
         return (alpha * x_t if self.prediction == "v" else x_t) - sigma * out
 
     def _split(self, out: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Mean channels and the fraction of the learned range, in x_t's precision whatever autocast made of them."""
+        """Mean channels and the fraction of the learned range, in x_t's precision despite autocast."""
         if not self.learned_variance:
             return out.to(x_t.dtype), None
         mean, variance = out.to(x_t.dtype).chunk(2, dim=1)
@@ -131,21 +134,21 @@ def vlb_bits(
     fraction: Float[Tensor, "B *S"],
     t: Float[Tensor, "B"],
 ) -> Float[Tensor, "B"]:
-    """The term of the variational bound at discrete levels t, in bits per dimension (Nichol & Dhariwal 2021, sec. 3.1).
+    """The variational bound's term at discrete levels t, in bits per dimension (Nichol & Dhariwal 2021, eq. 4-7).
 
     ln variance of the model = fraction ln beta + (1 - fraction) ln posterior variance (eq. 15).
     """
-    level = (precise(t) * schedule.steps).round()
+    steps = schedule.steps
+    level = (precise(t) * steps).round()
 
     def at(level: Tensor) -> tuple[Tensor, ...]:
-        now, before = schedule.alpha_sigma(level / schedule.steps), schedule.alpha_sigma((level - 1) / schedule.steps)
+        now, before = schedule.alpha_sigma(level / steps), schedule.alpha_sigma((level - 1) / steps)
         return tuple(expand(c, x0).to(x0.dtype) for c in posterior(*now, *before))
 
     c0, _, beta, _ = at(level)
-    posterior_log = at(level.clamp(min=2))[3].log()  # the first level's posterior variance is 0: take the second's
+    posterior_log = at(level.clamp(min=2))[3].log()  # 0 at the first level: take the second's
     model_log = fraction * beta.log() + (1 - fraction) * posterior_log
-    # both means hold the same ct x_t, which cancels
-    kl = gaussian_kl(c0 * x0, posterior_log, c0 * x0_hat, model_log)
+    kl = gaussian_kl(c0 * x0, posterior_log, c0 * x0_hat, model_log)  # both means' ct x_t cancels
     nll = -discretized_gaussian(x0, x0_hat, model_log / 2)
     return torch.where(expand(level, x0) == 1, nll, kl).flatten(1).mean(1) / math.log(2)
 
@@ -179,7 +182,9 @@ def _draw(draw, shape, like: Tensor, generator: torch.Generator | None) -> Tenso
     return draw(shape, generator=generator, device=device, dtype=dtype).to(like.device)
 
 
-def _check(schedule: Schedule, prediction: str, weighting: str, time_sampling: str, learned_variance: bool) -> None:
+def _check(
+    schedule: Schedule, prediction: str, weighting: str, time_sampling: str, learned_variance: bool
+) -> None:
     for name, value, known in (
         ("prediction", prediction, ("eps", "x0", "v", "velocity")),
         ("weighting", weighting, ("none", "min_snr")),
@@ -188,10 +193,11 @@ def _check(schedule: Schedule, prediction: str, weighting: str, time_sampling: s
         if value not in known:
             raise UserError(f"unknown {name} '{value}': choose one of {', '.join(known)}")
     if prediction == "velocity" and schedule.variance_preserving:
-        raise UserError(f"prediction=velocity goes with schedule=flow; with {schedule.name} take v, eps or x0")
+        raise UserError(f"prediction=velocity needs the schedule flow; with {schedule.name} take v, eps or x0")
     if prediction == "v" and not schedule.variance_preserving:
         raise UserError("prediction=v needs a variance-preserving schedule; with flow take velocity or x0")
     if prediction == "eps" and schedule.ends_in_pure_noise:
-        raise UserError(f"eps says nothing about x0 where all is noise: with {schedule!r} take v, velocity or x0")
+        other = "v" if schedule.variance_preserving else "velocity"
+        raise UserError(f"prediction=eps cannot start from the pure noise of this schedule: take {other} or x0")
     if learned_variance and not (prediction == "eps" and schedule.variance_preserving):
-        raise UserError("learned_variance needs prediction=eps and a variance-preserving schedule such as cosine")
+        raise UserError("learned_variance needs prediction=eps and a schedule other than flow")

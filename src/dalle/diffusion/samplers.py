@@ -1,9 +1,9 @@
 """Samplers: from noise to x0 through a denoiser. One function each, all with the same signature.
 
-`denoise(x_t, t (B,)) -> x0`, or -> (x0, fraction) where the variance is learned (`Denoiser.with_variance`): any
-callable, never a network. `levels` are the noise levels to visit, the last one clean; `randn(x)` draws noise like x;
-`on_step(i, n, x0)` sees every estimate. All are written for any Gaussian path x_t = alpha x_0 + sigma eps, so they hold
-for variance-preserving schedules and for flow, where `ddim` with eta = 0 is the Euler method.
+`denoise(x_t, t (B,)) -> x0`, or -> (x0, fraction) where the variance is learned (`Denoiser.with_variance`):
+any callable, never a network. `levels` are the noise levels to visit, the last one clean; `randn(x)` draws noise
+like x; `on_step(i, n, x0)` sees every estimate. All are written for any Gaussian path x_t = alpha x_0 + sigma eps,
+so they hold for variance-preserving schedules and for flow, where `ddim` with eta = 0 is Euler's method.
 """
 
 import inspect
@@ -36,13 +36,13 @@ def ddpm(
 ) -> Float[Tensor, "B *S"]:
     """Ancestral sampling: Ho et al. 2020, algorithm 2, on respaced levels (Nichol & Dhariwal 2021, sec. 4).
 
-    variance: `small` (the posterior's), `large` (beta), `learned`, or `analytic` (Bao et al. 2022), which takes
-    `eps_square`, the mean squared eps estimate on data at each of the N noisy levels.
+    variance: `small` (the posterior's), `large` (beta), `learned`, or `analytic` (Bao et al. 2022), which needs
+    `eps_square`: the mean of the squared eps estimate on data, at each of the N noisy levels.
     """
     if variance not in VARIANCES:
         raise UserError(f"unknown variance '{variance}': choose one of {', '.join(VARIANCES)}")
     if variance == "analytic" and (eps_square is None or len(eps_square) != len(levels)):
-        raise UserError(f"variance=analytic needs eps_square, {len(levels)} numbers measured on data, one per step")
+        raise UserError(f"variance=analytic needs eps_square: {len(levels)} numbers, one per step")
     for i, now, to in levels.steps():
         x0, fraction = _estimate(denoise, x, now)
         c0, ct, beta, small = posterior(now.alpha, now.sigma, to.alpha, to.sigma)
@@ -51,8 +51,8 @@ def ddpm(
             if variance == "learned":
                 std = _learned_std(fraction, beta, small)
             elif variance == "analytic" and eps_square is not None:  # Bao et al. 2022, eq. 8
-                x0_variance = min(max((now.sigma / max(now.alpha, 1e-12)) ** 2 * (1 - eps_square[i]), 0.0), 1.0)
-                std = math.sqrt(small + c0**2 * x0_variance)
+                unsure = (now.sigma / max(now.alpha, 1e-12)) ** 2 * (1 - eps_square[i])  # Var[x_0 | x_t]
+                std = math.sqrt(small + c0**2 * min(max(unsure, 0.0), 1.0))
             else:
                 std = math.sqrt(small if variance == "small" else beta)
             x = x + std * randn(x)
@@ -70,7 +70,7 @@ def ddim(
     randn: Randn = torch.randn_like,
     on_step: OnStep | None = None,
 ) -> Float[Tensor, "B *S"]:
-    """Song et al. 2021 (DDIM), eq. 12. eta = 0 is deterministic; eta = 1 has the law of `ddpm` with small variance."""
+    """Song et al. 2021 (DDIM), eq. 12. Deterministic at eta = 0; at eta = 1 the law of `ddpm`, small variance."""
     for i, now, to in levels.steps():
         x0, _ = _estimate(denoise, x, now)
         eps = (x - now.alpha * x0) / now.sigma
@@ -91,9 +91,9 @@ def dpmpp(
     randn: Randn = torch.randn_like,
     on_step: OnStep | None = None,
 ) -> Float[Tensor, "B *S"]:
-    """DPM-Solver++ 2M: Lu et al. 2022b, algorithm 2. Deterministic; best on levels uniform in ln(alpha/sigma).
+    """DPM-Solver++ 2M: Lu et al. 2022b, algorithm 2. Deterministic; best on levels uniform in log-SNR.
 
-    The first step and the last (to no noise at all) are of first order, which is DDIM.
+    The first step, and the last, to no noise at all, are of first order, which is DDIM.
     """
     x0_before, h_before = x, math.inf
     for i, now, to in levels.steps():
@@ -119,7 +119,7 @@ def heun(
     randn: Randn = torch.randn_like,
     on_step: OnStep | None = None,
 ) -> Float[Tensor, "B *S"]:
-    """Karras et al. 2022, algorithm 2, in g = sigma/alpha and y = x/alpha, where dy/dg = eps. Two calls a step.
+    """Karras et al. 2022, algorithm 2, in g = sigma/alpha and y = x/alpha, where dy/dg = eps: two calls a step.
 
     Steps from pure noise (g infinite) and to no noise are Euler's. `churn` is S_churn, `churn_noise` S_noise.
     """
@@ -164,7 +164,8 @@ class Sampler:
         known = [name for name in arguments if name not in ("randn", "on_step")]
         for name in options:
             if name not in known:
-                raise UserError(f"sampler {method} has no option '{name}': it takes {', '.join(known) or 'none'}")
+                has = ", ".join(known) or "none"
+                raise UserError(f"sampler {method} has no option '{name}': its options are: {has}")
         if steps < 1:
             raise UserError(f"a sampler needs at least 1 step, not {steps}")
         self.method, self.steps, self.spacing, self.options = method, steps, spacing, options
@@ -199,14 +200,15 @@ class Sampler:
 
 def _estimate(denoise: Denoise, x: Tensor, level: Level) -> tuple[Tensor, Tensor | None]:
     """x0 and, if the denoiser tells, the learned variance's fraction; in x's precision."""
-    out = denoise(x, torch.full(x.shape[:1], level.t, dtype=x.dtype, device=x.device))
+    dtype = torch.promote_types(x.dtype, torch.float32)  # half precision cannot tell times apart
+    out = denoise(x, torch.full(x.shape[:1], level.t, dtype=dtype, device=x.device))
     x0, fraction = out if isinstance(out, tuple) else (out, None)
     return x0.to(x.dtype), fraction
 
 
 def _learned_std(fraction: Tensor | None, beta: float, small: float) -> Tensor:
     if fraction is None:
-        raise UserError("variance=learned needs a model trained with learned_variance=true: take small or large")
+        raise UserError("variance=learned needs a model with learned_variance=true: take small or large")
     return torch.exp(0.5 * (fraction * math.log(beta) + (1 - fraction) * math.log(small)))
 
 
@@ -219,7 +221,7 @@ def _logsnr(level: Level) -> float:
 def _add_noise(
     x: Tensor, schedule: Schedule, now: Level, factor: float, scale: float, randn: Randn
 ) -> tuple[Tensor, Level]:
-    """Raise sigma/alpha by `factor` (no further than the schedule goes) by adding noise of the missing variance."""
+    """Raise sigma/alpha by `factor`, or as far as the schedule goes, by adding the noise that is missing."""
     t = schedule.t_at(torch.tensor([_logsnr(now) - math.log(factor)], dtype=torch.float64))
     raised = Level(t.item(), *(c.item() for c in schedule.alpha_sigma(t)))
     missing = (raised.sigma / raised.alpha) ** 2 - (now.sigma / now.alpha) ** 2

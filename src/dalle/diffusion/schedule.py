@@ -1,10 +1,10 @@
 """Noise schedules: how much image and how much noise there is at a time t.
 
-x_t = alpha(t) x_0 + sigma(t) eps, with t in [0, 1]: t = 0 is exactly clean (alpha 1, sigma 0), t = 1 the noisiest.
+x_t = alpha(t) x_0 + sigma(t) eps, with t in [0, 1]: t = 0 is exactly clean (alpha 1, sigma 0), t = 1 noisiest.
 `linear` (Ho et al. 2020), `scaled_linear` (Rombach et al. 2022), `cosine` (Nichol & Dhariwal 2021) and `sigmoid`
-(level form, Jabri et al. 2022) are variance preserving (alpha^2 + sigma^2 = 1) and made of discrete levels: level
-i = 0 .. steps-1 sits at t = (i+1) / steps, and ln alpha is linear in between (as in DPM-Solver, Lu et al. 2022).
-`flow` is the straight path of rectified flow (Liu et al. 2022): alpha = 1 - t, sigma = t, not variance preserving.
+(level form, Jabri et al. 2022) are variance preserving (alpha^2 + sigma^2 = 1) and made of discrete levels:
+level i = 0 .. steps-1 sits at t = (i+1) / steps, with ln alpha linear in between (DPM-Solver, Lu et al. 2022).
+`flow` is the straight path of rectified flow (Liu et al. 2022), not variance preserving: alpha = 1 - t, sigma = t.
 """
 
 import math
@@ -26,9 +26,10 @@ ZERO = -1e4  # ln alpha where alpha is 0: finite, so that it interpolates; exp o
 Number = TypeVar("Number", float, Tensor)
 
 
-def precise(t: Tensor) -> Tensor:
-    """float64 where the device has it."""
-    return t.to(torch.float32 if t.device.type == "mps" else torch.float64)
+def precise(values: Tensor, device: torch.device | None = None) -> Tensor:
+    """In float64, on the device; in float32 where it has no float64."""
+    device = device or values.device
+    return values.to(device, torch.float32 if device.type == "mps" else torch.float64)
 
 
 def expand(coefficient: Float[Tensor, "B"], like: Float[Tensor, "B ..."]) -> Tensor:
@@ -44,8 +45,9 @@ def posterior(
     Returns c0, ct, beta, variance: its mean is c0 x_0 + ct x_t; beta is the variance of q(x_t | x_prev).
     """
     ratio = alpha / alpha_prev
+    kept = (sigma_prev / sigma) ** 2
     beta = sigma**2 - ratio**2 * sigma_prev**2
-    return alpha_prev * beta / sigma**2, ratio * (sigma_prev / sigma) ** 2, beta, beta * (sigma_prev / sigma) ** 2
+    return alpha_prev * beta / sigma**2, ratio * kept, beta, beta * kept
 
 
 class Level(NamedTuple):
@@ -70,15 +72,15 @@ class Levels:
 
     def steps(self) -> Iterator[tuple[int, Level, Level]]:
         """(step number, level one is at, level one goes to)."""
-        points = [Level(*p) for p in zip(self.t.tolist(), self.alpha.tolist(), self.sigma.tolist(), strict=True)]
+        points = list(map(Level, self.t.tolist(), self.alpha.tolist(), self.sigma.tolist()))
         return zip(range(len(self)), points[:-1], points[1:], strict=True)
 
 
 class Schedule:
     """alpha(t) and sigma(t), and the levels a sampler visits.
 
-    `steps` is the number T of discrete levels. `zero_terminal_snr` shifts and scales alpha so that t = 1 is pure
-    noise (Lin et al. 2024, algorithm 1); it needs v or x0 prediction. `flow` ends in pure noise anyway.
+    `steps` is the number T of discrete levels. `zero_terminal_snr` shifts and scales alpha so that t = 1 is
+    pure noise (Lin et al. 2024, algorithm 1); it needs v or x0 prediction. `flow` ends in pure noise anyway.
     """
 
     def __init__(self, name: str, steps: int = 1000, zero_terminal_snr: bool = False):
@@ -95,8 +97,8 @@ class Schedule:
             if zero_terminal_snr:
                 first, last = log_alpha[0].exp(), log_alpha[-1].exp()
                 log_alpha = ((log_alpha.exp() - last) * first / (first - last)).log().clamp(min=ZERO)
-            table = torch.cat([log_alpha.new_zeros(1), log_alpha])  # ln alpha at t = 0, 1/T, ..., 1
-            self._tables[table.device] = table
+            # ln alpha at t = 0, 1/T, ..., 1
+            self._tables[torch.device("cpu")] = torch.cat([log_alpha.new_zeros(1), log_alpha])
 
     def __repr__(self) -> str:
         return f"Schedule({self.name!r}, steps={self.steps}, ends_in_pure_noise={self.ends_in_pure_noise})"
@@ -126,9 +128,9 @@ class Schedule:
     def levels(self, steps: int, spacing: str | None = None) -> Levels:
         """The levels of a sampler that takes `steps` steps.
 
-        spacing: `strided` (evenly spaced indices, both ends kept: the default), `trailing`, `leading` ("ddimN"),
+        spacing: `strided` (evenly spaced indices, both ends kept; the default), `trailing`, `leading` ("ddimN"),
         `uniform` in t (the default of flow), `logsnr` (uniform in ln(alpha/sigma)), `edm` (Karras et al. 2022,
-        eq. 5), or counts for equal sections of the schedule, cleanest first: "10,10,3,2,2" (`fast27` is GLIDE's).
+        eq. 5), or counts for equal sections of the schedule, cleanest first: "10,10,3,2,2"; `fast27` is GLIDE's.
         Raises UserError for a number of steps the spacing cannot give.
         """
         spacing = spacing or ("strided" if self.variance_preserving else "uniform")
@@ -149,25 +151,20 @@ class Schedule:
     def _table(self, device: torch.device) -> Tensor:
         if device not in self._tables:
             with torch.inference_mode(False):  # it outlives the sampling that first asked for it
-                self._tables[device] = precise_on(next(iter(self._tables.values())), device)
+                self._tables[device] = precise(self._tables[torch.device("cpu")], device)
         return self._tables[device]
 
     def _logsnr_range(self) -> tuple[float, float]:
-        """From the noisiest discrete level at or above the floor to the cleanest one."""
-        t = torch.arange(1, self.steps + 1, dtype=torch.float64) / self.steps
-        alpha, sigma = self.alpha_sigma(t)
-        logsnr = (alpha / sigma).log()
-        return logsnr[logsnr >= LOGSNR_FLOOR][-1].item(), logsnr[0].item()
+        """Of the noisiest discrete level, or the floor, and of the cleanest."""
+        alpha, sigma = self.alpha_sigma(torch.tensor([1.0, 1 / self.steps], dtype=torch.float64))
+        noisiest, cleanest = (alpha / sigma).log().tolist()
+        return max(noisiest, LOGSNR_FLOOR), cleanest
 
     def _edm_sigmas(self, steps: int, low: float = 0.002, high: float = 80.0, rho: float = 7.0) -> Tensor:
         alpha, sigma = self.alpha_sigma(torch.ones(1, dtype=torch.float64))
         high = min(high, (sigma / alpha).item())
         ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
         return (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
-
-
-def precise_on(table: Tensor, device: torch.device) -> Tensor:
-    return precise(table).to(device) if device.type != "mps" else table.float().to(device)
 
 
 def betas(name: str, steps: int) -> Tensor:
@@ -186,7 +183,7 @@ def betas(name: str, steps: int) -> Tensor:
 
 
 def kept_indices(total: int, steps: int, spacing: str) -> list[int]:
-    """Which of `total` discrete levels a sampler of `steps` steps visits, cleanest first (improved-diffusion)."""
+    """Which of `total` discrete levels a sampler of `steps` steps visits, cleanest first."""
     if steps > total:
         raise UserError(f"{steps} sampling steps, but the noise schedule has only {total} levels")
     if spacing == "strided":
@@ -197,7 +194,7 @@ def kept_indices(total: int, steps: int, spacing: str) -> list[int]:
         for stride in range(1, total + 1):
             if len(range(0, total, stride)) == steps:
                 return list(range(0, total, stride))
-        raise UserError(f"no whole stride gives {steps} of {total} levels: take spacing=strided or other steps")
+        raise UserError(f"no whole stride gives {steps} of {total} levels: take spacing=strided")
     if spacing == "fast27":  # GLIDE's upsampler: the last level is moved off the end
         kept = even_sections(total, [10, 10, 3, 2, 2])
         kept[-1] = total - 3
@@ -205,15 +202,15 @@ def kept_indices(total: int, steps: int, spacing: str) -> list[int]:
         try:
             kept = even_sections(total, [int(count) for count in spacing.split(",")])
         except ValueError:
-            known = ", ".join(SPACINGS)
-            raise UserError(f"unknown spacing '{spacing}': choose {known}, or section counts like 10,5,5") from None
+            known = f"choose {', '.join(SPACINGS)}, or counts of sections such as 10,5,5"
+            raise UserError(f"unknown spacing '{spacing}': {known}") from None
     if len(kept) != steps:
         raise UserError(f"spacing '{spacing}' makes {len(kept)} steps, not {steps}: set steps={len(kept)}")
     return kept
 
 
 def even_sections(total: int, counts: list[int]) -> list[int]:
-    """Split 0 .. total-1 into equal sections and keep `counts` evenly spaced indices of each, both ends included."""
+    """Split 0 .. total-1 into equal sections; keep `counts` evenly spaced indices of each, both ends included."""
     size, extra = divmod(total, len(counts))
     kept, start = [], 0
     for section, count in enumerate(counts):
