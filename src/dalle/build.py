@@ -1,0 +1,104 @@
+"""From a plain nested dict (a resolved config) to objects.
+
+The same grammar as Hydra's ``_target_`` and ``_partial_``, without Hydra: a run directory is loaded by code that has never
+heard of config groups. Only names of the packages in `TRUSTED` are imported, every argument is checked against the
+signature first, and mistakes are named by their place in the config.
+"""
+
+import importlib
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from dalle.errors import UserError
+
+TRUSTED = ("dalle.", "torch.", "lightning.")
+
+
+def locate(target: str) -> Any:
+    """The object called `target` (``package.module.name``)."""
+    if not target.startswith(TRUSTED):
+        raise UserError(f"_target_ {target!r} is not of {', '.join(p[:-1] for p in TRUSTED)}; refusing to import it")
+    module, _, name = target.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"_target_ {target!r} cannot be imported: {error}") from None
+
+
+def build(node: Any, where: str = "", **extra: Any) -> Any:
+    """Instantiates `node` and everything inside it; `extra` arguments go to the outermost target only.
+
+    Args:
+        node: a dict with ``_target_`` (and ``_partial_: true`` for a partial), or any nesting of dicts and lists.
+        where: the node's name in the config, for messages.
+    """
+    if isinstance(node, list):
+        return [build(item, f"{where}[{i}]") for i, item in enumerate(node)]
+    if not isinstance(node, dict):
+        return node
+    arguments = {
+        key: build(value, f"{where}.{key}" if where else key)
+        for key, value in node.items()
+        if key not in ("_target_", "_partial_") and key not in extra
+    }
+    if "_target_" not in node:
+        return arguments
+    target = locate(node["_target_"])
+    arguments |= extra
+    check_arguments(target, arguments, where or node["_target_"], partial_call=bool(node.get("_partial_")))
+    return partial(target, **arguments) if node.get("_partial_") else target(**arguments)
+
+
+def check_arguments(target: Callable[..., Any], arguments: dict[str, Any], where: str, partial_call: bool) -> None:
+    """Raises a `UserError` for unknown, missing and wrongly typed arguments."""
+    if inspect.getmodule(target) is None:
+        return
+    parameters = inspect.signature(target).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    named = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    for name in arguments:
+        if name not in named and not open_ended:
+            raise UserError(f"{where}.{name} is not an option of {_name(target)}; it takes {', '.join(named)}")
+    missing = [n for n, p in named.items() if p.default is p.empty and n not in arguments]
+    if missing and not partial_call:
+        raise UserError(f"{where} needs {', '.join(missing)}")
+    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    for name, value in arguments.items():
+        if name in hints and not fits(value, hints[name]):
+            raise UserError(f"{where}.{name} must be {describe(hints[name])}, got {value!r}")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a config value may stand where `hint` is asked for; anything that is not plain data passes."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, option) for option in options)
+    if origin is typing.Literal:
+        return any(value == option and type(value) is type(option) for option in options)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (bool, str, types.NoneType):
+        return isinstance(value, hint)
+    plain = value is None or isinstance(value, bool | int | float | str)
+    return not (plain and (origin in (list, tuple, dict) or hint in (list, tuple, dict)))
+
+
+def describe(hint: Any) -> str:
+    """A type in a user's words."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe(option) for option in options)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(str, options))
+    words = {float: "a number", int: "a whole number", bool: "true or false", str: "text", types.NoneType: "null"}
+    return words.get(hint, "a list" if origin in (list, tuple) else getattr(hint, "__name__", str(hint)))
+
+
+def _name(target: Any) -> str:
+    return getattr(target, "__qualname__", str(target))

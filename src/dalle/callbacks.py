@@ -1,0 +1,224 @@
+"""Side work of training: moving average, pictures, loss by timestep, throughput, checkpoints.
+
+None of it is known to the stages; each callback asks only for what `Stage` promises.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch import Tensor
+
+from dalle.data.batch import Batch, take
+from dalle.diffusion.noise import per_sample
+from dalle.pictures import grid, save_png
+from dalle.stages.base import Stage
+
+
+class Ema(lightning.Callback):
+    """Exponential moving average of the trained network only; validation, tests and samples use it.
+
+    The decay warms up as min(decay, (1 + n) / (10 + n)) after n updates, so that the first weights are forgotten soon.
+    Integer and boolean buffers are copied.
+    """
+
+    def __init__(self, decay: float = 0.999, every: int = 1) -> None:
+        self.decay, self.every = decay, every
+        self.updates = 0
+        self.average: dict[str, Tensor] = {}
+        self.live: dict[str, Tensor] | None = None
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
+        state = _tensors(pl_module)
+        old = self.average
+        self.average = {k: (old[k].to(v.device) if k in old else v.detach().clone()) for k, v in state.items()}
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Stage, *_: Any) -> None:
+        step = trainer.global_step
+        if step == getattr(self, "_seen", -1) or step % self.every:
+            return  # a batch of an accumulated step: the weights have not moved
+        self._seen = step
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        state = _tensors(pl_module)
+        floating = [k for k, v in state.items() if v.is_floating_point()]
+        torch._foreach_lerp_([self.average[k] for k in floating], [state[k] for k in floating], 1 - decay)
+        for key in state.keys() - set(floating):
+            self.average[key].copy_(state[key])
+
+    @torch.no_grad()
+    def swap_in(self, pl_module: Stage) -> None:
+        """Puts the average into the network; the live weights wait in `self.live`."""
+        if self.average and self.live is None:
+            state = _tensors(pl_module)
+            self.live = {k: v.detach().clone() for k, v in state.items()}
+            for key, value in state.items():
+                value.copy_(self.average[key])
+
+    @torch.no_grad()
+    def swap_out(self, pl_module: Stage) -> None:
+        if self.live is not None:
+            for key, value in _tensors(pl_module).items():
+                value.copy_(self.live[key])
+            self.live = None
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
+        self.swap_in(pl_module)
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
+        self.swap_out(pl_module)
+
+    def on_test_start(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
+        self.swap_in(pl_module)
+
+    def on_test_end(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
+        self.swap_out(pl_module)
+
+    def on_exception(self, trainer: lightning.Trainer, pl_module: Stage, exception: BaseException) -> None:
+        self.swap_out(pl_module)  # stopped inside a validation: the checkpoint must hold the live weights
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"average": self.average, "updates": self.updates}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.average, self.updates = state_dict["average"], state_dict["updates"]
+
+
+def _tensors(stage: Stage) -> dict[str, Tensor]:
+    return {**dict(stage.net.named_parameters()), **dict(stage.net.named_buffers())}
+
+
+class SampleGrid(lightning.Callback):
+    """Samples the same captions with the same noise every `every` steps, as a labelled grid into ``samples/``.
+
+    Only for stages that make images. The captions and conditions are those of the first validation batch.
+    """
+
+    def __init__(self, directory: str | Path, every: int = 1000, count: int = 16, seed: int = 0) -> None:
+        self.directory, self.every, self.count, self.seed = Path(directory), every, count, seed
+        self.batch: Batch | None = None
+
+    def on_validation_batch_start(
+        self, trainer: lightning.Trainer, pl_module: Stage, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self.batch is None and batch_idx == 0:
+            self.batch = take(batch, self.count)
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
+        if trainer.sanity_checking or not trainer.is_global_zero or self.batch is None:
+            return
+        if not getattr(pl_module, "makes_images", False) or trainer.global_step < self._due:
+            return
+        self._due = (trainer.global_step // self.every + 1) * self.every
+        seeds = [self.seed + i for i in range(len(self.batch["caption"]))]
+        images = pl_module.sample(self.batch, randn=per_sample(seeds, pl_module.device))
+        picture = grid(images, self.batch["caption"])
+        save_png(picture, self.directory / f"step-{trainer.global_step:07d}.png")
+        log_picture(trainer, "samples", picture)
+
+    _due = 0
+
+
+def log_picture(trainer: lightning.Trainer, key: str, picture: Any) -> None:
+    """Gives a PIL picture to every logger that shows pictures."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image(key, [picture], step=trainer.global_step)
+        elif isinstance(logger, TensorBoardLogger):
+            pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+            pixels = pixels.view(picture.height, picture.width, -1)
+            logger.experiment.add_image(key, pixels, trainer.global_step, dataformats="HWC")
+
+
+class LossByTime(lightning.Callback):
+    """Logs the loss in equal bins of diffusion time: where in the noise a model fails, one number does not say.
+
+    Reads ``per_sample`` (B,) and ``t`` (B,) of the step's output; sums stay on the device until they are logged.
+    """
+
+    def __init__(self, bins: int = 4) -> None:
+        self.bins = bins
+        self.sums: Tensor | None = None
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Stage, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        if not isinstance(outputs, dict) or "per_sample" not in outputs:
+            return
+        which = (outputs["t"] * self.bins).long().clamp(0, self.bins - 1)
+        if self.sums is None:
+            self.sums = torch.zeros(2, self.bins, device=which.device)
+        self.sums[0].index_add_(0, which, outputs["per_sample"].float())
+        self.sums[1].index_add_(0, which, torch.ones_like(which, dtype=torch.float32))
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            means = self.sums[0] / self.sums[1].clamp(min=1)
+            names = [f"train/loss_t{i / self.bins:.2f}-{(i + 1) / self.bins:.2f}" for i in range(self.bins)]
+            pl_module.log_dict(dict(zip(names, means, strict=True)))
+            self.sums.zero_()
+
+
+class Throughput(lightning.Callback):
+    """Logs training samples per second over all ranks, validation and pictures left out."""
+
+    def __init__(self) -> None:
+        self.seconds, self.samples, self.started = 0.0, 0, 0.0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.started = self.started or time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Stage, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self.samples += len(batch["caption"]) * trainer.world_size
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            pl_module.log("train/samples_per_second", self.samples / (time.perf_counter() - self.started))
+            self.samples, self.started = 0, 0.0
+
+    def on_validation_start(self, *_: Any) -> None:
+        self.samples, self.started = 0, 0.0
+
+
+class Progress(TQDMProgressBar):
+    """Lightning's bar without the version number, which says nothing."""
+
+    def get_metrics(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        return {k: v for k, v in metrics.items() if k != "v_num"}
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps ``last.ckpt`` current: every `every` steps, at the end, and when training is stopped (Ctrl-C, SIGTERM)."""
+
+    def __init__(self, directory: str | Path, every: int = 1000) -> None:
+        self.path, self.every = Path(directory) / "last.ckpt", every
+        self.saved_step = 0
+
+    def save(self, trainer: lightning.Trainer) -> None:
+        if trainer.global_step > self.saved_step and not trainer.fast_dev_run:
+            trainer.save_checkpoint(self.path)  # Lightning writes aside and renames
+            self.saved_step = trainer.global_step
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
+        self.saved_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        if trainer.global_step % self.every == 0:
+            self.save(trainer)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
+        self.save(trainer)
+
+    def on_exception(self, trainer: lightning.Trainer, pl_module: Stage, exception: BaseException) -> None:
+        stopped = isinstance(exception, KeyboardInterrupt | SIGTERMException)
+        # after any other error the other ranks may not come, and saving waits for them
+        if trainer.state.fn != "fit" or not (stopped or trainer.world_size == 1):
+            return
+        self.save(trainer)
+        if stopped and trainer.is_global_zero and self.path.exists():
+            print(f"\nstopped at step {self.saved_step}; the same command with resume=true goes on from there", flush=True)

@@ -1,0 +1,84 @@
+"""Loggers: one CSV file per run, always there; W&B that works without an account; TensorBoard is Lightning's own."""
+
+import csv
+import io
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from dalle.errors import UserError
+
+
+class MetricsCsv(Logger):
+    """``metrics.csv``: a row per logged step, a column per metric. A resumed run goes on in the same file.
+
+    Rows at or after the step a run is resumed from are dropped: they are about to be written again.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        super().__init__()
+        self.path = Path(directory) / "metrics.csv"
+        self.rows: list[dict[str, Any]] | None = None
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """The configuration is beside the file, in config.yaml."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        step = step or 0
+        if self.rows is None:
+            self.rows = [row for row in self._read() if int(row["step"]) < step]
+        values = {k: float(v) if isinstance(v, Tensor | float) else v for k, v in metrics.items()}
+        if self.rows and int(self.rows[-1]["step"]) == step:
+            self.rows[-1].update(values)
+        else:
+            self.rows.append({"step": step, **values})
+
+    @rank_zero_only
+    def save(self) -> None:
+        if not self.rows:
+            return
+        columns = sorted({key for row in self.rows for key in row} - {"step"})
+        text = io.StringIO()
+        writer = csv.DictWriter(text, ["step", *columns])
+        writer.writeheader()
+        writer.writerows(self.rows)
+        aside = self.path.with_name(".metrics.csv.tmp")
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text(text.getvalue(), encoding="utf-8")
+        aside.replace(self.path)
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        self.save()
+
+    def _read(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        with self.path.open(encoding="utf-8", newline="") as file:
+            return [{k: v for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
+
+
+def wandb(directory: str | Path, project: str = "dalle", name: str | None = None, group: str | None = None) -> WandbLogger:
+    """A W&B logger; offline where no account is set up on this machine (``wandb sync`` uploads such a run later)."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("logger=wandb needs the wandb package: pip install 'dalle[wandb]'") from None
+    key = os.environ.get("WANDB_API_KEY") or wandb.api.api_key
+    mode = os.environ.get("WANDB_MODE", "online" if key else "offline")
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    return WandbLogger(project=project, name=name, group=group, save_dir=directory, mode=mode)

@@ -1,0 +1,120 @@
+"""A run directory: what a trained stage leaves behind, and how the next one finds it.
+
+    logs/<name>/<stage>/
+        config.yaml         the resolved configuration
+        last.ckpt           everything needed to go on training
+        model.safetensors   weights of the trained network (their moving average where there is one)
+        manifest.json       what a user of the weights must know: sizes, normalisation, tokenizer, hashes, final metrics
+        metrics.csv, samples/, .hydra/
+
+A run is finished when its manifest is there: the manifest is written last. Every file is written aside and renamed.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from dalle.build import build
+from dalle.data.frozen import FrozenCLIP, weights_hash
+from dalle.data.norm import EmbedNorm
+from dalle.data.tokenizers import tokenizer_from_dict
+from dalle.errors import UserError
+from dalle.stages.base import Stage
+
+SCHEMA = 1
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Writes a text file so that it is either there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory, whether anything is in it yet or not."""
+
+    path: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "last.ckpt"
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "manifest.json").is_file() and (self.path / "model.safetensors").is_file()
+
+    @property
+    def occupied(self) -> bool:
+        return self.finished or any((self.path / f).exists() for f in ("last.ckpt", "config.yaml", "metrics.csv"))
+
+    def manifest(self) -> dict[str, Any]:
+        """Raises UserError when this is no finished run, or one of another layout."""
+        if not self.finished:
+            raise UserError(f"{self.path} holds no finished run (no manifest.json); train it, or give another path")
+        try:
+            manifest = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{self.path / 'manifest.json'} is not readable JSON ({error}); train the stage again") from None
+        if manifest.get("schema") != SCHEMA:
+            raise UserError(
+                f"{self.path} was written with layout {manifest.get('schema')}, this version reads {SCHEMA}; train it again"
+            )
+        return manifest
+
+    def config(self) -> dict[str, Any]:
+        return yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+
+    def save(self, net: nn.Module, manifest: Mapping[str, Any]) -> None:
+        """Writes the weights and then the manifest, which makes the run a finished one."""
+        weights = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
+        aside = self.path / ".model.safetensors.tmp"
+        save_file(weights, aside)
+        aside.replace(self.path / "model.safetensors")
+        facts = {"schema": SCHEMA, "weights": weights_hash(net), **manifest}
+        write_aside(self.path / "manifest.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        path = self.path / "model.safetensors"
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} cannot be read ({error}); train the stage again or restore the file") from None
+
+
+def load_stage(path: str | Path, expected: str | None = None) -> tuple[Stage, dict[str, Any]]:
+    """A finished run's stage with its weights, in eval mode on the CPU, and its manifest.
+
+    Raises:
+        UserError: no finished run there, another kind of stage than `expected`, or weights that do not fit.
+    """
+    run = Run(Path(path))
+    manifest = run.manifest()
+    if expected and manifest["stage"] != expected:
+        raise UserError(f"{path} holds a {manifest['stage']}, but a {expected} is needed here")
+    node = {**run.config()["model"], "optimizer": None}
+    stage = build(node, "model")
+    try:
+        stage.net.load_state_dict(run.weights(), strict=True)
+    except RuntimeError as error:
+        raise UserError(f"{run.path}: model.safetensors does not fit config.yaml: {str(error).splitlines()[1].strip()}") from None
+    if "image_embed_norm" in manifest:
+        stage.norm = EmbedNorm.from_dict(manifest["image_embed_norm"])
+    return stage.eval().requires_grad_(False), manifest
+
+
+def load_clip(path: str | Path) -> FrozenCLIP:
+    """The CLIP of a finished `model=clip` run, frozen, with its tokenizer."""
+    stage, manifest = load_stage(path, expected="clip")
+    return FrozenCLIP(stage.net, tokenizer_from_dict(manifest["tokenizer"]))

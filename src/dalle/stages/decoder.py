@@ -1,0 +1,105 @@
+"""The decoder: a picture from a CLIP image embedding and, optionally, the caption (DALL-E 2, sec. 2.1 and App. C).
+
+A diffusion model on pixels. The image embedding is dropped for 10 % of the training pictures and the caption for 50 %,
+independently, so that each can be guided by a scale of its own.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dalle.data.batch import Batch
+from dalle.diffusion.denoiser import Denoiser
+from dalle.diffusion.guidance import Branch, guide, one_scale, threshold, two_scales
+from dalle.diffusion.samplers import OnStep, Randn, Sampler
+from dalle.stages.base import Stage
+from dalle.stages.optim import Recipe
+
+CONDITIONS = ("image_embed", "text_embed", "text_hidden", "text_mask")
+
+
+class DecoderStage(Stage):
+    """Trains `net` to sample images (B, 3, H, W) in [-1, 1].
+
+    Args:
+        net: `nets.unet.UNet`, `nets.dit.DiT` or anything with their interface.
+        denoiser: makes the `Denoiser` around it (schedule, prediction, weighting, learned variance).
+        sampler: used wherever `sample` is not given one.
+        image_dropout, text_dropout: shares of training pictures without image embedding, without caption.
+        guidance: scale of both conditions together; 1 is none.
+        text_guidance: scale of the caption alone; then `guidance` is that of the image embedding.
+        rescale: how far guided estimates are pulled back to the spread of unguided ones, 0 to 1.
+        thresholding: what holds estimates in [-1, 1]: none, static or dynamic.
+    """
+
+    makes_images = True
+
+    def __init__(
+        self,
+        net: nn.Module,
+        denoiser: Callable[[nn.Module], Denoiser],
+        sampler: Sampler,
+        optimizer: Recipe | None = None,
+        image_dropout: float = 0.1,
+        text_dropout: float = 0.5,
+        guidance: float = 2.0,
+        text_guidance: float | None = None,
+        rescale: float = 0.0,
+        thresholding: str = "static",
+    ) -> None:
+        super().__init__(optimizer)
+        self.denoiser, self.sampler = denoiser(net.to(memory_format=torch.channels_last)), sampler
+        self.image_dropout, self.text_dropout = image_dropout, text_dropout
+        self.guidance, self.text_guidance = guidance, text_guidance
+        self.rescale, self.thresholding = rescale, thresholding
+
+    @property
+    def net(self) -> nn.Module:
+        return self.denoiser.net
+
+    def step(self, batch: Batch) -> dict[str, Tensor]:
+        image = batch["image"].contiguous(memory_format=torch.channels_last)
+        keep_image = torch.rand(len(image), device=image.device) >= self.image_dropout
+        keep_text = torch.rand(len(image), device=image.device) >= self.text_dropout
+        cond = {key: batch[key] for key in CONDITIONS}
+        losses, t = self.denoiser.losses(image, **cond, keep_image=keep_image, keep_text=keep_text)
+        return {"loss": losses.mean(), "per_sample": losses, "t": t}
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        batch: Batch,
+        sampler: Sampler | None = None,
+        guidance: float | None = None,
+        text_guidance: float | None = None,
+        randn: Randn = torch.randn_like,
+        on_step: OnStep | None = None,
+    ) -> Float[Tensor, "B 3 H W"]:
+        """Images in [-1, 1] for the embeddings and captions in `batch`; without `image_embed`, for captions alone."""
+        guidance = self.guidance if guidance is None else guidance
+        text_guidance = self.text_guidance if text_guidance is None else text_guidance
+        denoise = self.denoiser.with_variance if self.denoiser.learned_variance else self.denoiser
+        guided = guide(denoise, self.branches(batch, guidance, text_guidance), self.rescale)
+        guided = threshold(guided, self.thresholding)
+        n, size, device = len(batch["text_embed"]), self.net.image_size, batch["text_embed"].device
+        like = torch.empty(n, self.net.channels, size, size, device=device)
+        noise = randn(like).contiguous(memory_format=torch.channels_last)
+        run = sampler or self.sampler
+        return run(guided, noise, self.denoiser.schedule, randn=randn, on_step=on_step).clamp(-1, 1)
+
+    def branches(self, batch: Batch, guidance: float, text_guidance: float | None) -> list[Branch]:
+        """The conditions under which estimates are made, and their weights."""
+        text = batch["text_embed"]
+        yes = torch.ones(len(text), dtype=torch.bool, device=text.device)
+        embed, has_image = batch.get("image_embed"), yes
+        if embed is None:
+            embed, has_image = text.new_zeros(len(text), self.net.embed_dim), ~yes
+        cond = {"image_embed": embed, **{key: batch[key] for key in CONDITIONS[1:]}}
+        both = {**cond, "keep_image": has_image, "keep_text": yes}
+        null = {**cond, "keep_image": ~yes, "keep_text": ~yes}
+        if text_guidance is None:
+            return one_scale(both, null, guidance)
+        image = {**cond, "keep_image": has_image, "keep_text": ~yes}
+        return two_scales(both, image, null, guidance, text_guidance)

@@ -1,0 +1,186 @@
+"""One training run: from a plain resolved config to a finished run directory.
+
+The order is: refuse what cannot work, claim the run directory, build, fit, test, write weights and manifest.
+"""
+
+import os
+import platform
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import yaml
+from lightning.pytorch.loggers import Logger
+from torch import Tensor, nn
+
+import dalle
+from dalle.build import build
+from dalle.callbacks import Ema
+from dalle.errors import UserError
+from dalle.loggers import MetricsCsv
+from dalle.runs import Run, write_aside
+from dalle.stages.base import Stage
+
+Config = dict[str, Any]
+
+
+def is_main_process() -> bool:
+    """False in the processes that DDP starts, which run the script again from the top."""
+    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
+def train(config: Config) -> dict[str, float]:
+    """Trains, tests and saves one stage; gives its test metrics (empty when the run was finished already)."""
+    run = Run(Path(config["paths"]["run"]))
+    check_machine(config)
+    resuming = config["resume"] and run.checkpoint.exists()
+    if is_main_process() and not claim(run, config):
+        return {}
+    lightning.seed_everything(config["seed"], workers=True, verbose=False)
+    torch.set_float32_matmul_precision("high")
+
+    datamodule = build(config["datamodule"], "datamodule")
+    fill_sizes(config, datamodule.sizes)
+    stage: Stage = build(config["model"], "model")
+    if config["compile"]:
+        stage.net.compile()
+    trainer = make_trainer(config, run)
+    if is_main_process():
+        write_aside(run.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        for logger in trainer.loggers:
+            logger.log_hyperparams({**config, "parameters": count(stage.net)})
+
+    started = time.perf_counter()
+    trainer.fit(stage, datamodule=datamodule, ckpt_path=run.checkpoint if resuming else None, weights_only=True)
+    seconds = time.perf_counter() - started
+    if trainer.interrupted:
+        raise SystemExit(1)
+    trainer.test(stage, datamodule=datamodule, verbose=False)
+    metrics = {k: round(float(v), 6) for k, v in trainer.callback_metrics.items() if k.startswith("test/")}
+    finish(run, trainer, stage, facts(config, trainer, stage, datamodule, metrics, seconds))
+    return metrics
+
+
+def check_machine(config: Config) -> None:
+    """What this machine cannot do is refused before anything is read or written."""
+    trainer = config["trainer"]
+    if trainer["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise UserError("a GPU was asked for (trainer.accelerator=gpu) but PyTorch sees none; use trainer=cpu, or trainer=auto")
+    if trainer["strategy"] == "fsdp" and not torch.cuda.is_available():
+        raise UserError("trainer=fsdp shards over GPUs and PyTorch sees none; use trainer=ddp_cpu to try two processes here")
+    if trainer["precision"] == "auto":
+        trainer["precision"] = "bf16-mixed" if fast_in_bf16() else "32-true"
+
+
+def fast_in_bf16() -> bool:
+    """Whether this machine multiplies bf16 matrices in hardware (AVX512-BF16 or AMX on a CPU)."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def claim(run: Run, config: Config) -> bool:
+    """Makes the run directory ours; False when a finished run is resumed, which needs nothing more.
+
+    Raises:
+        UserError: the directory holds a run and neither resume nor overwrite was asked for.
+    """
+    if config["overwrite"] and config["resume"]:
+        raise UserError("resume=true and overwrite=true contradict each other; give one of them")
+    if config["overwrite"]:
+        shutil.rmtree(run.path, ignore_errors=True)
+    elif config["resume"]:
+        if run.finished:
+            print(f"{run.path} is finished; nothing to resume (overwrite=true trains it again)")
+            return False
+        if run.checkpoint.exists():
+            check_readable(run.checkpoint)
+        else:
+            print(f"nothing to resume in {run.path}; starting from the beginning")
+    elif run.occupied:
+        raise UserError(
+            f"{run.path} already holds a run; resume=true goes on with it, name=other trains beside it, "
+            "overwrite=true deletes it and starts again (in a sweep, hydra=sweep gives every job its own directory)"
+        )
+    run.path.mkdir(parents=True, exist_ok=True)
+    return True
+
+
+def check_readable(checkpoint: Path) -> None:
+    try:
+        torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise UserError(
+            f"{checkpoint} cannot be read ({str(error).splitlines()[0]}); delete it, or start again with overwrite=true"
+        ) from None
+
+
+def fill_sizes(config: Config, sizes: Mapping[str, int]) -> None:
+    """Replaces every ``auto`` in the network's config by the size that the data and its frozen networks have."""
+    net = config["model"]["net"]
+    for key, value in net.items():
+        if value == "auto":
+            if key not in sizes:
+                raise UserError(f"model.net.{key}=auto, but the data does not say it; give a number")
+            net[key] = sizes[key]
+        elif key in sizes and key != "vocab_size" and value != sizes[key]:
+            raise UserError(
+                f"model.net.{key}={value} does not fit the data, which has {sizes[key]}; "
+                f"leave it at auto, or change the data"
+            )
+
+
+def make_trainer(config: Config, run: Run) -> lightning.Trainer:
+    callbacks = [build(node, f"callbacks.{k}") for k, node in config["callbacks"].items() if node]
+    loggers: list[Logger] = [build(node, f"logger.{k}") for k, node in config["logger"].items() if node]
+    if not any(isinstance(logger, MetricsCsv) for logger in loggers):
+        loggers.append(MetricsCsv(run.path))
+    arguments = {"callbacks": callbacks, "logger": loggers, "default_root_dir": str(run.path)}
+    try:
+        return build({"_target_": "lightning.Trainer", **config["trainer"]}, "trainer", **arguments)
+    except (ValueError, TypeError, lightning.fabric.utilities.exceptions.MisconfigurationException) as error:
+        raise UserError(f"trainer: {error}") from error
+
+
+def finish(run: Run, trainer: lightning.Trainer, stage: Stage, manifest: dict[str, Any]) -> None:
+    """Saves the averaged weights and the manifest (sharded weights are gathered first, on all ranks)."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, Ema):
+            callback.swap_in(stage)
+    if trainer.is_global_zero:
+        run.save(stage.net, manifest)
+    trainer.strategy.barrier()
+
+
+def facts(
+    config: Config,
+    trainer: lightning.Trainer,
+    stage: Stage,
+    datamodule: Any,
+    metrics: Mapping[str, float],
+    seconds: float,
+) -> dict[str, Any]:
+    """What manifest.json says of a run besides its schema and the hash of its weights."""
+    return {
+        "stage": config["stage"],
+        "parameters": count(stage.net),
+        "steps": trainer.global_step,
+        "seconds_training": round(seconds, 1),
+        "metrics": dict(metrics),
+        **datamodule.describe(),
+        "versions": {
+            "dalle": dalle.__version__,
+            "torch": torch.__version__,
+            "lightning": lightning.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def count(net: nn.Module) -> int:
+    """The number of trained parameters."""
+    return sum(p.numel() for p in net.parameters() if p.requires_grad)
