@@ -15,14 +15,14 @@ from torch import Tensor
 
 from dalle.errors import UserError
 
-# RGB in [-1, 1]. Any two colours, and any colour and background, are at least 0.9 apart (Euclidean).
+# RGB in [-1, 1]. Any two colours, and any colour and background, are at least 0.95 apart (Euclidean).
 COLOURS = {
-    "red": (0.8, -0.9, -0.9),
+    "red": (0.8, -1.0, -0.9),
     "green": (-0.8, 0.3, -0.8),
     "blue": (-0.9, -0.5, 0.9),
-    "yellow": (1.0, 0.8, -0.9),
-    "orange": (1.0, 0.0, -1.0),
-    "purple": (0.1, -0.9, 0.5),
+    "yellow": (1.0, 0.9, -0.9),
+    "orange": (1.0, -0.05, -1.0),
+    "purple": (0.1, -1.0, 0.6),
     "pink": (1.0, 0.0, 0.5),
     "cyan": (-0.9, 0.7, 0.9),
 }
