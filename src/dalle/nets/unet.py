@@ -18,9 +18,70 @@ from torch.utils.checkpoint import checkpoint
 from dalle.nets.blocks import Attention, Conditioning
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """At most 32 groups, of at least four channels."""
-    return nn.GroupNorm(math.gcd(32, max(channels // 4, 1)), channels)
+class NormSiLU(torch.autograd.Function):
+    """silu(scale * groupnorm(x) + shift), or without the silu, for `scale` and `shift` of shape (B, C) or (C,).
+
+    All of it is one affine map per channel, y = a x + c with (B, C) coefficients in fp32; so is the gradient, in x and
+    the incoming gradient. PyTorch's own kernels took 2 to 4 times as long on channels_last bf16 (CPU).
+    """
+
+    @staticmethod
+    def forward(ctx, x, scale, shift, groups: int, eps: float, silu: bool):
+        b, c = x.shape[:2]
+        mean, square = x.mean((2, 3), dtype=torch.float32), (x * x).mean((2, 3), dtype=torch.float32)
+        mean = mean.view(b, groups, -1).mean(2)
+        var = square.view(b, groups, -1).mean(2) - mean * mean
+        mean, rstd = (s.repeat_interleave(c // groups, 1) for s in (mean, (var.clamp_min(0) + eps).rsqrt()))
+        a = rstd * scale
+        h = torch.addcmul(pixel(shift - mean * a, x), x, pixel(a, x))
+        ctx.save_for_backward(x, h, mean, rstd, scale)
+        ctx.groups, ctx.silu = groups, silu
+        return F.silu(h) if silu else h
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, h, mean, rstd, scale = ctx.saved_tensors
+        b, c, height, width = x.shape
+        g = torch.ops.aten.silu_backward(grad, h) if ctx.silu else grad
+        shift_grad = g.sum((2, 3), dtype=torch.float32)
+        scale_grad = rstd * ((g * x).sum((2, 3), dtype=torch.float32) - mean * shift_grad)
+
+        def over_group(s):
+            s = (s * scale).view(b, ctx.groups, -1).mean(2) / (height * width)
+            return s.repeat_interleave(c // ctx.groups, 1)
+
+        # dx = rstd (scale g - <scale g> - xhat <scale g xhat>), averages over a group, xhat = rstd (x - mean)
+        p = -rstd * rstd * over_group(scale_grad)
+        q = -rstd * over_group(shift_grad) - p * mean
+        dx = torch.addcmul(pixel(q, x), x, pixel(p, x)).addcmul_(g, pixel(rstd * scale, x))
+        if scale.ndim == 1:
+            scale_grad, shift_grad = scale_grad.sum(0), shift_grad.sum(0)
+        return dx, scale_grad, shift_grad, None, None, None
+
+
+def pixel(s: Tensor, like: Tensor) -> Tensor:
+    """(B, C) -> (B, C, 1, 1) in the other's dtype."""
+    return s.to(like.dtype)[..., None, None]
+
+
+class GroupNorm(nn.Module):
+    """Group norm with its SiLU, learned scale and shift unless they are given. At most 32 groups, of >= 4 channels."""
+
+    def __init__(self, channels: int, affine: bool = True, silu: bool = True):
+        super().__init__()
+        self.groups, self.silu = math.gcd(32, max(channels // 4, 1)), silu
+        if affine:
+            self.weight = nn.Parameter(torch.ones(channels))
+            self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(
+        self,
+        x: Float[Tensor, "B C H W"],
+        scale: Float[Tensor, "B C"] | None = None,
+        shift: Float[Tensor, "B C"] | None = None,
+    ) -> Float[Tensor, "B C H W"]:
+        scale, shift = (self.weight, self.bias) if scale is None else (scale, shift)
+        return NormSiLU.apply(x, scale, shift, self.groups, 1e-5, self.silu)
 
 
 class Downsample(nn.Conv2d):
@@ -43,15 +104,15 @@ class Upsample(nn.Conv2d):
 class ResBlock(nn.Module):
     """norm, SiLU, (resample,) conv; norm, scale and shift, SiLU, dropout, conv; plus the input.
 
-    `scale_shift` (B, 2 * out_channels) modulates the second norm ("adaGN"). `resample` is "down", "up" or "" (neither).
+    `scale` and `shift` (B, out_channels) are those of the second norm ("adaGN"). `resample`: "down", "up" or "".
     """
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0, resample: str = ""):
         super().__init__()
         self.out_channels, self.resample = out_channels, resample
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = GroupNorm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = GroupNorm(out_channels, affine=False)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
@@ -62,12 +123,11 @@ class ResBlock(nn.Module):
         return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.resample == "up" else x
 
     def forward(
-        self, x: Float[Tensor, "B C H W"], scale_shift: Float[Tensor, "B S"]
+        self, x: Float[Tensor, "B C H W"], scale: Float[Tensor, "B D"], shift: Float[Tensor, "B D"]
     ) -> Float[Tensor, "B D h w"]:
-        h = self.conv1(self.resize(F.silu(self.norm1(x))))
-        scale, shift = scale_shift[..., None, None].chunk(2, dim=1)
-        h = F.silu(torch.addcmul(shift, self.norm2(h), 1 + scale))
-        return self.skip(self.resize(x)) + self.conv2(self.dropout(h))
+        h = self.conv1(self.resize(self.norm1(x)))
+        h = self.conv2(self.dropout(self.norm2(h, scale, shift)))
+        return self.skip(self.resize(x)) + h
 
 
 class PixelAttention(nn.Module):
@@ -75,7 +135,7 @@ class PixelAttention(nn.Module):
 
     def __init__(self, channels: int, head_dim: int):
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = GroupNorm(channels, silu=False)
         self.attention = Attention(channels, channels // head_dim)
 
     def forward(
@@ -89,7 +149,9 @@ class PixelAttention(nn.Module):
 class Block(nn.Module):
     """A residual block, and attention behind it where `head_dim` is not 0."""
 
-    def __init__(self, in_channels: int, out_channels: int, head_dim: int, dropout: float, resample: str = ""):
+    def __init__(
+        self, in_channels: int, out_channels: int, head_dim: int, dropout: float, resample: str = ""
+    ):
         super().__init__()
         self.residual = ResBlock(in_channels, out_channels, dropout, resample)
         self.attention = PixelAttention(out_channels, head_dim) if head_dim else None
@@ -97,10 +159,11 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B C H W"],
-        scale_shift: Float[Tensor, "B S"],
+        scale: Float[Tensor, "B D"],
+        shift: Float[Tensor, "B D"],
         context: Float[Tensor, "B M K"] | None,
     ) -> Float[Tensor, "B D h w"]:
-        x = self.residual(x, scale_shift)
+        x = self.residual(x, scale, shift)
         return x if self.attention is None else self.attention(x, context)
 
 
@@ -168,13 +231,13 @@ class UNet(nn.Module):
                 c = widths[level]
             if level:
                 self.up.append(Upsample(c) if resample == "conv" else Block(c, c, 0, dropout, "up"))
-        self.outlet_norm = group_norm(c)
+        self.outlet_norm = GroupNorm(c)
         self.outlet = nn.Conv2d(c, out_channels * patch**2, 3, padding=1)
 
         made = [m for m in self.modules() if isinstance(m, Block)]
-        self.scales = [2 * b.residual.out_channels for b in made]
+        self.scales = [b.residual.out_channels for b in made]
         self.keys = [2 * b.residual.out_channels for b in made if b.attention is not None]
-        self.modulation = nn.Linear(4 * width, sum(self.scales))
+        self.modulation = nn.Linear(4 * width, 2 * sum(self.scales))
         self.context = nn.Linear(4 * width, sum(self.keys))
         self.init_weights()
 
@@ -188,15 +251,13 @@ class UNet(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def run(
-        self, layer: nn.Module, x: Tensor, scales: Iterator[Tensor], contexts: Iterator[Tensor]
-    ) -> Tensor:
+    def run(self, layer: nn.Module, x: Tensor, scales: Iterator, shifts: Iterator, contexts: Iterator) -> Tensor:
         if not isinstance(layer, Block):
             return layer(x)
-        context = None if layer.attention is None else next(contexts)
+        given = next(scales), next(shifts), None if layer.attention is None else next(contexts)
         if self.checkpoint and self.training:
-            return checkpoint(layer, x, next(scales), context, use_reentrant=False)
-        return layer(x, next(scales), context)
+            return checkpoint(layer, x, *given, use_reentrant=False)
+        return layer(x, *given)
 
     def forward(
         self,
@@ -213,20 +274,22 @@ class UNet(nn.Module):
         vector, context = self.conditioning(
             t, image_embed, text_embed, text_hidden, text_mask, keep_image, keep_text
         )
-        scales = iter(self.modulation(F.silu(vector)).split(self.scales, dim=1))
-        contexts = iter(self.context(context).split(self.keys, dim=2))
+        scale, shift = self.modulation(F.silu(vector)).float().chunk(2, dim=1)
+        scales, shifts = ((1 + scale).split(self.scales, 1), shift.split(self.scales, 1))
+        contexts = self.context(context).split(self.keys, dim=2)
+        given = iter(scales), iter(shifts), iter(contexts)
 
         x = self.inlet(F.pixel_unshuffle(x, self.patch))
         skips = [x]
         for layer in self.down:
-            x = self.run(layer, x, scales, contexts)
+            x = self.run(layer, x, *given)
             skips.append(x)
         for layer in self.middle:
-            x = self.run(layer, x, scales, contexts)
+            x = self.run(layer, x, *given)
         for layer in self.up:
             x = torch.cat((x, skips.pop()), dim=1) if needs_skip(layer) else x
-            x = self.run(layer, x, scales, contexts)
-        return F.pixel_shuffle(self.outlet(F.silu(self.outlet_norm(x))), self.patch)
+            x = self.run(layer, x, *given)
+        return F.pixel_shuffle(self.outlet(self.outlet_norm(x)), self.patch)
 
 
 def needs_skip(layer: nn.Module) -> bool:
