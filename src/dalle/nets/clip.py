@@ -191,7 +191,7 @@ class CLIP(nn.Module):
     def forward(
         self, image: Float[Tensor, "b 3 h w"], text: Int[Tensor, "b t"]
     ) -> tuple[Float[Tensor, "b e"], Float[Tensor, "b e"], Float[Tensor, ""]]:
-        """-> unit image embeddings, unit text embeddings, the scale of their cosines; float32 under autocast too."""
+        """-> unit image embeddings, unit text embeddings, the scale of their cosines, all float32."""
         image_embed = F.normalize(self.encode_image(image).float(), dim=-1)
         text_embed = F.normalize(self.encode_text(text)[0].float(), dim=-1)
         return image_embed, text_embed, self.logit_scale.exp()

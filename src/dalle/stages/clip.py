@@ -1,7 +1,7 @@
-"""CLIP's training: tell which caption belongs to which image of the batch (Radford et al. 2021, sections 2.3, 2.5).
+"""CLIP's training: which caption of a batch belongs to which image (Radford et al. 2021, sec. 2.3, 2.5).
 
-What differs from the paper: captions that are the same text share their images as right answers. In small data a
-batch holds many equal captions; telling those apart is impossible, and trying to pushes images off their captions.
+What differs from the paper: captions that are the same text share their images as right answers. A batch of
+small data holds many equal captions; none can tell those apart, and trying drives images off their captions.
 """
 
 import math
@@ -34,20 +34,18 @@ def contrastive_loss(
         image_embed, text_embed: unit vectors; pair i is row i of both.
         all_images, all_texts: the same of all ranks.
         scale: exp of the logit scale.
-        right: which of all pairs are a right answer to pair i; a row's right answers share its target evenly. With
-            one right answer a row this is CLIP's loss.
+        right: which of all pairs are a right answer to pair i; they share its target evenly. With one right
+            answer for each this is CLIP's loss.
     """
     target = right / right.sum(dim=1, keepdim=True)
-    with torch.autocast(
-        image_embed.device.type, enabled=False
-    ):  # a cosine of 8 bits times 100 would be noise
+    with torch.autocast(image_embed.device.type, enabled=False):  # 8 bits of a cosine, times 100: noise
         to_text = scale * image_embed @ all_texts.T
         to_image = scale * text_embed @ all_images.T
     return (F.cross_entropy(to_text, target) + F.cross_entropy(to_image, target)) / 2
 
 
 def caption_keys(text: Int[Tensor, "b t"]) -> Int64[Tensor, " b"]:
-    """A 64-bit hash of each row of ids: rows are compared without a (B, B, T) tensor or a sync with the host."""
+    """A 64-bit hash of each row of ids, to compare rows without a (B, B, T) tensor or a host sync."""
     base = torch.full((text.shape[1],), 6364136223846793005, dtype=torch.int64, device=text.device)
     return (text.to(torch.int64) * base.cumprod(0)).sum(dim=1)  # wraps modulo 2^64, as wanted
 
@@ -58,7 +56,7 @@ class ClipStage(Stage):
     Args:
         net: called with images and ids, gives unit embeddings of both and the scale; has `logit_scale`.
         optimizer: the recipe; None where the stage is only used.
-        retrieval: a metric with `update(image_embed, text_embed, caption)` over a whole validation or test run.
+        retrieval: a metric with `update(image_embed, text_embed, caption)` over a whole validation or test.
         share_equal_captions: pairs of equal captions are right answers to one another. Off: the paper's loss.
     """
 
@@ -96,7 +94,7 @@ class ClipStage(Stage):
         }
 
     def _of_all_ranks(self, x: Tensor) -> Tensor:
-        """(B, ...) -> (ranks * B, ...). Gradients flow back to every rank; DDP's average makes them the full ones."""
+        """(B, ...) -> (ranks * B, ...), with gradients to every rank: DDP averages them to the full ones."""
         if self._trainer is None or self.trainer.world_size == 1:
             return x
         gathered = self.all_gather(x, sync_grads=x.is_floating_point())

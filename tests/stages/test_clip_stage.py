@@ -1,0 +1,214 @@
+"""CLIP's stage: its loss against known values and open_clip's, on one rank or two; the temperature."""
+
+import json
+import math
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.data import DataLoader
+
+from dalle.metrics.retrieval import Retrieval
+from dalle.nets.clip import CLIP
+from dalle.stages.clip import ClipStage, caption_keys, contrastive_loss
+from dalle.stages.optim import Recipe
+
+IMAGE = torch.tensor([[1.0, 0, 0], [0, 1, 0], [1, 1, 1]])
+TEXT = torch.tensor([[2.0, 0.5, 0], [0, 1, 1], [1, 0.5, 1]])
+
+
+def loss_of(
+    image: torch.Tensor, text: torch.Tensor, scale: float, right: torch.Tensor | None = None
+) -> torch.Tensor:
+    image, text = F.normalize(image, dim=1), F.normalize(text, dim=1)
+    right = torch.eye(len(image), dtype=torch.bool) if right is None else right
+    return contrastive_loss(image, text, image, text, torch.tensor(scale), right)
+
+
+def pairs(number: int, captions: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.rand(number, 3, 16, 16, generator=generator) * 2 - 1
+    text = torch.randint(1, 30, (captions, 6), generator=generator)
+    text[:, -1] = 31
+    return [{"image": image[i], "text": text[i % captions]} for i in range(number)]
+
+
+def make_net() -> CLIP:
+    torch.manual_seed(0)
+    return CLIP(
+        image_size=16, patch_size=8, vision_width=32, vision_layers=1, text_width=32, text_layers=1,
+        context_length=6, vocab_size=32, embed_dim=16,
+    )  # fmt: skip
+
+
+def trainer(tmp_path: Path, **options) -> lightning.Trainer:
+    defaults = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 1,
+        "logger": False,
+        "default_root_dir": tmp_path,
+    }
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    return lightning.Trainer(**(defaults | quiet | options))
+
+
+def sgd(lr: float) -> Recipe:
+    return Recipe(torch.optim.SGD, lr=lr, decay="constant")
+
+
+@pytest.mark.parametrize(("scale", "expected"), [(1 / 0.07, 0.3243309809136014), (1.0, 0.8582987277040255)])
+def test_known_values(scale, expected):
+    assert loss_of(IMAGE, TEXT, scale).item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_equal_embeddings_cost_log_n():
+    assert loss_of(torch.ones(37, 4), torch.ones(37, 4), 14.0).item() == pytest.approx(math.log(37), abs=1e-5)
+
+
+@given(seed=st.integers(0, 1000), batch=st.integers(1, 40), scale=st.floats(0.1, 100))
+@settings(max_examples=25, deadline=None)
+def test_distinct_captions_give_exactly_the_standard_loss(seed, batch, scale):
+    torch.manual_seed(seed)
+    image, text = F.normalize(torch.randn(batch, 8), dim=1), F.normalize(torch.randn(batch, 8), dim=1)
+    logits, labels = scale * image @ text.T, torch.arange(batch)
+    other = scale * text @ image.T
+    standard = (F.cross_entropy(logits, labels) + F.cross_entropy(other, labels)) / 2
+    assert loss_of(image, text, scale).item() == pytest.approx(standard.item(), rel=1e-6, abs=1e-7)
+
+
+def test_equals_open_clip():
+    losses = pytest.importorskip("open_clip.loss")
+    torch.manual_seed(0)
+    image, text = F.normalize(torch.randn(20, 8), dim=1), F.normalize(torch.randn(20, 8), dim=1)
+    theirs = losses.ClipLoss()(image, text, torch.tensor(20.0))
+    torch.testing.assert_close(loss_of(image, text, 20.0), theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_equal_captions_share_the_target():
+    """Two images of one caption: the best there is, both found evenly, costs log 2 for each of the two."""
+    embed = torch.eye(3)[[0, 0, 1, 2]]
+    right = torch.eye(4, dtype=torch.bool)
+    assert loss_of(embed, embed, 100.0).item() == pytest.approx(math.log(2) / 2, abs=1e-5)
+    right[:2, :2] = True
+    best = loss_of(embed, embed, 100.0, right)
+    assert best.item() == pytest.approx(math.log(2) / 2, abs=1e-5)
+    apart = torch.tensor([[1.0, 0.9, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]])
+    assert loss_of(apart, embed, 100.0, right) > best
+
+
+def test_the_stage_sees_equal_captions():
+    batch = torch.utils.data.default_collate(pairs(8, captions=4))
+    net = make_net()
+    image, text, scale = net(batch["image"], batch["text"])
+    same = torch.arange(8)[:, None] % 4 == torch.arange(8) % 4
+    for share, right in ((True, same), (False, torch.eye(8, dtype=torch.bool))):
+        out = ClipStage(net, share_equal_captions=share).step(batch)
+        torch.testing.assert_close(out["loss"], contrastive_loss(image, text, image, text, scale, right))
+    assert out["scale"].item() == pytest.approx(1 / 0.07, rel=1e-5)
+
+
+@given(st.lists(st.lists(st.integers(0, 49407), min_size=5, max_size=5), min_size=2, max_size=20))
+@settings(max_examples=50, deadline=None)
+def test_keys_are_equal_where_captions_are(rows):
+    keys = caption_keys(torch.tensor(rows))
+    assert [[a == b for b in rows] for a in rows] == (keys[:, None] == keys).tolist()
+
+
+def test_autocast_does_not_round_the_logits():
+    torch.manual_seed(0)
+    embed = F.normalize(torch.randn(64, 32), dim=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = loss_of(embed, embed.flip(0), 100.0)
+    assert torch.equal(rounded, loss_of(embed, embed.flip(0), 100.0))
+
+
+class PushUp(nn.Module):
+    """All it learns is the temperature, in either direction."""
+
+    def __init__(self, direction: float) -> None:
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.tensor(2.6))
+        self.direction = direction
+
+    def forward(self, image, text):
+        embed = F.normalize(image.flatten(1)[:, :4], dim=1)
+        return embed, self.direction * embed, self.logit_scale.exp()
+
+
+class Watch(lightning.Callback):
+    """What a moving average would see: callbacks run before the stage's own hook."""
+
+    def __init__(self) -> None:
+        self.seen: list[float] = []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.seen.append(pl_module.net.logit_scale.item())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("direction", "bound"), [(1.0, math.log(100)), (-1.0, 0.0)])
+def test_logit_scale_stays_in_bounds(tmp_path, direction, bound, accumulate):
+    stage, watch = ClipStage(PushUp(direction), sgd(lr=1e4)), Watch()
+    loader = DataLoader(pairs(16, captions=16), batch_size=4)
+    trainer(tmp_path, callbacks=[watch], accumulate_grad_batches=accumulate).fit(stage, loader)
+    steps = [torch.tensor(2.6).item()] * (accumulate - 1) + [pytest.approx(bound, abs=0.01)] * (
+        5 - accumulate
+    )
+    assert watch.seen == steps
+    assert 0 <= min(watch.seen) <= max(watch.seen) <= 4.605171
+
+
+def test_validation_measures_retrieval_and_training_learns(tmp_path):
+    stage = ClipStage(make_net(), Recipe(torch.optim.AdamW, lr=3e-3), Retrieval(ks=(1,)))
+    data = pairs(12, captions=6)
+    fit = trainer(tmp_path, max_epochs=40, check_val_every_n_epoch=40)
+    before = fit.validate(stage, DataLoader(data, batch_size=5), verbose=False)[0]
+    fit.fit(stage, DataLoader(data, batch_size=12), DataLoader(data, batch_size=5))
+    after = fit.test(stage, DataLoader(data, batch_size=5), verbose=False)[0]
+    assert set(before) == {"val/loss", "val/scale", "val/image_to_text_r1", "val/text_to_image_r1"}
+    assert before["val/image_to_text_r1"] < 0.7
+    assert after["test/image_to_text_r1"] == after["test/text_to_image_r1"] == 1
+    assert fit.callback_metrics["test/image_to_text_r1"] == 1
+    assert not any(name.startswith("retrieval") for name in stage.state_dict())
+
+
+class BothLosses(ClipStage):
+    """One start of two processes is dear: tests both ways to treat equal captions at once."""
+
+    def step(self, batch):
+        self.share_equal_captions = False
+        apart = super().step(batch)["loss"]
+        self.share_equal_captions = True
+        out = super().step(batch)
+        return out | {"loss": out["loss"] + apart}
+
+
+@pytest.mark.slow
+def test_two_ranks_take_the_step_of_one(tmp_path):
+    data, states = pairs(8, captions=5), []
+    for devices, strategy in ((1, "auto"), (2, "ddp_spawn")):
+        stage = BothLosses(make_net(), sgd(lr=0.5), Retrieval())
+        loader = DataLoader(data, batch_size=8 // devices)
+        fit = trainer(tmp_path, devices=devices, strategy=strategy, num_sanity_val_steps=0)
+        fit.fit(stage, loader, DataLoader(data, batch_size=4))
+        states.append((stage.net.state_dict(), {k: float(v) for k, v in fit.callback_metrics.items()}))
+    (one, metrics), (two, other) = states
+    assert not torch.equal(one["visual.proj"], make_net().visual.proj)
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-6)
+    for name in ("val/image_to_text_r1", "val/text_to_image_r5"):
+        assert other[name] == pytest.approx(metrics[name])
+
+
+def test_constants_are_those_of_the_reference():
+    path = Path(__file__).parents[3] / "shared/reference/known_values.json"
+    if not path.exists():
+        pytest.skip("no reference values beside this checkout")
+    known = json.loads(path.read_text())["clip"]
+    assert make_net().logit_scale.item() == pytest.approx(known["logit_scale_init"], abs=1e-6)
+    assert math.log(100) == known["logit_scale_max"]
