@@ -1,7 +1,7 @@
 """What a frozen CLIP makes of a source, computed once and kept on disk as memory-mapped arrays.
 
-A cache is a folder `<key>/` of .npy files and a `meta.json`. It is written under another name and renamed once
-it is complete, so whatever bears the right name is a whole cache; checksums show later damage.
+A cache is a folder `<key>/` of .npy files and a `meta.json`. It is written under another name and renamed
+once it is complete, so whatever bears the right name is a whole cache; checksums show later damage.
 """
 
 import hashlib
@@ -106,7 +106,7 @@ class CachedDataset(SourceDataset):
                 int(first[i]) + self.caption_number(i, epoch, int(first[i + 1] - first[i])) for i in items
             ]
             batch = Batch(index=torch.tensor(items), caption=[self.cache.captions[row] for row in rows])
-            batch.update(self.cache.texts(rows))  # pyright: ignore[reportArgumentType]
+            batch.update(self.cache.texts(rows))  # pyright: ignore[reportCallIssue, reportArgumentType]
             if self.with_images:
                 batch["image"] = self.source.images(items, epoch)
         batch["image_embed"] = self.cache.images(items)

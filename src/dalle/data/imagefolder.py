@@ -1,0 +1,41 @@
+"""Class folders `root/CLASS/*.png` as a `Source`: captions are made from the class names."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from dalle.data.captions import ClassNames
+from dalle.data.folder import Captioner, Folder
+from dalle.errors import UserError
+
+
+class ImageFolder(Folder):
+    """A `Folder` whose captions are class names in a sentence; folders `train/CLASS`, `val/CLASS` work too.
+
+    Args:
+        template: one or more sentences with a `{}` for the class name; underscores in it become spaces.
+        (all others): as in `Folder`.
+    """
+
+    def __init__(
+        self,
+        split: Literal["train", "val", "test"],
+        root: str | Path,
+        image_size: int,
+        template: str | Sequence[str] = "a photo of a {}",
+        crop: Literal["center", "random"] = "center",
+        val_fraction: float = 0.05,
+        test_fraction: float = 0.05,
+        seed: int = 0,
+        max_pixels: int = 64_000_000,
+    ):
+        self.templates = (template,) if isinstance(template, str) else tuple(template)
+        for sentence in self.templates:
+            if "{}" not in sentence:
+                raise UserError(f"template {sentence!r} has no {{}} where the class name goes")
+        if not self.templates:
+            raise UserError("template is an empty list; give at least one sentence with a {}")
+        super().__init__(split, root, image_size, crop, val_fraction, test_fraction, seed, max_pixels)
+
+    def captioner(self, captions: str | Path | None) -> Captioner:
+        return ClassNames(self.templates)
