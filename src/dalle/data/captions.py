@@ -18,7 +18,11 @@ from dalle.errors import UserError
 TABLES = ("metadata.jsonl", "captions.csv", "metadata.csv")
 FILE_KEYS = ("file_name", "file", "image")
 CAPTION_KEYS = ("text", "caption", "captions")
-SPLITS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
+SPLITS = {
+    "train": ("train",),
+    "val": ("val", "valid", "validation"),
+    "test": ("test",),
+}  # names of their folders
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,13 @@ class ClassNames:
 def uses_split_folders(names: Iterable[str]) -> bool:
     """Whether pictures lie in train/ and val/ or test/, or all in train/; else `train` may be a class."""
     tops = {PurePosixPath(name).parts[0] for name in names if "/" in name}
-    others = {alias for split in ("val", "test") for alias in SPLITS[split]}
-    return "train" in tops and (len(tops) == 1 or bool(tops & others))
+    return "train" in tops and (len(tops) == 1 or not tops.isdisjoint(SPLITS["val"] + SPLITS["test"]))
+
+
+def given_split(name: str) -> str | None:
+    """The split whose folder a name lies in."""
+    top = name.partition("/")[0]
+    return next((split for split, folders in SPLITS.items() if top in folders), None)
 
 
 def _lines(path: Path) -> list[str]:

@@ -7,11 +7,12 @@ once.
 
 import hashlib
 import os
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -21,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from tqdm import tqdm
 
-from dalle.data.captions import SPLITS, CaptionFiles, uses_split_folders
+from dalle.data.captions import SPLITS, CaptionFiles, given_split, uses_split_folders
 from dalle.data.pictures import BROKEN, SUFFIXES, BadPicture, Memory, inspect, read
 from dalle.data.sources import mix
 from dalle.errors import UserError
@@ -149,9 +150,7 @@ class Folder:
         for other in range(item + 1, item + n):
             if state[other % n] != BROKEN:
                 return other % n
-        raise UserError(
-            f"none of the {n} pictures of the {self.split} split in {self.root} can be read any more"
-        )
+        raise UserError(f"none of the {n} {self.split} pictures in {self.root} can be read any more")
 
     def _corner(self, shape: tuple[int, ...], item: int, epoch: int) -> tuple[int, int]:
         free = [side - self.image_size for side in shape[:2]]
@@ -169,31 +168,25 @@ def divide(
     Given folders decide where they exist; a split without one is drawn from `train/`. A split that the hash
     leaves empty takes the name that came closest; with fewer than three names, every split has them all.
     """
-    of = {}
-    if uses_split_folders(names):
-        aliases = {alias: split for split, all_aliases in SPLITS.items() for alias in all_aliases}
-        of = {name: aliases[top] for name in names if (top := PurePosixPath(name).parts[0]) in aliases}
-    given = {split: [name for name in names if of.get(name) == split] for split in SPLITS}
+    given = {split: [name for name in names if given_split(name) == split] for split in SPLITS}
+    if not uses_split_folders(names):
+        given = {split: [] for split in SPLITS}
     pool = given["train"] or list(names)
     fractions = {"val": val_fraction, "test": test_fraction}
-    drawn = {split: fraction for split, fraction in fractions.items() if fraction > 0 and not given[split]}
+    wanted = {split: fraction for split, fraction in fractions.items() if fraction > 0 and not given[split]}
     if len(pool) < FEWEST:
-        return given | dict.fromkeys(("train", *drawn), pool)
-    order = sorted(pool, key=lambda name: (_place(name, seed), name))
-    taken: dict[str, str] = {}
-    edge = 0.0
-    for split, fraction in drawn.items():
+        return given | dict.fromkeys(("train", *wanted), pool)
+    order = sorted((_place(name, seed), name) for name in pool)
+    splits, start, edge = {}, 0, 0.0
+    for k, (split, fraction) in enumerate(wanted.items()):
         edge += fraction
-        left = [name for name in order if name not in taken]
-        mine = [name for name in left if _place(name, seed) < edge]
-        room = len(left) - (
-            len(drawn) - len(set(taken.values()))
-        )  # one for each later split and for training
-        taken |= dict.fromkeys(mine[:room] or left[:1], split)
-    chosen = {
-        split: [name for name in pool if taken.get(name, "train") == split] for split in ("train", *drawn)
+        end = max(bisect_left(order, (edge, "")), start + 1)
+        end = min(end, len(order) - len(wanted) + k)  # leaves one for each split to come, and for training
+        splits |= {name: split for _, name in order[start:end]}
+        start = end
+    return given | {
+        split: [name for name in pool if splits.get(name, "train") == split] for split in ("train", *wanted)
     }
-    return given | chosen
 
 
 def _place(name: str, seed: int) -> float:
@@ -221,7 +214,11 @@ def _scan(root: Path, files: tuple[tuple[str, int, int], ...], captioner: Captio
     found = captioner(root, pictures, names)
     out: dict[str, list[str]] = defaultdict(list)
     digests = {}
+    in_splits = uses_split_folders(pictures)
     for name in tqdm(pictures, desc="Looking at pictures", disable=len(pictures) < LONG_SCAN, unit=""):
+        if in_splits and given_split(name) is None:
+            out["outside the folders of the splits"].append(name)
+            continue
         if not found.get(name):
             out["without a readable caption"].append(name)
             continue
