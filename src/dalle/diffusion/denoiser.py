@@ -1,7 +1,8 @@
-"""Denoiser: makes a network that predicts eps, x0, v or the velocity an estimator of the clean x0, with its loss.
+"""Denoiser: makes a network that predicts eps, x0, v or velocity an estimator of the clean x0; its losses.
 
 Ho et al. 2020 (eps), Salimans & Ho 2022 (v), Liu et al. 2022 (velocity of rectified flow), Hang et al. 2023
-(min-SNR weights), Nichol & Dhariwal 2021 (learned variance, hybrid loss), Esser et al. 2024 (logit-normal times).
+(min-SNR weights), Nichol & Dhariwal 2021 (learned variance, hybrid loss), Esser et al. 2024 (logit-normal
+times).
 """
 
 import math
@@ -134,7 +135,7 @@ def vlb_bits(
     fraction: Float[Tensor, "B *S"],
     t: Float[Tensor, "B"],
 ) -> Float[Tensor, "B"]:
-    """The variational bound's term at discrete levels t, in bits per dimension (Nichol & Dhariwal 2021, eq. 4-7).
+    """The variational bound's term at discrete levels t, in bits/dim (Nichol & Dhariwal 2021, eq. 4-7).
 
     ln variance of the model = fraction ln beta + (1 - fraction) ln posterior variance (eq. 15).
     """
@@ -193,11 +194,11 @@ def _check(
         if value not in known:
             raise UserError(f"unknown {name} '{value}': choose one of {', '.join(known)}")
     if prediction == "velocity" and schedule.variance_preserving:
-        raise UserError(f"prediction=velocity needs the schedule flow; with {schedule.name} take v, eps or x0")
+        raise UserError(f"prediction=velocity needs schedule flow; with {schedule.name} take v, eps or x0")
     if prediction == "v" and not schedule.variance_preserving:
         raise UserError("prediction=v needs a variance-preserving schedule; with flow take velocity or x0")
     if prediction == "eps" and schedule.ends_in_pure_noise:
         other = "v" if schedule.variance_preserving else "velocity"
-        raise UserError(f"prediction=eps cannot start from the pure noise of this schedule: take {other} or x0")
+        raise UserError(f"prediction=eps cannot start from the schedule's pure noise: take {other} or x0")
     if learned_variance and not (prediction == "eps" and schedule.variance_preserving):
         raise UserError("learned_variance needs prediction=eps and a schedule other than flow")

@@ -34,9 +34,10 @@ def two_scales(
 def guide(denoise: Denoise, branches: Sequence[Branch], rescale: float = 0.0) -> Denoise:
     """A denoiser of (x_t, t) whose x0 is the weighted sum over `branches`; the weights must add up to 1.
 
-    Branches of weight 0 cost nothing. The last branch left is the fullest condition: its variance is kept where
-    that is learned, and `rescale` pulls the spread of the sum towards its (phi of Lin et al. 2024, eq. 15-16).
-    Conditions may hold tensors (B, ...), None, and lists, tuples and dicts of them, the same in every branch.
+    Branches of weight 0 cost nothing. The last branch left is the fullest condition: its variance is kept
+    where that is learned, and `rescale` pulls the spread of the sum towards its (phi of Lin et al. 2024,
+    eq. 15-16). Conditions may hold tensors (B, ...), None, and lists, tuples and dicts of them, the same in
+    every branch.
     """
     if abs(sum(weight for weight, _ in branches) - 1) > 1e-6:
         raise ValueError(f"guidance weights must add up to 1: {[weight for weight, _ in branches]}")

@@ -1,9 +1,10 @@
 """Samplers: from noise to x0 through a denoiser. One function each, all with the same signature.
 
 `denoise(x_t, t (B,)) -> x0`, or -> (x0, fraction) where the variance is learned (`Denoiser.with_variance`):
-any callable, never a network. `levels` are the noise levels to visit, the last one clean; `randn(x)` draws noise
-like x; `on_step(i, n, x0)` sees every estimate. All are written for any Gaussian path x_t = alpha x_0 + sigma eps,
-so they hold for variance-preserving schedules and for flow, where `ddim` with eta = 0 is Euler's method.
+any callable, never a network. `levels` are the noise levels to visit, the last one clean; `randn(x)` draws
+noise like x; `on_step(i, n, x0)` sees every estimate. All are written for any Gaussian path x_t = alpha x_0
++ sigma eps, so they hold for variance-preserving schedules and for flow, where `ddim` with eta = 0 is
+Euler's method.
 """
 
 import inspect
@@ -36,8 +37,8 @@ def ddpm(
 ) -> Float[Tensor, "B *S"]:
     """Ancestral sampling: Ho et al. 2020, algorithm 2, on respaced levels (Nichol & Dhariwal 2021, sec. 4).
 
-    variance: `small` (the posterior's), `large` (beta), `learned`, or `analytic` (Bao et al. 2022), which needs
-    `eps_square`: the mean of the squared eps estimate on data, at each of the N noisy levels.
+    variance: `small` (the posterior's), `large` (beta), `learned`, or `analytic` (Bao et al. 2022), which
+    needs `eps_square`: the mean of the squared eps estimate on data, at each of the N noisy levels.
     """
     if variance not in VARIANCES:
         raise UserError(f"unknown variance '{variance}': choose one of {', '.join(VARIANCES)}")
@@ -70,7 +71,7 @@ def ddim(
     randn: Randn = torch.randn_like,
     on_step: OnStep | None = None,
 ) -> Float[Tensor, "B *S"]:
-    """Song et al. 2021 (DDIM), eq. 12. Deterministic at eta = 0; at eta = 1 the law of `ddpm`, small variance."""
+    """Song et al. 2021 (DDIM), eq. 12. eta = 0 is deterministic, eta = 1 has the law of `ddpm` (small)."""
     for i, now, to in levels.steps():
         x0, _ = _estimate(denoise, x, now)
         eps = (x - now.alpha * x0) / now.sigma
@@ -119,9 +120,10 @@ def heun(
     randn: Randn = torch.randn_like,
     on_step: OnStep | None = None,
 ) -> Float[Tensor, "B *S"]:
-    """Karras et al. 2022, algorithm 2, in g = sigma/alpha and y = x/alpha, where dy/dg = eps: two calls a step.
+    """Karras et al. 2022, algorithm 2, in g = sigma/alpha and y = x/alpha, where dy/dg = eps.
 
-    Steps from pure noise (g infinite) and to no noise are Euler's. `churn` is S_churn, `churn_noise` S_noise.
+    Two calls of the denoiser a step; one from pure noise (g infinite) and to no noise, which is Euler's method.
+    `churn` is S_churn, `churn_noise` S_noise.
     """
     gamma = min(churn / len(levels), math.sqrt(2) - 1)
     for i, now, to in levels.steps():

@@ -1,10 +1,11 @@
 """Noise schedules: how much image and how much noise there is at a time t.
 
-x_t = alpha(t) x_0 + sigma(t) eps, with t in [0, 1]: t = 0 is exactly clean (alpha 1, sigma 0), t = 1 noisiest.
-`linear` (Ho et al. 2020), `scaled_linear` (Rombach et al. 2022), `cosine` (Nichol & Dhariwal 2021) and `sigmoid`
-(level form, Jabri et al. 2022) are variance preserving (alpha^2 + sigma^2 = 1) and made of discrete levels:
-level i = 0 .. steps-1 sits at t = (i+1) / steps, with ln alpha linear in between (DPM-Solver, Lu et al. 2022).
-`flow` is the straight path of rectified flow (Liu et al. 2022), not variance preserving: alpha = 1 - t, sigma = t.
+x_t = alpha(t) x_0 + sigma(t) eps, with t in [0, 1]: t = 0 is exactly clean (alpha 1, sigma 0), t = 1
+noisiest. `linear` (Ho et al. 2020), `scaled_linear` (Rombach et al. 2022), `cosine` (Nichol & Dhariwal
+2021) and `sigmoid` (level form, Jabri et al. 2022) are variance preserving (alpha^2 + sigma^2 = 1) and made
+of discrete levels: level i = 0 .. steps-1 sits at t = (i+1) / steps, with ln alpha linear in between
+(DPM-Solver, Lu et al. 2022). `flow` is the straight path of rectified flow (Liu et al. 2022), not variance
+preserving: alpha = 1 - t, sigma = t.
 """
 
 import math
@@ -128,10 +129,10 @@ class Schedule:
     def levels(self, steps: int, spacing: str | None = None) -> Levels:
         """The levels of a sampler that takes `steps` steps.
 
-        spacing: `strided` (evenly spaced indices, both ends kept; the default), `trailing`, `leading` ("ddimN"),
-        `uniform` in t (the default of flow), `logsnr` (uniform in ln(alpha/sigma)), `edm` (Karras et al. 2022,
-        eq. 5), or counts for equal sections of the schedule, cleanest first: "10,10,3,2,2"; `fast27` is GLIDE's.
-        Raises UserError for a number of steps the spacing cannot give.
+        spacing: `strided` (evenly spaced indices, both ends kept; the default), `trailing`, `leading`
+        ("ddimN"), `uniform` in t (the default of flow), `logsnr` (uniform in ln(alpha/sigma)), `edm`
+        (Karras et al. 2022, eq. 5), or counts for equal sections of the schedule, cleanest first:
+        "10,10,3,2,2"; `fast27` is GLIDE's. Raises UserError for a number of steps the spacing cannot give.
         """
         spacing = spacing or ("strided" if self.variance_preserving else "uniform")
         if steps < 1:
@@ -210,7 +211,7 @@ def kept_indices(total: int, steps: int, spacing: str) -> list[int]:
 
 
 def even_sections(total: int, counts: list[int]) -> list[int]:
-    """Split 0 .. total-1 into equal sections; keep `counts` evenly spaced indices of each, both ends included."""
+    """Split 0 .. total-1 into equal sections; keep `counts` evenly spaced indices of each with both ends."""
     size, extra = divmod(total, len(counts))
     kept, start = [], 0
     for section, count in enumerate(counts):
