@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,7 +68,7 @@ class EmbeddingCache:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BrokenCache(str(error)) from error
 
-    def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
         return type(self), (self.path,)  # a worker process opens the files again instead of receiving a copy
 
     def __len__(self) -> int:

@@ -106,7 +106,7 @@ class Folder:
         return self._scan.captions[self.names[self._readable(item)]]
 
     def images(self, items: Sequence[int], epoch: int = 0) -> Float[Tensor, "b 3 s s"]:
-        """(B, 3, S, S) float32 in [-1, 1]. A picture that turns out to be broken is replaced by the next one."""
+        """(B, 3, S, S) float32 in [-1, 1]. A picture that turns out broken is replaced by the next one."""
         size = self.image_size
         batch = np.empty((len(items), size, size, 3), np.uint8)
         for row, item in zip(batch, items, strict=True):

@@ -5,7 +5,7 @@ is a standard deviation of 0.5375 per dimension, that of ImageNet pixels in [-1,
 keeps it at any dimension: |z| = 0.5375 sqrt(E).
 """
 
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -38,7 +38,7 @@ class EmbedNorm:
     def needs_fit(self) -> bool:
         return self.kind == "standardized" and self.mean is None
 
-    def fit(self, embeds: Float[Tensor, "n e"]) -> Self:
+    def fit(self, embeds: Float[Tensor, "n e"]) -> "EmbedNorm":
         """Measures mean and standard deviation per dimension; nothing to do for the other kinds."""
         if self.kind == "standardized":
             self.mean = embeds.double().mean(0).float()
