@@ -78,7 +78,9 @@ class Attention(nn.Module):
         kv = torch.cat((context.to(own.dtype), own), dim=1)
         mask = None
         if causal:  # SDPA's own causal mask starts at the first key, ours at the first own key
-            mask = torch.ones(q.shape[1], kv.shape[1], dtype=torch.bool, device=q.device).tril(context.shape[1])
+            mask = torch.ones(q.shape[1], kv.shape[1], dtype=torch.bool, device=q.device).tril(
+                context.shape[1]
+            )
         return self.out(attend(q, kv, self.heads, mask)), own
 
 

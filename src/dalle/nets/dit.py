@@ -1,0 +1,129 @@
+"""A second decoder network: the diffusion transformer (Peebles & Xie 2023, DiT, adaLN-zero), conditioned as the U-Net.
+
+Differs from DiT: its class label is DALL-E 2's conditions (sec. 2.1), the context tokens being extra keys and values of
+every attention layer; one linear layer computes the modulations of all blocks, and one their context keys and values.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dalle.nets.blocks import MLP, Attention, Conditioning
+
+
+def positions(side: int, width: int) -> Float[Tensor, "N D"]:
+    """Fixed 2-D sinusoids: a quarter of the width each for sin and cos of row and column."""
+    frequency = 10000.0 ** (-torch.arange(width // 4) / (width // 4))
+    angle = torch.arange(side)[:, None] * frequency  # (side, D/4)
+    line = torch.cat((angle.sin(), angle.cos()), dim=1)
+    row, column = line[:, None].expand(-1, side, -1), line[None].expand(side, -1, -1)
+    return torch.cat((row, column), dim=2).flatten(0, 1)
+
+
+def modulate(
+    x: Float[Tensor, "B N D"], shift: Float[Tensor, "B D"], scale: Float[Tensor, "B D"]
+) -> Float[Tensor, "B N D"]:
+    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
+
+
+class Block(nn.Module):
+    """x + gate * attention(modulated norm(x)), then the same with the MLP; `modulation` (B, 6D) holds all six."""
+
+    def __init__(self, width: int, heads: int, dropout: float):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attention = Attention(width, heads)
+        self.mlp = MLP(width, dropout=dropout)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B N D"],
+        modulation: Float[Tensor, "B 6*D"],
+        context: Float[Tensor, "B M 2*D"],
+    ) -> Float[Tensor, "B N D"]:
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=1)
+        attended, _ = self.attention(modulate(self.norm(x), shift1, scale1), context)
+        x = torch.addcmul(x, gate1[:, None], attended)
+        return torch.addcmul(x, gate2[:, None], self.mlp(modulate(self.norm(x), shift2, scale2)))
+
+
+class DiT(nn.Module):
+    """x_t, t and conditions -> the prediction (B, out_channels, image_size, image_size); zero at birth.
+
+    patch: side of the square patches that become tokens. checkpoint: recompute each block in the backward pass.
+    Raises ValueError where sizes do not divide.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        channels: int,
+        out_channels: int,
+        patch: int,
+        width: int,
+        depth: int,
+        heads: int,
+        embed_dim: int,
+        text_width: int,
+        image_tokens: int = 4,
+        dropout: float = 0.0,
+        checkpoint: bool = False,
+    ):
+        super().__init__()
+        if image_size % patch:
+            raise ValueError(f"image_size {image_size} must be a multiple of patch {patch}.")
+        if width % heads or width % 4:
+            raise ValueError(f"width {width} must be a multiple of heads {heads} and of 4.")
+        self.image_size, self.channels, self.out_channels = image_size, channels, out_channels
+        self.embed_dim, self.text_width = embed_dim, text_width
+        self.patch, self.width, self.checkpoint = patch, width, checkpoint
+        self.conditioning = Conditioning(width, width, embed_dim, text_width, image_tokens)
+        self.inlet = nn.Linear(channels * patch**2, width)
+        self.register_buffer("position", positions(image_size // patch, width), persistent=False)
+        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
+        self.modulation = nn.Linear(width, (6 * depth + 2) * width)
+        self.context = nn.Linear(width, 2 * depth * width)
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.outlet = nn.Linear(width, out_channels * patch**2)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """DiT's: Xavier; all modulations and the output begin at zero, so each block is the identity at birth."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        self.conditioning.init_weights()
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.outlet.weight)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B C H W"],
+        t: Float[Tensor, "B"],
+        *,
+        image_embed: Float[Tensor, "B E"],
+        text_embed: Float[Tensor, "B E"],
+        text_hidden: Float[Tensor, "B T S"],
+        text_mask: Bool[Tensor, "B T"],
+        keep_image: Bool[Tensor, "B"] | None = None,
+        keep_text: Bool[Tensor, "B"] | None = None,
+    ) -> Float[Tensor, "B O H W"]:
+        vector, context = self.conditioning(
+            t, image_embed, text_embed, text_hidden, text_mask, keep_image, keep_text
+        )
+        *modulations, last = self.modulation(F.silu(vector)).split(6 * self.width, dim=1)
+        contexts = self.context(context).split(2 * self.width, dim=2)
+
+        k, side = self.patch, self.image_size // self.patch
+        x = self.inlet(rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=k, q=k)) + self.position
+        for block, modulation, keys in zip(self.blocks, modulations, contexts, strict=True):
+            if self.checkpoint and self.training:
+                x = checkpoint(block, x, modulation, keys, use_reentrant=False)
+            else:
+                x = block(x, modulation, keys)
+        x = self.outlet(modulate(self.norm(x), *last.chunk(2, dim=1)))
+        return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=side, p=k, q=k)
