@@ -200,7 +200,7 @@ def test_two_ranks_take_the_step_of_one(tmp_path):
         states.append((stage.net.state_dict(), {k: float(v) for k, v in fit.callback_metrics.items()}))
     (one, metrics), (two, other) = states
     assert not torch.equal(one["visual.proj"], make_net().visual.proj)
-    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-5)
     for name in ("val/image_to_text_r1", "val/text_to_image_r5"):
         assert other[name] == pytest.approx(metrics[name])
 
