@@ -1,7 +1,7 @@
 """A pretrained CLIP of the open_clip collection in the place of one's own (the `open_clip` extra).
 
-What differs from open_clip's loader: OpenAI's weights get the QuickGELU they were trained with, whatever the name
-says (open_clip only warns), images are resized as tensors, and text states come with the embedding.
+What differs from open_clip's loader: OpenAI's weights get the QuickGELU they were trained with, whatever the
+name says (open_clip only warns), images are resized as tensors, and text states come with the embedding.
 """
 
 import difflib
