@@ -5,6 +5,7 @@ heard of config groups. Only names of the packages in `TRUSTED` are imported, ev
 signature first, and mistakes are named by their place in the config.
 """
 
+import functools
 import importlib
 import inspect
 import types
@@ -22,11 +23,19 @@ def locate(target: str) -> Any:
     """The object called `target` (``package.module.name``)."""
     if not target.startswith(TRUSTED):
         raise UserError(f"_target_ {target!r} is not of {', '.join(p[:-1] for p in TRUSTED)}; refusing to import it")
-    module, _, name = target.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"_target_ {target!r} cannot be imported: {error}") from None
+    parts = target.split(".")
+    for cut in range(len(parts) - 1, 0, -1):  # the longest prefix that is a module; the rest are attributes
+        try:
+            found = importlib.import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError as error:
+            if error.name and not target.startswith(error.name):
+                raise UserError(f"{target} needs the package {error.name}: pip install {error.name}") from None
+            continue
+        try:
+            return functools.reduce(getattr, parts[cut:], found)
+        except AttributeError:
+            break
+    raise UserError(f"_target_ {target!r} does not exist")
 
 
 def build(node: Any, where: str = "", **extra: Any) -> Any:

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from dalle.data.batch import Batch, take
+from dalle.data.batch import Batch
 from dalle.diffusion.noise import per_sample
 from dalle.pictures import grid, save_png
 from dalle.stages.base import Stage
@@ -123,6 +123,11 @@ class SampleGrid(lightning.Callback):
         log_picture(trainer, "samples", picture)
 
     _due = 0
+
+
+def take(batch: Batch, count: int) -> Batch:
+    """The first `count` samples of a batch."""
+    return Batch(**{key: value[:count] for key, value in batch.items()})
 
 
 def log_picture(trainer: lightning.Trainer, key: str, picture: Any) -> None:

@@ -5,7 +5,8 @@
         last.ckpt           everything needed to go on training
         model.safetensors   weights of the trained network (their moving average where there is one)
         manifest.json       what a user of the weights must know: sizes, normalisation, tokenizer, hashes, final metrics
-        metrics.csv, samples/, .hydra/
+        tokenizer.json      of a CLIP: how its captions become ids
+        metrics.csv, samples/
 
 A run is finished when its manifest is there: the manifest is written last. Every file is written aside and renamed.
 """
@@ -26,7 +27,7 @@ from torch import nn
 from dalle.build import build
 from dalle.data.frozen import FrozenCLIP, weights_hash
 from dalle.data.norm import EmbedNorm
-from dalle.data.tokenizers import tokenizer_from_dict
+from dalle.data.tokenizers import load_tokenizer
 from dalle.errors import UserError
 from dalle.stages.base import Stage
 
@@ -47,9 +48,16 @@ class Run:
 
     path: Path
 
+    def __str__(self) -> str:
+        return str(self.path)
+
     @property
     def checkpoint(self) -> Path:
         return self.path / "last.ckpt"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer.json"
 
     @property
     def finished(self) -> bool:
@@ -116,5 +124,5 @@ def load_stage(path: str | Path, expected: str | None = None) -> tuple[Stage, di
 
 def load_clip(path: str | Path) -> FrozenCLIP:
     """The CLIP of a finished `model=clip` run, frozen, with its tokenizer."""
-    stage, manifest = load_stage(path, expected="clip")
-    return FrozenCLIP(stage.net, tokenizer_from_dict(manifest["tokenizer"]))
+    stage, _ = load_stage(path, expected="clip")
+    return FrozenCLIP(stage.net, load_tokenizer(Path(path) / "tokenizer.json"))

@@ -3,6 +3,7 @@
 The order is: refuse what cannot work, claim the run directory, build, fit, test, write weights and manifest.
 """
 
+import json
 import os
 import platform
 import shutil
@@ -15,11 +16,12 @@ import lightning
 import torch
 import yaml
 from lightning.pytorch.loggers import Logger
-from torch import Tensor, nn
+from torch import nn
 
 import dalle
 from dalle.build import build
 from dalle.callbacks import Ema
+from dalle.data.tokenizers import load_tokenizer
 from dalle.errors import UserError
 from dalle.loggers import MetricsCsv
 from dalle.runs import Run, write_aside
@@ -43,13 +45,15 @@ def train(config: Config) -> dict[str, float]:
     lightning.seed_everything(config["seed"], workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
 
-    datamodule = build(config["datamodule"], "datamodule")
+    datamodule = build(config["datamodule"], "datamodule", **kept_tokenizer(config, run))
     fill_sizes(config, datamodule.sizes)
     stage: Stage = build(config["model"], "model")
     if config["compile"]:
         stage.net.compile()
     trainer = make_trainer(config, run)
     if is_main_process():
+        if config["stage"] == "clip":
+            write_aside(run.tokenizer, json.dumps(datamodule.tokenizer.to_dict(), ensure_ascii=False))
         write_aside(run.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         for logger in trainer.loggers:
             logger.log_hyperparams({**config, "parameters": count(stage.net)})
@@ -63,6 +67,21 @@ def train(config: Config) -> dict[str, float]:
     metrics = {k: round(float(v), 6) for k, v in trainer.callback_metrics.items() if k.startswith("test/")}
     finish(run, trainer, stage, facts(config, trainer, stage, datamodule, metrics, seconds))
     return metrics
+
+
+def missing_clip(config: Config) -> Run | None:
+    """The run in which this stage's CLIP still has to be trained; None where it is there or comes from elsewhere.
+
+    Raises:
+        UserError: another place was named, and there is no CLIP.
+    """
+    node = config["clip"]
+    if config["stage"] == "clip" or node["_target_"] != "dalle.runs.load_clip" or Run(Path(node["path"])).finished:
+        return None
+    usual = Path(config["paths"]["logs"], config["name"], "clip")
+    if Path(node["path"]) != usual:
+        raise UserError(f"upstream.clip={node['path']} holds no finished CLIP run; train one with model=clip, or leave it out")
+    return Run(usual)
 
 
 def check_machine(config: Config) -> None:
@@ -117,6 +136,11 @@ def check_readable(checkpoint: Path) -> None:
         raise UserError(
             f"{checkpoint} cannot be read ({str(error).splitlines()[0]}); delete it, or start again with overwrite=true"
         ) from None
+
+
+def kept_tokenizer(config: Config, run: Run) -> Config:
+    """A run that is resumed keeps its tokenizer, whatever has become of the captions it was trained on."""
+    return {"tokenizer": load_tokenizer(run.tokenizer)} if "tokenizer" in config["datamodule"] and run.tokenizer.exists() else {}
 
 
 def fill_sizes(config: Config, sizes: Mapping[str, int]) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 
 from dalle.data.batch import Batch
 from dalle.stages.optim import Recipe
@@ -59,6 +61,18 @@ class Stage(lightning.LightningModule):
             on_epoch=split != "train",
             sync_dist=split != "train",
         )
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is None and gradient_clip_algorithm == "norm":
+            # Lightning refuses fused optimizers under any autocast; only fp16, which scales its losses, is at odds with them
+            if gradient_clip_val:
+                norm = clip_grad_norm_(self.net.parameters(), gradient_clip_val)
+                self.log("train/grad_norm", norm)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def configure_optimizers(self) -> Any:
         if self.recipe is None:
