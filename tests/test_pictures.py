@@ -2,7 +2,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -57,6 +57,7 @@ def test_pictures_that_cannot_be_shared_out_are_refused():
             grid(torch.zeros(count, 3, 8, 8), captions)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=300), st.integers(30, 400))
 def test_any_caption_wraps_into_the_width(caption, width):
     from PIL import ImageFont

@@ -90,7 +90,7 @@ class CLIPFeatures(nn.Module):
 def frechet_distance(
     clip: ImageEmbedder, weights: str | Path | None = None, download: bool = False
 ) -> FrechetDistance:
-    """`fid` where Inception's weights can be had (see `find_inception`), else `fid_clip` on those of `clip`."""
+    """`fid` where Inception's weights can be had (see `find_inception`), else `fid_clip` by `clip`."""
     inception = find_inception(weights, download)
     if inception is not None:
         return FrechetDistance(inception, "fid")

@@ -1,0 +1,127 @@
+"""The table of a text-to-image stage: how real its pictures look, and how well they show what the captions
+say.
+
+    fid or fid_clip     distance to real pictures; the name says whose features (see `frechet.py`)
+    clip_score          0 to 100; `clip_score_real` is that of the real pictures: about what can be reached
+    judge/all           share of pictures that show all their caption says; judge/colour, judge/shape ...:
+    one attribute,
+                        over the captions that mention it; judge/<group>/...: the same within a group of
+                        captions
+    pictures            how many were generated; compare distances of equal numbers only
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, distributed
+
+from dalle.metrics.clip_score import CLIPScore, ImageTextEmbedder
+from dalle.metrics.frechet import ImageEmbedder, frechet_distance
+from dalle.pictures import from_uint8, to_uint8
+
+
+@runtime_checkable
+class Embedder(ImageEmbedder, ImageTextEmbedder, Protocol):
+    """What is used of a `FrozenCLIP`."""
+
+
+Judge = Callable[[Tensor, list[str]], dict[str, Tensor]]
+
+
+class GenerationMetrics:
+    """Fed with batches of generated pictures, real ones and captions; gives the table as a flat dict.
+
+    A plain object, not a Module: what it holds (a CLIP, an Inception) never gets into a stage's checkpoint.
+    Sums over all ranks; every rank must call `compute`.
+
+    Args:
+        clip: a `FrozenCLIP`, for the CLIP score and, without Inception, for `fid_clip`.
+        judge: a `Judge`, where captions are of the grammar of `shapes`.
+        inception: path of the FID Inception's weights; None looks into torch.hub's cache.
+        download: whether those weights may be downloaded where they are missing.
+    """
+
+    def __init__(
+        self,
+        clip: Embedder,
+        judge: Judge | None = None,
+        inception: str | Path | None = None,
+        download: bool = False,
+    ) -> None:
+        self.judge = judge
+        self.frechet = frechet_distance(clip, inception, download)
+        self.clip_score, self.clip_score_real = CLIPScore(clip), CLIPScore(clip)
+        self.tally: defaultdict[str, Tensor] = defaultdict(_nothing)
+
+    def to(self, device: torch.device | str) -> "GenerationMetrics":
+        """Moves sums and Inception to a device; the CLIP stays where its owner put it."""
+        for metric in (self.frechet, self.clip_score, self.clip_score_real):
+            metric.to(device)
+        return self
+
+    @torch.no_grad()
+    def update(
+        self,
+        generated: Float[Tensor, "B 3 H W"],
+        real: Float[Tensor, "B 3 h w"],
+        captions: Sequence[str],
+        groups: Sequence[str] | None = None,
+    ) -> None:
+        """Adds pictures in [-1, 1], taken as the 8 bits they are saved with.
+
+        `real` pictures belong to the captions too. `groups` names the group of each caption ("seen",
+        "unseen").
+        """
+        generated, real = from_uint8(to_uint8(generated)), from_uint8(to_uint8(real))
+        self.frechet.update(real, real=True)
+        self.frechet.update(generated, real=False)
+        self.clip_score.update(generated, captions)
+        self.clip_score_real.update(real, captions)
+        self.tally["pictures"] += torch.tensor([len(generated)] * 2)
+        if self.judge is not None:
+            for attribute, right in self.judge(generated, list(captions)).items():
+                self._count(attribute, right.double().cpu(), groups)
+
+    def _count(self, attribute: str, right: Float[Tensor, "B"], groups: Sequence[str] | None) -> None:
+        """Adds verdicts of 1, 0 or nan (the caption does not say) to the shares of all and of each group."""
+        members = {f"judge/{attribute}": torch.ones_like(right, dtype=torch.bool)}
+        for group in sorted(set(groups or ())):
+            members[f"judge/{group}/{attribute}"] = torch.tensor([name == group for name in groups or ()])
+        for name, member in members.items():
+            said = right[member & ~right.isnan()]
+            self.tally[name] += torch.stack([said.sum(), torch.tensor(len(said))])
+
+    def compute(self) -> dict[str, float]:
+        """The table over everything seen by all ranks. Attributes that no caption mentioned are left out."""
+        tally = _over_ranks(self.tally)
+        table = {self.frechet.name: self.frechet.compute().item()}
+        table["clip_score"] = self.clip_score.compute().item()
+        table["clip_score_real"] = self.clip_score_real.compute().item()
+        table["pictures"] = tally.pop("pictures", _nothing())[0].item()
+        return table | {name: (right / said).item() for name, (right, said) in tally.items() if said > 0}
+
+    def reset(self) -> None:
+        for metric in (self.frechet, self.clip_score, self.clip_score_real):
+            metric.reset()
+        self.tally.clear()
+
+
+def _nothing() -> Float[Tensor, "2"]:
+    return torch.zeros(2, dtype=torch.float64)
+
+
+def _over_ranks(tally: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sums by name; ranks may know different names, since captions differ in what they mention."""
+    ranks: list[dict[str, Tensor] | None] = [dict(tally)]
+    if distributed.is_available() and distributed.is_initialized():
+        ranks = [None] * distributed.get_world_size()
+        distributed.all_gather_object(ranks, dict(tally))
+    total: defaultdict[str, Tensor] = defaultdict(_nothing)
+    for rank in ranks:
+        for name, counts in (rank or {}).items():
+            total[name] = total[name] + counts
+    return dict(sorted(total.items()))

@@ -1,0 +1,196 @@
+"""unCLIP, text to image (Ramesh et al. 2022, DALL-E 2, sec. 2): caption -> CLIP text features -> prior ->
+CLIP image embedding -> decoder -> picture.
+
+Picture j of prompt i is drawn from noise of its own, seeded by (seed, i, j): the same with any batch size,
+and with any number of other prompts after it (up to the rounding of a batched matrix product).
+"""
+
+import logging
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from textwrap import shorten
+from typing import Any, Literal, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dalle.data.batch import Batch
+from dalle.data.norm import EmbedNorm
+from dalle.data.sources import mix
+from dalle.data.tokenizers import TextTokenizer
+from dalle.diffusion.noise import per_sample
+from dalle.errors import UserError
+
+log = logging.getLogger(__name__)
+
+PRIOR, DECODER = 1, 2  # each has its own noise: another prior sampler leaves the decoder's noise as it was
+RAW, UNIT = ("none", "standardized"), ("unit", "unit_times_sqrt_dim")
+
+
+class UnCLIP(nn.Module):
+    """Trained stages put together; `sample` turns captions into pictures.
+
+    Args:
+        clip: the `FrozenCLIP` on whose embeddings both stages were trained.
+        prior: a stage with `sample(batch, randn=...) -> (B, E)`; None leaves the decoder with the caption
+            alone.
+        decoder: a stage with `sample(batch, randn=...) -> (B, 3, H, W)`.
+        prior_norm, decoder_norm: how each stage's image embeddings are normalised (prior_norm None: the
+        same).
+
+    Raises:
+        UserError: the prior's embeddings cannot be turned into the decoder's.
+    """
+
+    def __init__(
+        self,
+        clip: nn.Module,
+        prior: nn.Module | None,
+        decoder: nn.Module,
+        prior_norm: EmbedNorm | None,
+        decoder_norm: EmbedNorm,
+    ) -> None:
+        super().__init__()
+        self.clip, self.prior, self.decoder = clip, prior, decoder
+        self.prior_norm, self.decoder_norm = prior_norm or decoder_norm, decoder_norm
+        self.same_norm = self.prior_norm.to_dict() == decoder_norm.to_dict()
+        if prior is not None:
+            _check_norms(self.prior_norm.kind, decoder_norm.kind)
+        self.eval()
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        return cast(TextTokenizer, self.clip.tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.decoder.parameters()).device
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        captions: Sequence[str],
+        n: int = 1,
+        seed: int = 0,
+        batch_size: int = 16,
+        precision: Literal["fp32", "bf16"] = "fp32",
+        prior: Mapping[str, Any] | None = None,
+        decoder: Mapping[str, Any] | None = None,
+        truncate: bool = False,
+    ) -> Float[Tensor, "N 3 H W"]:
+        """`n` pictures of each caption, in [-1, 1] on the CPU, those of one caption adjacent.
+
+        Args:
+            batch_size: pictures drawn at once.
+            precision: bf16 runs both stages under autocast; CLIP stays in float32.
+            prior, decoder: further arguments of the stages' `sample` (sampler, guidance ...).
+            truncate: cut captions that are too long for CLIP, with a warning, instead of refusing them.
+
+        Raises:
+            UserError: no captions, or one that is too long.
+        """
+        self.check(captions, n, batch_size, truncate)
+        jobs = [(i, j) for i in range(len(captions)) for j in range(n)]
+        images = []
+        with tqdm(total=len(jobs), desc="sampling", unit="image", disable=None) as bar:
+            for start in range(0, len(jobs), batch_size):
+                part = jobs[start : start + batch_size]
+                batch = self.embed([captions[i] for i, _ in part])
+                seeds = [(seed, i, j) for i, j in part]
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                    batch = self.imagine(batch, seeds, prior or {})
+                    randn = per_sample([mix(*key, DECODER) for key in seeds], self.device)
+                    made = self.decoder.sample(batch, randn=randn, **(decoder or {}))  # pyright: ignore
+                images.append(made.float().clamp(-1, 1).cpu())
+                bar.update(len(part))
+        return torch.cat(images)
+
+    def embed(self, captions: list[str]) -> Batch:
+        """The captions' text features, on the stages' device."""
+        features = self.clip.embed_captions(captions)  # pyright: ignore[reportCallIssue]
+        moved = {key: value.to(self.device) for key, value in features.items()}
+        return cast(Batch, {"caption": captions, **moved})
+
+    def imagine(
+        self, batch: Batch, seeds: Sequence[tuple[int, int, int]], options: Mapping[str, Any]
+    ) -> Batch:
+        """Adds the prior's `image_embed`, as the decoder knows it; nothing without a prior."""
+        if self.prior is None:
+            return batch
+        randn = per_sample([mix(*key, PRIOR) for key in seeds], self.device)
+        embed = self.prior.sample(batch, randn=randn, **options).float()  # pyright: ignore[reportCallIssue]
+        if not self.same_norm:
+            embed = self.decoder_norm.encode(self.prior_norm.decode(embed))
+        return {**batch, "image_embed": embed}
+
+    def check(self, captions: Sequence[str], n: int, batch_size: int, truncate: bool) -> None:
+        """Refuses what cannot be sampled, before anything is computed."""
+        if not captions:
+            raise UserError("there is no prompt; give at least one")
+        if n < 1 or batch_size < 1:
+            raise UserError(f"n and batch_size must be at least 1, not {n} and {batch_size}")
+        too_long = [caption for caption in captions if self.tokenizer.too_long(caption)]
+        if too_long and truncate:
+            log.warning(
+                "%d of %d prompts are longer than the %d tokens that CLIP reads and were cut",
+                *(len(too_long), len(captions), self.clip.context_length),
+            )
+        elif too_long:
+            raise UserError(self._too_long(too_long[0]))
+
+    def _too_long(self, caption: str) -> str:
+        words = caption.split()
+        fits = bisect_left(
+            range(len(words)), True, key=lambda k: self.tokenizer.too_long(" ".join(words[: k + 1]))
+        )
+        return (
+            f"the prompt {shorten(caption, 60, placeholder=' ...')!r} is too long: CLIP reads "
+            f"{self.clip.context_length} tokens with start and end, which is the first {fits} of its "
+            f"{len(words)} words; shorten it, or set truncate=true"
+        )
+
+
+def check_fit(manifests: Mapping[str, Mapping[str, Any]]) -> None:
+    """Whether stages were trained to work together, by their manifests.
+
+    Args:
+        manifests: of `clip`, `prior`, `decoder`, as far as they are used.
+
+    Raises:
+        UserError: naming the two stages that do not fit, and why.
+    """
+    facts = {name: dict(_facts(manifest)) for name, manifest in manifests.items()}
+    for (a, of_a), (b, of_b) in combinations(facts.items(), 2):
+        for key in of_a.keys() & of_b.keys():
+            if of_a[key] != of_b[key]:
+                raise UserError(
+                    f"{a} and {b} do not fit together: {key} is {of_a[key]} in {a}, but {of_b[key]} in {b}; "
+                    f"stages must share one CLIP: give the one that both were trained on, or train {b} again"
+                )
+    kinds = {name: m["image_embed_norm"]["kind"] for name, m in manifests.items() if "image_embed_norm" in m}
+    if "prior" in kinds and "decoder" in kinds:
+        _check_norms(kinds["prior"], kinds["decoder"])
+
+
+def _facts(manifest: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What all stages must agree on, under names a user understands."""
+    clip = manifest.get("clip", manifest)  # CLIP's own manifest says of itself what the others say of it
+    for name, value in (
+        ("the embedding dimension", clip.get("embed_dim")),
+        ("the tokenizer", manifest.get("tokenizer", {}).get("hash")),
+        ("the CLIP (hash of its weights)", clip.get("weights")),
+    ):
+        if value is not None:
+            yield name, value
+
+
+def _check_norms(prior: str, decoder: str) -> None:
+    if prior in UNIT and decoder in RAW:
+        raise UserError(
+            f"prior and decoder do not fit together: the prior's embeddings (image_embed_norm={prior}) have "
+            f"lost the length that the decoder's (image_embed_norm={decoder}) need; train one of them again "
+            "with the norm of the other"
+        )
