@@ -1,9 +1,9 @@
 """Trains one stage: `python train.py model=prior data=folder data.root=PICTURES`; several in order: `-m model=clip,prior`.
 
-The configuration is put together from conf/train.yaml; what happens then is dalle.training.
+Hydra only puts the configuration together, from conf/train.yaml and the command line, and all of it before any work
+starts; what happens then is dalle.training.
 """
 
-import os
 import signal
 import subprocess
 import sys
@@ -13,10 +13,37 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from dalle import cli, training
+from dalle import cli
 
 # What is about one stage alone; everything else also holds for a CLIP that has to be trained first.
 OWN = ("model", "optimizer", "sampler", "datamodule", "batch_size", "stage", "resume", "overwrite", "paths.run", "hydra")
+
+
+def main() -> None:
+    jobs: list[tuple[DictConfig, list[str], RunMode | None]] = []
+
+    @hydra.main(version_base="1.3", config_path="conf", config_name="train")
+    def compose(cfg: DictConfig) -> None:
+        cfg.paths.run = str(cfg.paths.run)  # may name the job, which only Hydra knows
+        jobs.append((cfg, list(HydraConfig.get().overrides.task), HydraConfig.get().mode))
+
+    compose()
+    configs = [OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True) for cfg, _, _ in jobs]
+    for config, (_, overrides, mode) in zip(configs, jobs, strict=True):
+        if mode == RunMode.MULTIRUN:
+            run_job([*overrides, f"paths.run='{config['paths']['run']}'"])
+        else:
+            train(config, overrides)
+
+
+def train(config: dict, overrides: list[str]) -> None:
+    from dalle import training  # torch and lightning: only once there is something to train
+
+    if training.is_main_process() and (missing := training.missing_clip(config)):
+        print(f"{missing} holds no finished CLIP: training it first", flush=True)
+        shared = [o for o in overrides if not o.lstrip("+~").startswith(OWN)]
+        run_job([*shared, "model=clip", f"paths.run='{missing}'", f"resume={str(missing.occupied).lower()}"])
+    training.train(config)
 
 
 def run_job(overrides: list[str]) -> None:
@@ -27,20 +54,6 @@ def run_job(overrides: list[str]) -> None:
     signal.signal(signal.SIGINT, previous)
     if code:
         sys.exit(code)
-
-
-@hydra.main(version_base="1.3", config_path="conf", config_name="train")
-def main(cfg: DictConfig) -> None:
-    overrides = list(HydraConfig.get().overrides.task)
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        return run_job([*overrides, f"paths.run='{cfg.paths.run}'"])
-    config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    if training.is_main_process() and (missing := training.missing_clip(config)):
-        print(f"{missing}: training it first", flush=True)
-        shared = [o for o in overrides if not o.lstrip("+~").startswith(OWN)]
-        resume = ["resume=true"] if os.path.exists(missing.checkpoint) else []
-        run_job([*shared, "model=clip", f"paths.run='{missing.path}'", *resume])
-    training.train(config)
 
 
 if __name__ == "__main__":

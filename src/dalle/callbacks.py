@@ -15,7 +15,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from dalle.data.batch import Batch
+from dalle.data.shapes import Shapes
 from dalle.diffusion.noise import per_sample
+from dalle.metrics.generation import GenerationMetrics
+from dalle.metrics.judge import Judge
 from dalle.pictures import grid, save_png
 from dalle.stages.base import Stage
 
@@ -123,6 +126,52 @@ class SampleGrid(lightning.Callback):
         log_picture(trainer, "samples", picture)
 
     _due = 0
+
+
+class GenerationTest(lightning.Callback):
+    """Tests a stage that makes images by what it makes: FID, CLIP score and, on `shapes`, the judge.
+
+    Samples for the first `items` of the test split, with fixed noise, from the conditions in the batch.
+
+    Args:
+        items: how many pictures, over all ranks.
+        inception: local weights of the FID Inception; without them (and none in torch's cache) it is `fid_clip`.
+    """
+
+    def __init__(self, items: int = 256, seed: int = 0, inception: str | None = None) -> None:
+        self.items, self.seed, self.inception = items, seed, inception
+        self.metrics: GenerationMetrics | None = None
+
+    def on_test_start(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
+        source = trainer.datamodule.split("test")  # pyright: ignore[reportAttributeAccessIssue]
+        self.unseen = source.unseen if isinstance(source, Shapes) else None
+        judge = Judge() if isinstance(source, Shapes) else None
+        clip = trainer.datamodule.clip.to(pl_module.device)  # pyright: ignore[reportAttributeAccessIssue]
+        self.metrics = GenerationMetrics(clip, judge, self.inception).to(pl_module.device)
+
+    def on_test_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: Stage,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        size = len(batch["caption"])
+        room = self.items // trainer.world_size - batch_idx * size
+        if room <= 0 or self.metrics is None:
+            return
+        batch = take(batch, room)
+        items = batch["index"].tolist()
+        made = pl_module.sample(batch, randn=per_sample([self.seed + i for i in items], pl_module.device))
+        groups = None if self.unseen is None else ["unseen" if u else "seen" for u in self.unseen(items).tolist()]
+        self.metrics.update(made, batch["image"], batch["caption"], groups)
+
+    def on_test_epoch_end(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
+        if self.metrics is not None:
+            table = self.metrics.compute()
+            pl_module.log_dict({f"test/{key}": value for key, value in table.items()}, rank_zero_only=True)
 
 
 def take(batch: Batch, count: int) -> Batch:

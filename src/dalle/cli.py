@@ -16,7 +16,7 @@ def run(main: Callable[[], None]) -> None:
     """Calls a Hydra main function and turns what a user can fix into one line on stderr."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra's own report is long; this makes it raise instead
     # `debug` is a config group; its plainest preset is spelled as people expect
-    sys.argv = [{"debug=true": "debug=traceback", "debug=false": "debug=none"}.get(a.lower(), a) for a in sys.argv]
+    sys.argv = [{"debug=true": "debug=traceback", "debug=false": "debug=none"}.get(a, quoted(a)) for a in sys.argv]
     shown = any(re.match(r"\+?debug=(?!none)", a) for a in sys.argv)
     try:
         main()
@@ -26,6 +26,15 @@ def run(main: Callable[[], None]) -> None:
         if shown or not _is_users(error):
             raise
         sys.exit(f"error: {one_line(error)}")
+
+
+def quoted(argument: str) -> str:
+    """A prompt is plain text: commas, quotes and brackets in it are not Hydra's. Lists and quoted values stay as they are."""
+    key, equals, value = argument.partition("=")
+    if key.lstrip("+") != "prompt" or not equals or value[:1] in ("[", "'", '"') or value in ("", "null"):
+        return argument
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"{key}='{escaped}'"
 
 
 def _is_users(error: Exception) -> bool:

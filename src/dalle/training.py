@@ -4,10 +4,12 @@ The order is: refuse what cannot work, claim the run directory, build, fit, test
 """
 
 import json
+import logging
 import os
 import platform
 import shutil
 import time
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ def train(config: Config) -> dict[str, float]:
     resuming = config["resume"] and run.checkpoint.exists()
     if is_main_process() and not claim(run, config):
         return {}
+    quiet()
     lightning.seed_everything(config["seed"], workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
 
@@ -67,6 +70,13 @@ def train(config: Config) -> dict[str, float]:
     metrics = {k: round(float(v), 6) for k, v in trainer.callback_metrics.items() if k.startswith("test/")}
     finish(run, trainer, stage, facts(config, trainer, stage, datamodule, metrics, seconds))
     return metrics
+
+
+def quiet() -> None:
+    """Lightning's advertisements and remarks about itself say nothing of the run."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (".*LeafSpec.*", ".*does not have many workers.*", ".*srun.*"):
+        warnings.filterwarnings("ignore", message)
 
 
 def missing_clip(config: Config) -> Run | None:

@@ -1,0 +1,34 @@
+# Each target sets up what it needs, in .venv. PYTHON is the interpreter the environment is made with.
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.PHONY: demo test check clean
+
+demo: .venv/demo      ## train CLIP, prior and decoder on the CPU, sample a grid, print a table
+	$(PY) train.py -m model=clip,prior,decoder name=demo resume=true
+	$(PY) sample.py name=demo prompts=conf/prompts/shapes.txt
+	$(PY) -m dalle.demo logs/demo
+
+test: .venv/dev       ## all tests; compiled networks in a second call, without the shape checks that break torch.compile
+	$(PY) -m pytest -n 2 -m "not compile" --jaxtyping-packages=dalle,beartype.beartype
+	$(PY) -m pytest -m compile
+
+check: .venv/dev      ## lint, format, types
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --upgrade pip
+
+.venv/demo: .venv/bin/python pyproject.toml constraints.txt
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/dev: .venv/bin/python pyproject.toml constraints.txt
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	@touch $@ .venv/demo
+
+clean:                ## remove the environment; runs in logs/ stay
+	rm -rf .venv

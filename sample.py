@@ -1,0 +1,24 @@
+"""Pictures from trained stages: `python sample.py prompt="a small red circle above a blue square" sampler=ddim steps=25`."""
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from dalle import cli
+
+
+def main() -> None:
+    configs: list[DictConfig] = []
+
+    @hydra.main(version_base="1.3", config_path="conf", config_name="sample")
+    def compose(cfg: DictConfig) -> None:
+        configs.append(cfg)
+
+    compose()
+    for cfg in configs:
+        from dalle.sampling import sample  # torch: only once the configuration is right
+
+        sample(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+
+
+if __name__ == "__main__":
+    cli.run(main)
