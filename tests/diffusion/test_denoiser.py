@@ -73,7 +73,8 @@ def test_a_perfect_prediction_gives_back_x0_and_no_loss(pair, moment, seed):
     x0, eps = torch.randn(2, 3, 5, generator=generator, dtype=torch.float64).unbind()
     t = torch.full((3,), moment, dtype=torch.float64)
     alpha, sigma = (c[:, None] for c in schedule.alpha_sigma(t))
-    denoiser = Denoiser(Outputs(target(schedule, pair[1], x0, eps, t)), schedule, pair[1], weighting="min_snr")
+    out = target(schedule, pair[1], x0, eps, t)
+    denoiser = Denoiser(Outputs(out), schedule, pair[1], weighting="min_snr")
     torch.testing.assert_close(denoiser(alpha * x0 + sigma * eps, t), x0, rtol=1e-6, atol=1e-6)
     loss, at = denoiser.losses(x0, t=t, noise=eps)
     assert loss.abs().max() < 1e-20
@@ -121,9 +122,8 @@ def test_losses_are_per_sample_and_loss_is_their_mean():
 
 def test_a_generator_makes_losses_reproducible():
     denoiser = Denoiser(Exact(Schedule("cosine"), "v", 0, 1), Schedule("cosine"), "v")
-    first, second, other = (
-        denoiser.losses(torch.zeros(4, 6), generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
-    )
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 1, 2)]
+    first, second, other = (denoiser.losses(torch.zeros(4, 6), generator=g) for g in generators)
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
     assert not torch.equal(first[0], other[0])
@@ -144,12 +144,13 @@ def test_conditions_reach_the_network():
 def test_training_times(sampling):
     x0 = torch.zeros(20_000, 1)
     generator = torch.Generator().manual_seed(0)
-    discrete = Denoiser(nn.Identity(), Schedule("cosine", steps=50), "v", time_sampling=sampling, logit_mean=0.5)
+    options = {"time_sampling": sampling, "logit_mean": 0.5}
+    discrete = Denoiser(nn.Identity(), Schedule("cosine", steps=50), "v", **options)
     t = discrete.times(x0, generator)
     torch.testing.assert_close(t * 50, (t * 50).round(), rtol=0, atol=1e-5)
     assert t.min() >= 1 / 50
     assert t.max() <= 1
-    flow = Denoiser(nn.Identity(), Schedule("flow"), "velocity", time_sampling=sampling, logit_mean=0.5)
+    flow = Denoiser(nn.Identity(), Schedule("flow"), "velocity", **options)
     t = flow.times(x0, generator)
     assert t.unique().numel() > 15_000
     if sampling == "uniform":
@@ -236,7 +237,8 @@ class Learned(nn.Module):
 def test_hybrid_loss_adds_the_bound_and_keeps_it_off_the_mean():
     schedule, net = Schedule("cosine", steps=50), Learned()
     hybrid = Denoiser(net, schedule, "eps", learned_variance=True)
-    x0, noise, t = torch.rand(3, 2, 4, 4) * 2 - 1, torch.randn(3, 2, 4, 4), torch.tensor([1.0, 25.0, 50.0]) / 50
+    x0, noise = torch.rand(3, 2, 4, 4) * 2 - 1, torch.randn(3, 2, 4, 4)
+    t = torch.tensor([1.0, 25.0, 50.0]) / 50
     losses, _ = hybrid.losses(x0, t=t, noise=noise)
     alpha, sigma = (c.view(3, 1, 1, 1) for c in schedule.alpha_sigma(t))
     x_t = alpha * x0 + sigma * noise

@@ -92,7 +92,9 @@ def test_noise_grows_with_time(name, steps, moments):
 
 def test_log_alpha_is_linear_between_levels():
     alpha, _ = Schedule("cosine").alpha_sigma(f64([0.499, 0.4993, 0.5]))
-    torch.testing.assert_close(alpha[1].log(), 0.7 * alpha[0].log() + 0.3 * alpha[2].log(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        alpha[1].log(), 0.7 * alpha[0].log() + 0.3 * alpha[2].log(), rtol=1e-12, atol=0
+    )
 
 
 @settings(deadline=None, max_examples=50)

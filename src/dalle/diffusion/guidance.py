@@ -4,34 +4,35 @@ Classifier-free guidance (Ho & Salimans 2022) as a weighted sum of x0 estimates 
 all evaluated as one stacked batch. A scale here is 1 + w of that paper: 1 is no guidance.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dalle.diffusion.samplers import Denoise
 from dalle.errors import UserError
 
-Branch = tuple[float, dict[str, Any]]  # the weight of an estimate, and the condition it is made under
-Denoise = Callable[..., Tensor | tuple[Tensor, Tensor | None]]
+Scale = float | int
+Branch = tuple[Scale, dict[str, Any]]  # the weight of an estimate, and the condition it is made under
 
 THRESHOLDS = ("none", "static", "dynamic")
 
 
-def one_scale(cond: dict[str, Any], null: dict[str, Any], scale: float) -> list[Branch]:
+def one_scale(cond: dict[str, Any], null: dict[str, Any], scale: Scale) -> list[Branch]:
     """null + scale (cond - null)."""
     return [(1 - scale, null), (scale, cond)]
 
 
 def two_scales(
-    both: dict[str, Any], image: dict[str, Any], null: dict[str, Any], image_scale: float, text_scale: float
+    both: dict[str, Any], image: dict[str, Any], null: dict[str, Any], image_scale: Scale, text_scale: Scale
 ) -> list[Branch]:
     """null + image_scale (image - null) + text_scale (both - image), for an image embedding and a text."""
     return [(1 - image_scale, null), (image_scale - text_scale, image), (text_scale, both)]
 
 
-def guide(denoise: Denoise, branches: Sequence[Branch], rescale: float = 0.0) -> Denoise:
+def guide(denoise: Denoise, branches: Sequence[Branch], rescale: Scale = 0.0) -> Denoise:
     """A denoiser of (x_t, t) whose x0 is the weighted sum over `branches`; the weights must add up to 1.
 
     Branches of weight 0 cost nothing. The last branch left is the fullest condition: its variance is kept
@@ -59,7 +60,7 @@ def guide(denoise: Denoise, branches: Sequence[Branch], rescale: float = 0.0) ->
     return guided
 
 
-def threshold(denoise: Denoise, kind: str = "dynamic", percentile: float = 0.995) -> Denoise:
+def threshold(denoise: Denoise, kind: str = "dynamic", percentile: Scale = 0.995) -> Denoise:
     """A denoiser whose x0 is held in [-1, 1]: `none`, `static` (clamp) or `dynamic` (Saharia et al. 2022)."""
     if kind not in THRESHOLDS:
         raise UserError(f"unknown threshold '{kind}': choose one of {', '.join(THRESHOLDS)}")
@@ -76,14 +77,14 @@ def threshold(denoise: Denoise, kind: str = "dynamic", percentile: float = 0.995
 
 
 def match_spread(
-    x0: Float[Tensor, "B *S"], reference: Float[Tensor, "B *S"], phi: float
+    x0: Float[Tensor, "B *S"], reference: Float[Tensor, "B *S"], phi: Scale
 ) -> Float[Tensor, "B *S"]:
     """Part phi of the way from x0 to x0 with each sample's standard deviation that of `reference`."""
     ratio = reference.flatten(1).std(1) / x0.flatten(1).std(1).clamp(min=1e-8)
     return x0 * (1 + phi * (ratio - 1)).reshape(-1, *[1] * (x0.ndim - 1))
 
 
-def dynamic_threshold(x0: Float[Tensor, "B *S"], percentile: float = 0.995) -> Float[Tensor, "B *S"]:
+def dynamic_threshold(x0: Float[Tensor, "B *S"], percentile: Scale = 0.995) -> Float[Tensor, "B *S"]:
     """x0 clamped to [-s, s] and divided by s: the `percentile` of a sample's |x0|, at least 1.
 
     Saharia et al. 2022, sec. 2.3; the percentile is interpolated linearly.

@@ -67,7 +67,7 @@ def ddim(
     denoise: Denoise,
     x: Float[Tensor, "B *S"],
     levels: Levels,
-    eta: float = 0.0,
+    eta: float | int = 0.0,
     randn: Randn = torch.randn_like,
     on_step: OnStep | None = None,
 ) -> Float[Tensor, "B *S"]:
@@ -115,15 +115,15 @@ def heun(
     denoise: Denoise,
     x: Float[Tensor, "B *S"],
     levels: Levels,
-    churn: float = 0.0,
-    churn_noise: float = 1.0,
+    churn: float | int = 0.0,
+    churn_noise: float | int = 1.0,
     randn: Randn = torch.randn_like,
     on_step: OnStep | None = None,
 ) -> Float[Tensor, "B *S"]:
     """Karras et al. 2022, algorithm 2, in g = sigma/alpha and y = x/alpha, where dy/dg = eps.
 
-    Two calls of the denoiser a step; one from pure noise (g infinite) and to no noise, which is Euler's method.
-    `churn` is S_churn, `churn_noise` S_noise.
+    Two calls of the denoiser a step; one, Euler's, from pure noise (g infinite) and to no noise. `churn` is
+    S_churn, `churn_noise` S_noise.
     """
     gamma = min(churn / len(levels), math.sqrt(2) - 1)
     for i, now, to in levels.steps():
@@ -221,7 +221,7 @@ def _logsnr(level: Level) -> float:
 
 
 def _add_noise(
-    x: Tensor, schedule: Schedule, now: Level, factor: float, scale: float, randn: Randn
+    x: Tensor, schedule: Schedule, now: Level, factor: float, scale: float | int, randn: Randn
 ) -> tuple[Tensor, Level]:
     """Raise sigma/alpha by `factor`, or as far as the schedule goes, by adding the noise that is missing."""
     t = schedule.t_at(torch.tensor([_logsnr(now) - math.log(factor)], dtype=torch.float64))

@@ -171,7 +171,7 @@ class Schedule:
 def betas(name: str, steps: int) -> Tensor:
     """The variances (steps,) of q(x_i | x_{i-1}) of the variance-preserving schedules, float64."""
     if name == "linear":  # Ho et al. 2020, sec. 4, for any number of steps
-        return torch.linspace(0.1 / steps, 20.0 / steps, steps, dtype=torch.float64)
+        return torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64).clamp(max=0.999)
     if name == "scaled_linear":  # Rombach et al. 2022
         return torch.linspace(0.00085**0.5, 0.012**0.5, steps, dtype=torch.float64) ** 2
     u = torch.arange(steps + 1, dtype=torch.float64) / steps
