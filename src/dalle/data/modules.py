@@ -16,7 +16,6 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from dalle.data.batch import Batch
 from dalle.data.cache import CachedDataset, EmbeddingCache, cached_embeddings
 from dalle.data.frozen import FrozenCLIP
 from dalle.data.norm import EmbedNorm
@@ -87,15 +86,17 @@ class SourceDataModule(L.LightningDataModule):
                 f"set a batch size of at most {n // world}"
             )
         # Overfitting on a few batches means the same ones, with the same captions, in every epoch.
-        overfit = self.trainer is not None and self.trainer.overfit_batches > 0
-        position = partial(_position, self.trainer, overfit) if self.trainer else None
-        return self._loader("train", shuffle=not overfit, drop_last=True, position=position)
+        overfit = getattr(self.trainer, "overfit_batches", 0) > 0
+        sampler = self._sampler("train", shuffle=not overfit, drop_last=True)
+        if self.trainer:
+            sampler.position = partial(_position, self.trainer, len(sampler), overfit)
+        return self._loader("train", sampler)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        return self._loader("val") if self.items("val") else []
+        return self._loader("val", self._sampler("val")) if self.items("val") else []
 
     def test_dataloader(self) -> DataLoader | list[DataLoader]:
-        return self._loader("test") if self.items("test") else []
+        return self._loader("test", self._sampler("test")) if self.items("test") else []
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -114,17 +115,19 @@ class SourceDataModule(L.LightningDataModule):
             "image_size": self.split("train").image_size,
         }
 
-    def _loader(self, name: str, **sampling: Any) -> DataLoader:
-        trainer = self.trainer
-        sampler = EpochSampler(
+    def _sampler(self, name: str, shuffle: bool = False, drop_last: bool = False) -> EpochSampler:
+        return EpochSampler(
             len(self.split(name)),
             self.batch_size,
+            shuffle=shuffle,
+            drop_last=drop_last,
             seed=self.seed,
-            rank=trainer.global_rank if trainer else 0,
-            world=trainer.world_size if trainer else 1,
+            rank=self.trainer.global_rank if self.trainer else 0,
+            world=self.trainer.world_size if self.trainer else 1,
             limit=self.limits.get(name),
-            **sampling,
         )
+
+    def _loader(self, name: str, sampler: EpochSampler) -> DataLoader:
         return ResumableLoader(
             self.dataset(name),
             batch_sampler=sampler,
@@ -137,16 +140,15 @@ class SourceDataModule(L.LightningDataModule):
         )
 
 
-def _position(trainer: L.Trainer, overfit: bool) -> tuple[int, int]:
-    """Epoch and number of batches trained on in it, from the progress that Lightning saves in checkpoints.
+def _position(trainer: L.Trainer, batches: int, overfit: bool) -> tuple[int, int]:
+    """Epoch and number of batches seen in it, from the count of batches that Lightning saves in checkpoints.
 
-    `trainer.current_epoch` will not do: it has already moved on in a checkpoint made when `max_steps` ends an
-    epoch midway. Called when an iterator is made, which Lightning does right after loading a checkpoint.
+    Its count of epochs will not do: a run that `max_steps` ended amid an epoch goes on in its middle, but under the next number. Called when an iterator is made, which is after a checkpoint has been loaded.
     """
-    batches, epochs = trainer.fit_loop.epoch_loop.batch_progress, trainer.fit_loop.epoch_progress
-    begun, done = epochs.current.started, batches.current.processed
-    finished = batches.is_last_batch and done == batches.current.ready
-    epoch, start = (begun, 0) if finished or begun == 0 else (begun - 1, done)
+    limit = trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    seen: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+    epoch, start = divmod(seen.processed, max(1, batches))
     return (0 if overfit else epoch), start
 
 
@@ -255,7 +257,7 @@ class EmbeddingDataModule(SourceDataModule):
         return SourceDataset(source, self.clip.tokenizer, seed=seed)
 
     @torch.no_grad()
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Adds the embeddings that did not come from a cache, and normalises those of images."""
         if "image_embed" not in batch:
             self.clip.to(batch["text"].device)
@@ -264,7 +266,7 @@ class EmbeddingDataModule(SourceDataModule):
                 del batch["image"]
         if "text_embed" not in batch:
             self.clip.to(batch["text"].device)
-            batch.update(self.clip.embed_text(batch["text"]))  # pyright: ignore[reportArgumentType]
+            batch |= self.clip.embed_text(batch["text"])
         batch["image_embed"] = self.norm.encode(batch["image_embed"])
         return batch
 

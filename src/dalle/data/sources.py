@@ -5,7 +5,7 @@ so captions and crops that change from epoch to epoch are pure functions of v, h
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -97,7 +97,7 @@ class SourceDataset(Dataset):
         return 0 if self.seed is None or count == 1 else mix(self.seed, epoch, item) % count
 
 
-def as_it_is(batch: Batch) -> Batch:
+def as_it_is(batch: Any) -> Any:
     """`collate_fn` for a data set whose `__getitems__` makes whole batches."""
     return batch
 
