@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -22,13 +23,13 @@ class FrozenCLIP(nn.Module):
 
     def __init__(self, net: nn.Module, tokenizer: TextTokenizer) -> None:
         super().__init__()
-        self.net = net.eval().requires_grad_(False)
+        self.net: Any = net.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.training = False
-        self.image_size: int = net.image_size  # pyright: ignore[reportAttributeAccessIssue]
-        self.embed_dim: int = net.embed_dim  # pyright: ignore[reportAttributeAccessIssue]
-        self.text_width: int = net.text_width  # pyright: ignore[reportAttributeAccessIssue]
-        self.context_length: int = net.context_length  # pyright: ignore[reportAttributeAccessIssue]
+        self.image_size: int = self.net.image_size
+        self.embed_dim: int = self.net.embed_dim
+        self.text_width: int = self.net.text_width
+        self.context_length: int = self.net.context_length
 
     def train(self, mode: bool = True) -> "FrozenCLIP":
         """Stays in evaluation mode: a Trainer puts all it finds into training mode."""
@@ -43,13 +44,13 @@ class FrozenCLIP(nn.Module):
     def embed_image(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
         """Images in [-1, 1] of any size -> projected embeddings, not normalised."""
         with torch.autocast(image.device.type, enabled=False):
-            return self.net.encode_image(image.float()).float()  # pyright: ignore[reportCallIssue]
+            return self.net.encode_image(image.float()).float()
 
     @torch.no_grad()
     def embed_text(self, text: Int[Tensor, "b t"]) -> dict[str, Tensor]:
         """Ids -> text_embed (B, E), not normalised; text_hidden (B, T, D); text_mask (B, T), True = real."""
         with torch.autocast(text.device.type, enabled=False):
-            embed, hidden, mask = self.net.encode_text(text)  # pyright: ignore[reportCallIssue]
+            embed, hidden, mask = self.net.encode_text(text)
         return {"text_embed": embed.float(), "text_hidden": hidden.float(), "text_mask": mask}
 
     def embed_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:

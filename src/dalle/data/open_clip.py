@@ -30,7 +30,10 @@ class OpenClipNet(nn.Module):
         UserError: not CLIP's text tower (causal, CLIP's BPE, read at the end token): SigLIP, CoCa.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(self, model: Any) -> None:
         super().__init__()
         open_clip = _open_clip()
         standard = isinstance(model, open_clip.CLIP) and model.text_pool_type == "argmax"
@@ -56,23 +59,23 @@ class OpenClipNet(nn.Module):
 
     @property
     def logit_scale(self) -> Tensor:
-        return self.model.logit_scale  # pyright: ignore[reportReturnType]
+        return self.model.logit_scale
 
     def encode_image(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
         """Images in [-1, 1], resized where their size is another one -> embeddings, not normalised."""
         size = (self.image_size, self.image_size)
         if image.shape[-2:] != size:
             image = F.interpolate(image, size, mode=self.interpolation, antialias=True).clamp(-1, 1)
-        return self.model.encode_image(((image + 1) / 2 - self.pixel_mean) / self.pixel_std)  # pyright: ignore
+        return self.model.encode_image(((image + 1) / 2 - self.pixel_mean) / self.pixel_std)
 
     def encode_text(
         self, text: Int[Tensor, "b t"]
     ) -> tuple[Float[Tensor, "b e"], Float[Tensor, "b t d"], Bool[Tensor, "b t"]]:
         """Ids (B, context_length) -> embeddings (raw), states after the last norm, which ids are real."""
         states: list[Tensor] = []
-        hook = self.model.ln_final.register_forward_hook(lambda *call: states.append(call[-1]))  # pyright: ignore
+        hook = self.model.ln_final.register_forward_hook(lambda *call: states.append(call[-1]))
         try:
-            embed = self.model.encode_text(text)  # pyright: ignore[reportCallIssue]
+            embed = self.model.encode_text(text)
         finally:
             hook.remove()
         mask = torch.arange(text.shape[1], device=text.device) <= text.argmax(dim=1, keepdim=True)

@@ -5,7 +5,6 @@ load unchanged. What differs: images come in [-1, 1] at any size; they are resiz
 """
 
 import math
-from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +45,19 @@ class Attention(nn.Module):
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
 
+class MLP(nn.Module):
+    """Two layers, four times as wide between them."""
+
+    def __init__(self, width: int, activation: str) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.gelu = QuickGELU() if activation == "quick_gelu" else nn.GELU()
+        self.c_proj = nn.Linear(4 * width, width)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        return self.c_proj(self.gelu(self.c_fc(x)))
+
+
 class Block(nn.Module):
     """Pre-norm residual attention block."""
 
@@ -54,10 +66,7 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(width)
         self.attn = Attention(width, heads)
         self.ln_2 = nn.LayerNorm(width)
-        act = QuickGELU() if activation == "quick_gelu" else nn.GELU()
-        self.mlp = nn.Sequential(
-            OrderedDict(c_fc=nn.Linear(width, 4 * width), gelu=act, c_proj=nn.Linear(4 * width, width))
-        )
+        self.mlp = MLP(width, activation)
 
     def forward(self, x: Float[Tensor, "b n d"], causal: bool) -> Float[Tensor, "b n d"]:
         x = x + self.attn(self.ln_1(x), causal)
@@ -115,6 +124,9 @@ class CLIP(nn.Module):
         UserError: the patch does not tile the image, or the heads do not divide the width.
     """
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     def __init__(
         self,
         image_size: int,
@@ -160,10 +172,11 @@ class CLIP(nn.Module):
         nn.init.normal_(self.positional_embedding, std=0.01)
         nn.init.normal_(self.text_projection, std=width**-0.5)
         for block in self.transformer.resblocks:
+            assert isinstance(block, Block)
             nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=(2 * width * layers) ** -0.5)
             nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-            for out in (block.attn.out_proj, block.mlp.c_proj):
-                nn.init.normal_(out.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=(2 * width * layers) ** -0.5)
 
     def encode_image(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
         """Images in [-1, 1], resized where their size is another one -> embeddings, not normalised."""
