@@ -1,7 +1,7 @@
 """What two networks share: attention, MLP, time embedding, and the conditioning of the decoder networks.
 
-Attention is never masked. Padding and dropped captions become learned tokens instead (DALL-E sec. 2.2, GLIDE),
-so every softmax has keys to look at and SDPA may pick its fastest kernel on every device.
+Pads and dropped captions are never masked: they become learned tokens (DALL-E sec. 2.2, GLIDE). So every
+softmax has keys to look at, and SDPA may pick its fastest kernel on every device.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def time_embedding(t: Float[Tensor, "B"], dim: int) -> Float[Tensor, "B D"]:
-    """Sinusoids of 1000 t, laid out `[cos | sin]` with frequencies 10000^(-k/half) (ADM, GLIDE). `dim` is even."""
+    """Sinusoids of 1000 t, laid out `[cos | sin]`, frequencies 10000^(-k/half) (ADM, GLIDE)."""
     half = dim // 2
     k = torch.arange(half, device=t.device, dtype=torch.float32)
     angle = 1000.0 * t.float()[:, None] * torch.exp(-math.log(10000.0) / half * k)
@@ -26,7 +26,8 @@ def keep_or_null(
 ) -> Float[Tensor, "B ..."]:
     """Rows of `value` where `keep` is true, the learned `null` elsewhere.
 
-    Without `keep` every row is kept, but the null stays in the graph: DDP insists that each parameter gets a gradient.
+    Without `keep` every row is kept, but the null stays in the graph: DDP wants a gradient for each
+    parameter.
     """
     if keep is None:
         keep = torch.ones(len(value), dtype=torch.bool, device=value.device)
@@ -35,7 +36,7 @@ def keep_or_null(
 
 def attend(
     q: Float[Tensor, "B N D"],
-    kv: Float[Tensor, "B M 2D"],
+    kv: Float[Tensor, "B M 2*D"],
     heads: int,
     mask: Bool[Tensor, "N M"] | None = None,
     causal: bool = False,
@@ -69,8 +70,8 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(
-        self, x: Float[Tensor, "B N D"], context: Float[Tensor, "B M 2D"] | None = None, causal: bool = False
-    ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B N 2D"]]:
+        self, x: Float[Tensor, "B N D"], context: Float[Tensor, "B M 2*D"] | None = None, causal: bool = False
+    ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B N 2*D"]]:
         """-> the attended tokens, and the keys | values of `x` for those who cache them."""
         q, own = self.qkv(x).split((self.width, 2 * self.width), dim=-1)
         if context is None:
@@ -112,10 +113,11 @@ class Conditioning(nn.Module):
     """What a decoder network is told (DALL-E 2 sec. 2.1), as one vector and one sequence of context tokens.
 
     - vector (B, D): time embedding + projected image embedding + projected caption embedding;
-    - context (B, M + T, D): the image embedding as M extra tokens, before the projected, normalised text states.
+    - context (B, M + T, D): the image embedding as M extra tokens, then the projected text states.
 
-    A dropped image embedding or caption embedding becomes a learned null; text pads and dropped captions become one
-    learned token. The caption embedding is layer-normalised first, for its length carries no meaning in CLIP.
+    A dropped image or caption embedding becomes a learned null, text pads and the states of a dropped
+    caption one learned token. The caption embedding is layer-normalised first, for its length carries no
+    meaning in CLIP.
     """
 
     def __init__(self, width: int, features: int, embed_dim: int, text_width: int, image_tokens: int):

@@ -1,7 +1,8 @@
-"""A second decoder network: the diffusion transformer (Peebles & Xie 2023, DiT, adaLN-zero), conditioned as the U-Net.
+"""A second decoder network: the diffusion transformer with adaLN-zero (Peebles & Xie 2023, DiT).
 
-Differs from DiT: its class label is DALL-E 2's conditions (sec. 2.1), the context tokens being extra keys and values of
-every attention layer; one linear layer computes the modulations of all blocks, and one their context keys and values.
+Differs from DiT: in the place of its class label are the conditions of DALL-E 2, sec. 2.1, the context
+tokens being extra keys and values in every attention layer; one linear layer computes the modulations of
+all blocks, and one their context keys and values.
 """
 
 import torch
@@ -30,7 +31,7 @@ def modulate(
 
 
 class Block(nn.Module):
-    """x + gate * attention(modulated norm(x)), then the same with the MLP; `modulation` (B, 6D) holds all six."""
+    """x + gate * attention(modulated norm(x)), then the same with the MLP."""
 
     def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
@@ -53,7 +54,8 @@ class Block(nn.Module):
 class DiT(nn.Module):
     """x_t, t and conditions -> the prediction (B, out_channels, image_size, image_size); zero at birth.
 
-    patch: side of the square patches that become tokens. checkpoint: recompute each block in the backward pass.
+    patch: side of the square patches that become tokens.
+    checkpoint: recompute each block in the backward pass.
     Raises ValueError where sizes do not divide.
     """
 
@@ -91,7 +93,7 @@ class DiT(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """DiT's: Xavier; all modulations and the output begin at zero, so each block is the identity at birth."""
+        """DiT's: Xavier, but zero modulations and output, so that each block is the identity at birth."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

@@ -1,9 +1,10 @@
 """The network of the diffusion prior: a causal transformer (DALL-E 2, sec. 2.2 and App. C).
 
-Sequence: text states | caption embedding | time | noised image embedding | learned query; the answer is read at the
-query. Text pads, and all text of a dropped caption, become learned tokens, one per position (DALL-E sec. 2.2), so no
-key is masked but by causality. Because it is causal, the text part knows nothing of time and noise: `prefix` computes
-its keys and values once, and every sampling step then runs three tokens only.
+Sequence: text states | caption embedding | time | noised image embedding | learned query; the answer is
+read at the query. Text pads, and all text of a dropped caption, become learned tokens, one per position
+(DALL-E sec. 2.2), so no key is masked but by causality. And because it is causal, the text part knows
+nothing of time and noise: `prefix` computes its keys and values once, and every sampling step then runs
+three tokens only.
 """
 
 import torch
@@ -37,7 +38,7 @@ class Layer(nn.Module):
 class Prior(nn.Module):
     """x_t (B, E), t (B,) and the text -> the prediction (B, E); zero at birth.
 
-    embed_dim: E of CLIP; text_width: D of its text states; context_length: the longest text, T <= context_length.
+    embed_dim, text_width: sizes of CLIP's embeddings and text states; context_length: its longest text.
     checkpoint: recompute each layer in the backward pass.
     """
 

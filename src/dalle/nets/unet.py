@@ -1,9 +1,9 @@
 """The decoder network: the U-Net of ADM (Dhariwal & Nichol 2021) conditioned as in DALL-E 2, sec. 2.1.
 
-Differs from ADM in four ways: pixels may be folded into channels first (`patch`), which makes small images cheap; one
-linear layer computes the scales and shifts of all residual blocks, and one the context keys and values of all attention
-layers; attention is joint over pixels and context, as in GLIDE; down- and upsampling are plain convolutions unless
-`resample="block"` asks for ADM's residual ones.
+Differs from ADM in four ways: pixels may be folded into channels first (`patch`), which makes small images
+cheap; one linear layer computes the scales and shifts of all residual blocks, and one the context keys and
+values of all attention layers; attention is joint over pixels and context, as in GLIDE; down- and
+upsampling are plain convolutions unless `resample="block"` asks for ADM's residual ones.
 """
 
 import math
@@ -19,11 +19,11 @@ from dalle.nets.blocks import Attention, Conditioning
 
 
 class NormSiLU(torch.autograd.Function):
-    """silu(scale * groupnorm(x) + shift), or the same without the silu; `scale` and `shift` are (B, C) or (C,).
+    """silu(scale * groupnorm(x) + shift), or without the silu; `scale` and `shift` are (B, C) or (C,).
 
-    The norm is one affine map per channel, y = a x + c with (B, C) coefficients, and so is its gradient in x and the
-    incoming gradient; hence a few passes in fp32, whatever x is, and nothing kept but x. PyTorch's own kernel takes
-    2 to 4 times as long on channels_last bf16 on the CPU, and rounds more.
+    The norm is one affine map per channel, y = a x + c with (B, C) coefficients, and its gradient one in x
+    and the incoming gradient: a few passes in fp32, whatever x is, and nothing kept but x. PyTorch's own
+    kernel takes 2 to 4 times as long on channels_last bf16 on the CPU, and rounds more.
     """
 
     @staticmethod
@@ -66,7 +66,7 @@ def pixel(s: Tensor) -> Tensor:
 
 
 class GroupNorm(nn.Module):
-    """Group norm with its SiLU, learned scale and shift unless they are given. At most 32 groups, of >= 4 channels."""
+    """Group norm and SiLU; scale and shift learned or given. At most 32 groups, of >= 4 channels."""
 
     def __init__(self, channels: int, affine: bool = True, silu: bool = True):
         super().__init__()
@@ -105,7 +105,7 @@ class Upsample(nn.Conv2d):
 class ResBlock(nn.Module):
     """norm, SiLU, (resample,) conv; norm, scale and shift, SiLU, dropout, conv; plus the input.
 
-    `scale` and `shift` (B, out_channels) are those of the second norm ("adaGN"). `resample`: "down", "up" or "".
+    `scale` and `shift` are those of the second norm ("adaGN"). `resample`: "down", "up" or "".
     """
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0, resample: str = ""):
@@ -172,11 +172,11 @@ class UNet(nn.Module):
     """x_t, t and conditions -> the prediction (B, out_channels, image_size, image_size).
 
     width: channels of the first level; `multipliers` give the others, `blocks` the residual blocks of each.
-    attention: sides of the feature maps (after patching) that attend, e.g. (32, 16, 8) for the paper's 64 px decoder.
+    attention: sides of the feature maps (after patching) that attend; the paper's 64 px decoder: (32, 16, 8).
     patch: k folds k x k pixels into channels; 1 leaves them.
     resample: "conv" (strided, nearest + conv) or "block" (ADM's residual blocks).
     checkpoint: recompute each block in the backward pass: less memory, a third more time.
-    Raises ValueError where sizes do not divide.
+    Raises ValueError where sizes do not divide, or for another `resample`.
     """
 
     def __init__(
@@ -202,6 +202,8 @@ class UNet(nn.Module):
         self.embed_dim, self.text_width = embed_dim, text_width
         self.patch, self.checkpoint = patch, checkpoint
         check_sizes(image_size, patch, width, multipliers, attention, head_dim)
+        if resample not in ("conv", "block"):
+            raise ValueError(f"resample is 'conv' or 'block', not {resample!r}.")
         self.conditioning = Conditioning(4 * width, width, embed_dim, text_width, image_tokens)
 
         side = image_size // patch
@@ -243,7 +245,7 @@ class UNet(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """PyTorch's defaults, except that every residual branch and the output begin at zero: net(x) == 0 at birth."""
+        """PyTorch's defaults, but each residual branch and the output begin at zero: net(x) == 0 at birth."""
         self.conditioning.init_weights()
         last: list[nn.Conv2d | nn.Linear] = [self.outlet]
         last += [m.conv2 for m in self.modules() if isinstance(m, ResBlock)]

@@ -1,0 +1,243 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.models.resnet import ResnetBlock2D
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from dalle.nets.unet import Block, GroupNorm, NormSiLU, ResBlock, UNet
+
+SMALL = {
+    "image_size": 16,
+    "channels": 3,
+    "out_channels": 3,
+    "width": 16,
+    "multipliers": (1, 2),
+    "blocks": 1,
+    "attention": (4,),
+    "head_dim": 16,
+    "embed_dim": 6,
+    "text_width": 5,
+    "patch": 2,
+}
+
+
+def grown(**changes) -> UNet:
+    """A small network in which nothing is zero any more."""
+    torch.manual_seed(0)
+    net = UNet(**SMALL | changes)
+    for p in net.parameters():
+        if not p.any():
+            nn.init.normal_(p, std=0.1)
+    return net
+
+
+def inputs(net: UNet, b: int = 3, length: int = 4) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    generator = torch.Generator().manual_seed(1)
+    cond = {
+        "image_embed": torch.randn(b, net.embed_dim, generator=generator),
+        "text_embed": torch.randn(b, net.embed_dim, generator=generator),
+        "text_hidden": torch.randn(b, length, net.text_width, generator=generator),
+        "text_mask": torch.arange(length) < torch.arange(1, b + 1)[:, None],
+    }
+    x = torch.randn(b, net.channels, net.image_size, net.image_size, generator=generator)
+    return x, torch.rand(b, generator=generator), cond
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    patch=st.sampled_from([1, 2]),
+    multipliers=st.sampled_from([(1,), (1, 2), (2, 1, 2)]),
+    blocks=st.integers(1, 2),
+    out_channels=st.sampled_from([3, 6]),
+    resample=st.sampled_from(["conv", "block"]),
+    attend=st.booleans(),
+)
+def test_is_zero_at_birth_at_any_size(patch, multipliers, blocks, out_channels, resample, attend):
+    sizes = {"patch": patch, "multipliers": multipliers, "blocks": blocks, "out_channels": out_channels}
+    lowest = 16 // patch >> (len(multipliers) - 1)
+    net = UNet(**SMALL | sizes | {"attention": (lowest,) if attend else (), "resample": resample})
+    x, t, cond = inputs(net)
+    out = net(x, t, **cond)
+    assert out.shape == (3, out_channels, 16, 16)
+    assert not out.any()
+
+
+@pytest.mark.parametrize("resample", ["conv", "block"])
+def test_every_parameter_is_trained(resample):
+    net = grown(resample=resample)
+    x, t, cond = inputs(net)
+    keep = torch.tensor([True, False, True])
+    net(x, t, **cond, keep_image=keep, keep_text=keep).square().sum().backward()
+    assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_sizes_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="image_size 18"):
+        UNet(**SMALL | {"image_size": 18})
+    with pytest.raises(ValueError, match="attention names"):
+        UNet(**SMALL | {"attention": (16,)})
+    with pytest.raises(ValueError, match="head_dim 24"):
+        UNet(**SMALL | {"head_dim": 24})
+    with pytest.raises(ValueError, match="resample"):
+        UNet(**SMALL | {"resample": "stride"})
+
+
+def test_papers_decoder_has_the_papers_size():
+    """3.5B with its text encoder; without, "roughly 2.3 billion" (Nichol et al. 2021, GLIDE, sec. 4.1)."""
+    with torch.device("meta"):
+        net = UNet(64, 3, 6, 512, (1, 2, 3, 4), 3, (32, 16, 8), 64, 1024, 2048, dropout=0.1, resample="block")
+    assert sum(p.numel() for p in net.parameters()) == 2_254_871_046
+
+
+class TestNorm:
+    @pytest.mark.parametrize("silu", [True, False])
+    @pytest.mark.parametrize("shape", [(8,), (2, 8)])
+    def test_gradients(self, shape, silu):
+        x = torch.randn(2, 8, 2, 3, dtype=torch.float64, requires_grad=True)
+        scale, shift = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2))
+        assert torch.autograd.gradcheck(NormSiLU.apply, (x, scale, shift, 2, 1e-5, silu))
+
+    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+    def test_is_that_of_torch(self, memory_format):
+        norm, x = GroupNorm(24), (3 * torch.randn(2, 24, 5, 4) + 1).contiguous(memory_format=memory_format)
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+        out = norm(x)
+        torch.testing.assert_close(
+            out, F.silu(F.group_norm(x, norm.groups, norm.weight, norm.bias)), rtol=1e-5, atol=1e-5
+        )
+        assert out.is_contiguous(memory_format=memory_format)
+
+    def test_rounds_no_more_than_torch_in_bf16(self):
+        x = torch.randn(4, 32, 8, 8).bfloat16()
+        norm = GroupNorm(32)
+        exact = F.silu(F.group_norm(x.float(), norm.groups))
+        theirs = F.silu(F.group_norm(x, norm.groups)).float()
+        assert norm(x).dtype == torch.bfloat16
+        assert (norm(x).float() - exact).abs().mean() <= (theirs - exact).abs().mean()
+
+    @pytest.mark.parametrize(
+        ("channels", "groups"), [(3, 1), (32, 8), (48, 4), (128, 32), (1536, 32), (280, 2)]
+    )
+    def test_groups_divide_the_channels(self, channels, groups):
+        assert GroupNorm(channels).groups == groups
+        assert channels % groups == 0
+
+
+@pytest.mark.parametrize("resample", ["", "down", "up"])
+def test_residual_block_is_that_of_diffusers(resample):
+    ours = ResBlock(32, 48, resample=resample)
+    for p in ours.parameters():
+        nn.init.normal_(p, std=0.2)
+    theirs = ResnetBlock2D(
+        in_channels=32,
+        out_channels=48,
+        temb_channels=None,
+        groups=ours.norm1.groups,
+        groups_out=ours.norm2.groups,
+        eps=1e-5,
+        time_embedding_norm="scale_shift",
+        up=resample == "up",
+        down=resample == "down",
+    )
+    names = {"norm1": ours.norm1, "conv1": ours.conv1, "conv2": ours.conv2, "conv_shortcut": ours.skip}
+    state = {f"{name}.{k}": v for name, module in names.items() for k, v in module.state_dict().items()}
+    assert theirs.load_state_dict(state, strict=False).missing_keys == ["norm2.weight", "norm2.bias"]
+    x, scale, shift = torch.randn(2, 32, 8, 8), torch.randn(2, 48), torch.randn(2, 48)
+    expected = theirs(x, torch.cat((scale, shift), 1)[..., None, None])
+    torch.testing.assert_close(ours(x, 1 + scale, shift), expected, rtol=1e-4, atol=1e-4)
+
+
+class TestConditions:
+    def outputs(self, change: dict, **keep) -> tuple[torch.Tensor, torch.Tensor]:
+        net = grown().eval()
+        x, t, cond = inputs(net)
+        return net(x, t, **cond, **keep), net(x, t, **cond | change, **keep)
+
+    def test_all_of_them_matter(self):
+        for name in ("image_embed", "text_embed", "text_hidden"):
+            before, after = self.outputs({name: torch.randn_like(inputs(grown())[2][name])})
+            assert not torch.isclose(before, after).all(dim=(1, 2, 3)).any(), name
+
+    def test_a_dropped_caption_has_no_influence(self):
+        new = {"text_embed": torch.randn(3, 6), "text_hidden": torch.randn(3, 4, 5)}
+        new["text_mask"] = torch.tensor([[True] * 4] * 3)
+        before, after = self.outputs(new, keep_text=torch.tensor([False, True, False]))
+        same = torch.isclose(before, after, atol=1e-6).all(dim=(1, 2, 3))
+        assert same.tolist() == [True, False, True]
+
+    def test_a_dropped_image_has_no_influence(self):
+        new = {"image_embed": torch.randn(3, 6)}
+        before, after = self.outputs(new, keep_image=torch.tensor([False, True, False]))
+        same = torch.isclose(before, after, atol=1e-6).all(dim=(1, 2, 3))
+        assert same.tolist() == [True, False, True]
+
+    def test_pads_have_no_influence(self):
+        _, _, cond = inputs(grown())
+        noisy = torch.where(cond["text_mask"][..., None], cond["text_hidden"], 9.0)
+        before, after = self.outputs({"text_hidden": noisy})
+        torch.testing.assert_close(before, after, rtol=0, atol=0)
+
+    def test_keeping_all_is_the_default(self):
+        net = grown().eval()
+        x, t, cond = inputs(net)
+        keep = torch.ones(3, dtype=torch.bool)
+        torch.testing.assert_close(net(x, t, **cond), net(x, t, **cond, keep_image=keep, keep_text=keep))
+
+
+@pytest.mark.parametrize("resample", ["conv", "block"])
+def test_channels_last_changes_the_layout_only(resample):
+    net = grown(resample=resample).eval()
+    x, t, cond = inputs(net)
+    expected = net(x, t, **cond)
+    layouts = []
+    hooks = [
+        m.register_forward_hook(lambda _, __, out: layouts.append(out))
+        for m in net.modules()
+        if isinstance(m, Block)
+    ]
+    out = net.to(memory_format=torch.channels_last)(
+        x.contiguous(memory_format=torch.channels_last), t, **cond
+    )
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    assert len(hooks) == len(layouts)
+    assert all(h.is_contiguous(memory_format=torch.channels_last) for h in layouts)
+
+
+def test_checkpointing_changes_no_gradient():
+    nets = [grown(dropout=0.3, checkpoint=checkpoint) for checkpoint in (False, True)]
+    grads = []
+    for net in nets:
+        x, t, cond = inputs(net)
+        torch.manual_seed(2)
+        net(x, t, **cond).square().mean().backward()
+        grads.append([p.grad for p in net.parameters()])
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_trains_in_bf16():
+    net = grown()
+    x, t, cond = inputs(net)
+    exact = net(x, t, **cond)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = net(x, t, **cond)
+    assert (out - exact).abs().mean() < 0.03 * exact.abs().mean()
+    out.float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in net.parameters())
+
+
+@pytest.mark.compile
+@pytest.mark.slow
+def test_compiles_to_one_graph():
+    net = grown()
+    x, t, cond = inputs(net)
+    keep = {"keep_image": torch.tensor([True, False, True]), "keep_text": torch.tensor([True, True, False])}
+    expected = net(x, t, **cond, **keep)
+    grad = torch.autograd.grad(expected.square().mean(), net.inlet.weight)[0]
+    out = torch.compile(net, fullgraph=True)(x, t, **cond, **keep)
+    torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        torch.autograd.grad(out.square().mean(), net.inlet.weight)[0], grad, rtol=1e-3, atol=1e-4
+    )
