@@ -8,7 +8,7 @@ import torch
 
 from dalle.diffusion.samplers import Sampler
 from dalle.errors import UserError
-from dalle.pictures import grid, save_png
+from dalle.pictures import grid, save_png, to_pil
 from dalle.pipelines.load import load_unclip
 from dalle.pipelines.recipe import Recipe
 from dalle.training import fast_in_bf16
@@ -47,7 +47,7 @@ def sample(config: Config) -> Path:
         truncate=recipe.truncate,
     )
     for i, image in enumerate(images):
-        save_png(image, out / f"{i // recipe.n:03d}-{i % recipe.n:02d}.png")
+        save_png(to_pil(image), out / f"{i // recipe.n:03d}-{i % recipe.n:02d}.png")
     save_png(grid(images, recipe.prompts), out / "grid.png")
     recipe.write(out / "recipe.yaml")
     print(f"{len(images)} pictures in {out}, all of them in {out / 'grid.png'}")

@@ -169,7 +169,10 @@ def fill_sizes(config: Config, sizes: Mapping[str, int]) -> None:
 
 
 def make_trainer(config: Config, run: Run) -> lightning.Trainer:
-    callbacks = [build(node, f"callbacks.{k}") for k, node in config["callbacks"].items() if node]
+    nodes = {key: node for key, node in config["callbacks"].items() if node}
+    if not config["trainer"]["enable_progress_bar"]:
+        nodes.pop("progress", None)
+    callbacks = [build(node, f"callbacks.{key}") for key, node in nodes.items()]
     loggers: list[Logger] = [build(node, f"logger.{k}") for k, node in config["logger"].items() if node]
     if not any(isinstance(logger, MetricsCsv) for logger in loggers):
         loggers.append(MetricsCsv(run.path))
