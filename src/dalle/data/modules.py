@@ -143,7 +143,8 @@ class SourceDataModule(L.LightningDataModule):
 def _position(trainer: L.Trainer, batches: int, overfit: bool) -> tuple[int, int]:
     """Epoch and number of batches seen in it, from the count of batches that Lightning saves in checkpoints.
 
-    Its count of epochs will not do: a run that `max_steps` ended amid an epoch goes on in its middle, but under the next number. Called when an iterator is made, which is after a checkpoint has been loaded.
+    Its count of epochs will not do: a run that `max_steps` ended amid an epoch goes on in its middle, but
+    under the next number. Called when an iterator is made, which is after a checkpoint has been loaded.
     """
     limit = trainer.limit_train_batches
     batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)

@@ -43,7 +43,7 @@ def inspect(path: Path, max_pixels: int) -> str:
     return f"{size:x}-{zlib.crc32(tail, zlib.crc32(head)):08x}"
 
 
-def read(path: Path, size: int, aspect: float, max_pixels: int) -> np.ndarray:
+def read(path: Path, size: int, aspect: int, max_pixels: int) -> np.ndarray:
     """Reads a picture, turned as its EXIF says, over white where it is transparent.
 
     Returns:
@@ -122,9 +122,9 @@ class Memory:
     def __init__(self, items: int, slot: int):
         self.items, self.slot = items, slot
         # Anonymous shared memory: physical pages come with use, and the size of /dev/shm does not matter.
-        self.state = np.frombuffer(mmap.mmap(-1, max(1, items)), np.uint8)
-        self.sides = np.frombuffer(mmap.mmap(-1, max(1, 4 * items)), np.uint16)
-        self.bytes = np.frombuffer(mmap.mmap(-1, max(1, slot * items)), np.uint8)
+        self.state = np.frombuffer(mmap.mmap(-1, max(4, items)), np.uint8)
+        self.sides = np.frombuffer(mmap.mmap(-1, max(4, 4 * items)), np.uint16)
+        self.bytes = np.frombuffer(mmap.mmap(-1, max(4, slot * items)), np.uint8)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Memory, (self.items, self.slot)  # a spawned process starts with its own, empty
