@@ -214,3 +214,14 @@ def test_alpha_sigma_compiles_to_one_graph(name):
     compiled = torch.compile(schedule.alpha_sigma, fullgraph=True, backend="eager")
     for got, expected in zip(compiled(t), schedule.alpha_sigma(t), strict=True):
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_shift_multiplies_the_ratio_of_noise_to_signal(name):
+    t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+    plain, shifted = Schedule(name), Schedule(name, shift=3.0)
+    # VP tables are read between levels log-linearly in alpha, exactly so only on the levels themselves
+    on_levels = (t * 1000).round() / 1000
+    (a, s), (b, r) = plain.alpha_sigma(on_levels), shifted.alpha_sigma(on_levels)
+    torch.testing.assert_close(r / b, 3.0 * s / a)
+    torch.testing.assert_close(shifted.t_at((b / r).log()), on_levels)
