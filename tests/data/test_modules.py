@@ -28,6 +28,7 @@ QUIET = {
     "enable_model_summary": False,
     "use_distributed_sampler": False,
     "num_sanity_val_steps": 0,
+    "enable_checkpointing": False,
 }
 pytestmark = pytest.mark.filterwarnings("ignore:.*(many workers|logging interval|to create the checkpoint).*")
 
@@ -88,6 +89,9 @@ class Recorder(L.LightningModule):
         return loss
 
     def validation_step(self, batch):
+        self.val.append(batch["index"].tolist())
+
+    def test_step(self, batch):
         self.val.append(batch["index"].tolist())
 
     def configure_optimizers(self):
@@ -282,6 +286,13 @@ def test_standardized_is_fitted_on_training_embeddings(tmp_path, clip, cache_ite
     assert datamodule.norm.mean is not None
     torch.testing.assert_close(datamodule.norm.mean, raw.mean(0))
     torch.testing.assert_close(datamodule.norm.std, raw.std(0, correction=0))
+
+
+def test_a_test_alone_embeds_no_training_set(tmp_path, clip):
+    datamodule, module = EmbeddingDataModule(Dots, clip, 4, tmp_path), Recorder()
+    L.Trainer(**QUIET).test(module, datamodule=datamodule, verbose=False)
+    assert [i for batch in module.val for i in batch] == list(range(5))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_sizes_and_description(tmp_path, clip):

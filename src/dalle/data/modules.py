@@ -239,7 +239,9 @@ class EmbeddingDataModule(SourceDataModule):
         if self.trainer:
             self.clip.to(self.trainer.strategy.root_device)
         embed = partial(cached_embeddings, self.cache_dir, clip=self.clip, verify=verify)
-        for name in ("train", "val"):
+        task = self.trainer.state.fn if self.trainer else None
+        # What is gone through once only (a test) is embedded on the way.
+        for name in {"test": (), "validate": ("val",)}.get(task or "", ("train", "val")):
             source, n = self.split(name), self.items(name)
             if name not in self._caches and source.fixed and 0 < n <= self.cache_items:
                 self._caches[name] = embed(
