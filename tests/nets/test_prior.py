@@ -77,7 +77,7 @@ def test_too_long_a_text_is_refused():
 
 
 def test_no_token_sees_a_later_one():
-    """The Jacobian of tokens after all layers by tokens before is zero above the diagonal and nowhere else."""
+    """The Jacobian of tokens after all layers by tokens before is zero above the diagonal, and only there."""
     net = grown().eval()
 
     def through(tokens):
@@ -137,11 +137,11 @@ def test_checkpointing_changes_no_gradient():
 
 
 @pytest.mark.compile
-@pytest.mark.slow
 def test_compiles_to_one_graph():
+    """Captured whole, forward and backward; without the minutes that inductor takes to make code of it."""
     net = grown().eval()
     x, t, text = inputs(net)
-    compiled = torch.compile(net, fullgraph=True)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     expected = net(x, t, **text)
     torch.testing.assert_close(compiled(x, t, **text), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(compiled(x, t, cache=net.prefix(**text)), expected, rtol=1e-4, atol=1e-5)
