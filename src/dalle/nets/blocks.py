@@ -85,16 +85,17 @@ class Attention(nn.Module):
         return self.out(attend(q, kv, self.heads, mask)), own
 
 
-class MLP(nn.Sequential):
+class MLP(nn.Module):
     """width -> `expand` x width -> width, GELU between."""
 
-    def __init__(self, width: int, expand: int = 4, dropout: float = 0.0):
-        super().__init__(
-            nn.Linear(width, expand * width),
-            nn.GELU(approximate="tanh"),
-            nn.Dropout(dropout),
-            nn.Linear(expand * width, width),
-        )
+    def __init__(self, width: int, expand: int = 4, dropout: float | int = 0.0):
+        super().__init__()
+        self.inlet = nn.Linear(width, expand * width)
+        self.dropout = nn.Dropout(dropout)
+        self.out = nn.Linear(expand * width, width)
+
+    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        return self.out(self.dropout(F.gelu(self.inlet(x), approximate="tanh")))
 
 
 class TimeMLP(nn.Module):

@@ -33,7 +33,7 @@ def modulate(
 class Block(nn.Module):
     """x + gate * attention(modulated norm(x)), then the same with the MLP."""
 
-    def __init__(self, width: int, heads: int, dropout: float):
+    def __init__(self, width: int, heads: int, dropout: float | int):
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attention = Attention(width, heads)
@@ -71,7 +71,7 @@ class DiT(nn.Module):
         embed_dim: int,
         text_width: int,
         image_tokens: int = 4,
-        dropout: float = 0.0,
+        dropout: float | int = 0.0,
         checkpoint: bool = False,
     ):
         super().__init__()

@@ -20,7 +20,7 @@ Cache = list[Tensor]  # keys | values (B, T + 1, 2 * width) of the text part, fo
 class Layer(nn.Module):
     """Pre-norm causal attention and MLP. With `past`, the tokens of `x` come after those keys and values."""
 
-    def __init__(self, width: int, heads: int, dropout: float):
+    def __init__(self, width: int, heads: int, dropout: float | int):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = Attention(width, heads)
@@ -50,7 +50,7 @@ class Prior(nn.Module):
         width: int,
         depth: int,
         heads: int,
-        dropout: float = 0.0,
+        dropout: float | int = 0.0,
         checkpoint: bool = False,
     ):
         super().__init__()
@@ -76,9 +76,10 @@ class Prior(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
                 nn.init.zeros_(module.bias)
-        for layer in self.layers:
-            for last in (layer.attention.out, layer.mlp[-1]):
-                nn.init.normal_(last.weight, std=(2 * len(self.layers) * last.in_features) ** -0.5)
+        for module in self.layers.modules():
+            if isinstance(module, (Attention, MLP)):
+                fan = 2 * len(self.layers) * module.out.in_features
+                nn.init.normal_(module.out.weight, std=fan**-0.5)
         for free in (self.null_hidden, self.null_text, self.query):
             nn.init.normal_(free, std=self.width**-0.5)
         nn.init.normal_(self.position, std=0.01)

@@ -108,7 +108,7 @@ class ResBlock(nn.Module):
     `scale` and `shift` are those of the second norm ("adaGN"). `resample`: "down", "up" or "".
     """
 
-    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0, resample: str = ""):
+    def __init__(self, in_channels: int, out_channels: int, dropout: float | int = 0.0, resample: str = ""):
         super().__init__()
         self.out_channels, self.resample = out_channels, resample
         self.norm1 = GroupNorm(in_channels)
@@ -151,7 +151,7 @@ class Block(nn.Module):
     """A residual block, and attention behind it where `head_dim` is not 0."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, head_dim: int, dropout: float, resample: str = ""
+        self, in_channels: int, out_channels: int, head_dim: int, dropout: float | int, resample: str = ""
     ):
         super().__init__()
         self.residual = ResBlock(in_channels, out_channels, dropout, resample)
@@ -193,7 +193,7 @@ class UNet(nn.Module):
         text_width: int,
         patch: int = 1,
         image_tokens: int = 4,
-        dropout: float = 0.0,
+        dropout: float | int = 0.0,
         resample: str = "conv",
         checkpoint: bool = False,
     ):
@@ -251,8 +251,8 @@ class UNet(nn.Module):
         last += [m.conv2 for m in self.modules() if isinstance(m, ResBlock)]
         last += [m.out for m in self.modules() if isinstance(m, Attention)]
         for layer in last:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            for p in layer.parameters():
+                nn.init.zeros_(p)
 
     def run(
         self, layer: nn.Module, x: Tensor, scales: Iterator, shifts: Iterator, contexts: Iterator
