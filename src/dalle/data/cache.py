@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from dalle.data.batch import Batch
 from dalle.data.frozen import FrozenCLIP
-from dalle.data.sources import Source, SourceDataset, Tokenize
+from dalle.data.sources import Source, SourceDataset, Tokenize, captions_of
 
 FORMAT = 1  # raise it when the files change
 CHUNK = 256  # items or captions embedded at a time
@@ -180,7 +180,9 @@ def _build(
             images[chunk.start : chunk.stop] = clip.embed_image(source.images(chunk).to(device)).cpu().numpy()
             progress.update(len(chunk))
         images.flush()
-    captions = [source.captions(item)[: 1 if first_only else None] for item in range(items)]
+    captions = [
+        some[: 1 if first_only else None] for chunk in _chunks(items) for some in captions_of(source, chunk)
+    ]
     text = _text_size(clip, sum(map(len, captions))) <= text_bytes
     if text:
         _build_text(folder, clip, captions)

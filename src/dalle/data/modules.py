@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ from torch.utils.data import DataLoader
 from dalle.data.cache import CachedDataset, EmbeddingCache, cached_embeddings
 from dalle.data.frozen import FrozenCLIP
 from dalle.data.norm import EmbedNorm
-from dalle.data.sources import EpochSampler, Source, SourceDataset, SourceFactory, as_it_is
+from dalle.data.sources import EpochSampler, Source, SourceDataset, SourceFactory, as_it_is, captions_of
 from dalle.data.tokenizers import TextTokenizer
 from dalle.errors import UserError
 
-TOKENIZER_ITEMS = 50_000  # items whose captions train a tokenizer
+TOKENIZER_ITEMS = 20_000  # items whose captions train a tokenizer
 NORM_ITEMS = 10_000  # items on which an embedding normalisation is fitted
 
 
@@ -178,7 +179,7 @@ class TextImageDataModule(SourceDataModule):
         if not isinstance(self._tokenizer, TextTokenizer):
             train = self.split("train")
             items = range(min(len(train), TOKENIZER_ITEMS))
-            self._tokenizer = self._tokenizer([c for item in items for c in train.captions(item)])
+            self._tokenizer = self._tokenizer(list(chain(*captions_of(train, items))))
         return self._tokenizer
 
     def dataset(self, name: str) -> SourceDataset:
