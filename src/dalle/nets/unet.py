@@ -175,6 +175,8 @@ class UNet(nn.Module):
     attention: sides of the feature maps (after patching) that attend; the paper's 64 px decoder: (32, 16, 8).
     patch: k folds k x k pixels into channels; 1 leaves them.
     resample: "conv" (strided, nearest + conv) or "block" (ADM's residual blocks).
+    positions: adds a learned embedding of every pixel of the first feature map. Small networks place things far
+    sooner with it; without it the network is convolutional and may be applied at another size.
     checkpoint: recompute each block in the backward pass: less memory, a third more time.
     Raises ValueError where sizes do not divide, or for another `resample`.
     """
@@ -195,6 +197,7 @@ class UNet(nn.Module):
         image_tokens: int = 4,
         dropout: float | int = 0.0,
         resample: str = "conv",
+        positions: bool = False,
         checkpoint: bool = False,
     ):
         super().__init__()
@@ -212,6 +215,7 @@ class UNet(nn.Module):
         heads = [head_dim if s in attention else 0 for s in sides]
 
         self.inlet = nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)
+        self.positions = nn.Parameter(torch.zeros(1, widths[0], side, side)) if positions else None
         skips = [widths[0]]
         self.down = nn.ModuleList()
         for level, c in enumerate(widths):
@@ -285,6 +289,7 @@ class UNet(nn.Module):
         given = iter(scales), iter(shifts), iter(contexts)
 
         x = self.inlet(F.pixel_unshuffle(x, self.patch))
+        x = x if self.positions is None else x + self.positions
         skips = [x]
         for layer in self.down:
             x = self.run(layer, x, *given)
