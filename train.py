@@ -16,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from dalle import cli
 
 # What is about one stage alone; everything else also holds for a CLIP that has to be trained first.
-OWN = ("model", "optimizer", "sampler", "datamodule", "batch_size", "stage", "resume", "overwrite", "paths.run", "hydra")
+OWN = ("model", "optimizer", "sampler", "callbacks", "datamodule", "batch_size", "stage", "debug", "resume", "overwrite",
+       "paths.run", "hydra")  # fmt: skip
 
 
 def main() -> None:
@@ -39,6 +40,8 @@ def main() -> None:
 def train(config: dict, overrides: list[str]) -> None:
     from dalle import training  # torch and lightning: only once there is something to train
 
+    if not training.may_start(config):
+        return
     if training.is_main_process() and (missing := training.missing_clip(config)):
         print(f"{missing} holds no finished CLIP: training it first", flush=True)
         shared = [o for o in overrides if not o.lstrip("+~").startswith(OWN)]
@@ -49,9 +52,11 @@ def train(config: dict, overrides: list[str]) -> None:
 def run_job(overrides: list[str]) -> None:
     """Runs this script in a process of its own: no process group, environment or memory leaks into the next job."""
     job = subprocess.Popen([sys.executable, __file__, *overrides])
+    signal.signal(signal.SIGTERM, lambda *_: job.terminate())
     previous = signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the job itself; wait till it has saved
     code = job.wait()
     signal.signal(signal.SIGINT, previous)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if code:
         sys.exit(code)
 

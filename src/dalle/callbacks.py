@@ -3,6 +3,9 @@
 None of it is known to the stages; each callback asks only for what `Stage` promises.
 """
 
+import os
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,6 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from dalle.data.batch import Batch
@@ -22,6 +24,8 @@ from dalle.metrics.judge import Judge
 from dalle.pictures import grid, save_png
 from dalle.stages.base import Stage
 
+STOP_EVERY = 10  # steps between the questions to all ranks whether one was told to stop: each costs a device sync
+
 
 class Ema(lightning.Callback):
     """Exponential moving average of the trained network only; validation, tests and samples use it.
@@ -30,7 +34,7 @@ class Ema(lightning.Callback):
     Integer and boolean buffers are copied.
     """
 
-    def __init__(self, decay: float = 0.999, every: int = 1) -> None:
+    def __init__(self, decay: float | int = 0.999, every: int = 1) -> None:
         self.decay, self.every = decay, every
         self.updates = 0
         self.average: dict[str, Tensor] = {}
@@ -106,6 +110,7 @@ class SampleGrid(lightning.Callback):
     def __init__(self, directory: str | Path, every: int = 1000, count: int = 16, seed: int = 0) -> None:
         self.directory, self.every, self.count, self.seed = Path(directory), every, count, seed
         self.batch: Batch | None = None
+        self.due = 0
 
     def on_validation_batch_start(
         self, trainer: lightning.Trainer, pl_module: Stage, batch: Batch, batch_idx: int, dataloader_idx: int = 0
@@ -113,19 +118,17 @@ class SampleGrid(lightning.Callback):
         if self.batch is None and batch_idx == 0:
             self.batch = take(batch, self.count)
 
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero or self.batch is None:
+    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
+        """Here and not at the validation's end: the moving average is still in the network."""
+        if self.batch is None or trainer.global_step < self.due or not getattr(pl_module, "makes_images", False):
             return
-        if not getattr(pl_module, "makes_images", False) or trainer.global_step < self._due:
-            return
-        self._due = (trainer.global_step // self.every + 1) * self.every
+        self.due = (trainer.global_step // self.every + 1) * self.every
         seeds = [self.seed + i for i in range(len(self.batch["caption"]))]
-        images = pl_module.sample(self.batch, randn=per_sample(seeds, pl_module.device))
-        picture = grid(images, self.batch["caption"])
-        save_png(picture, self.directory / f"step-{trainer.global_step:07d}.png")
-        log_picture(trainer, "samples", picture)
-
-    _due = 0
+        images = pl_module.sample(self.batch, randn=per_sample(seeds, pl_module.device))  # on all ranks: may be sharded
+        if trainer.is_global_zero:
+            picture = grid(images, self.batch["caption"])
+            save_png(picture, self.directory / f"step-{trainer.global_step:07d}.png")
+            log_picture(trainer, "samples", picture)
 
 
 class GenerationTest(lightning.Callback):
@@ -247,32 +250,59 @@ class Progress(TQDMProgressBar):
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps ``last.ckpt`` current: every `every` steps, at the end, and when training is stopped (Ctrl-C, SIGTERM)."""
+    """Keeps ``last.ckpt`` current: every `every` steps, at the end, and when training is stopped (Ctrl-C, SIGTERM).
+
+    The signal only takes effect at the end of a training batch, where the state is whole, and on all ranks at the
+    same one; a second signal stops at once.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self, directory: str | Path, every: int = 1000) -> None:
         self.path, self.every = Path(directory) / "last.ckpt", every
         self.saved_step = 0
+        self.asked = self.agreed = False
+        self.handlers: dict[int, Any] = {}
 
     def save(self, trainer: lightning.Trainer) -> None:
         if trainer.global_step > self.saved_step and not trainer.fast_dev_run:
             trainer.save_checkpoint(self.path)  # Lightning writes aside and renames
             self.saved_step = trainer.global_step
 
-    def on_fit_start(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
         self.saved_step = trainer.global_step
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {number: signal.signal(number, self.on_signal) for number in self.SIGNALS}
+
+    def on_signal(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        os.write(2, b"\nstopping after this step; once more stops at once\n")  # print may not be entered twice
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
         if trainer.global_step % self.every == 0:
             self.save(trainer)
+        if trainer.world_size == 1:
+            self.agreed = self.asked
+        elif trainer.global_step % STOP_EVERY == 0:
+            self.agreed = trainer.strategy.reduce_boolean_decision(self.asked, all=False)
+        if self.agreed:
+            raise KeyboardInterrupt
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
         self.save(trainer)
+        self.restore_handlers()
 
     def on_exception(self, trainer: lightning.Trainer, pl_module: Stage, exception: BaseException) -> None:
-        stopped = isinstance(exception, KeyboardInterrupt | SIGTERMException)
-        # after any other error the other ranks may not come, and saving waits for them
-        if trainer.state.fn != "fit" or not (stopped or trainer.world_size == 1):
-            return
-        self.save(trainer)
-        if stopped and trainer.is_global_zero and self.path.exists():
-            print(f"\nstopped at step {self.saved_step}; the same command with resume=true goes on from there", flush=True)
+        self.restore_handlers()
+        # saving waits for all ranks, which may not come after an error on one of them
+        if trainer.state.fn == "fit" and (self.agreed or trainer.world_size == 1):
+            self.save(trainer)
+        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero and self.path.exists():
+            print(f"\nstopped; the same command with resume=true goes on from step {self.saved_step}", flush=True)
+
+    def restore_handlers(self) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers = {}

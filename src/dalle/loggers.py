@@ -37,7 +37,7 @@ class MetricsCsv(Logger):
         """The configuration is beside the file, in config.yaml."""
 
     @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         step = step or 0
         if self.rows is None:
             self.rows = [row for row in self._read() if int(row["step"]) < step]

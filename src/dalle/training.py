@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import Logger
 from torch import nn
 
 import dalle
-from dalle.build import build
+from dalle.build import build, check
 from dalle.callbacks import Ema
 from dalle.data.tokenizers import load_tokenizer
 from dalle.errors import UserError
@@ -40,10 +40,11 @@ def is_main_process() -> bool:
 def train(config: Config) -> dict[str, float]:
     """Trains, tests and saves one stage; gives its test metrics (empty when the run was finished already)."""
     run = Run(Path(config["paths"]["run"]))
-    check_machine(config)
-    resuming = config["resume"] and run.checkpoint.exists()
-    if is_main_process() and not claim(run, config):
+    if not may_start(config):
         return {}
+    resuming = config["resume"] and run.checkpoint.exists()
+    if config["resume"] and not resuming:
+        print(f"nothing to resume in {run}; starting from the beginning")
     quiet()
     lightning.seed_everything(config["seed"], workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
@@ -54,7 +55,10 @@ def train(config: Config) -> dict[str, float]:
     if config["compile"]:
         stage.net.compile()
     trainer = make_trainer(config, run)
+    datamodule.trainer = trainer
+    datamodule.train_dataloader()  # refuses a batch that is larger than the data, while nothing has been touched
     if is_main_process():
+        claim(run, config)
         if config["stage"] == "clip":
             write_aside(run.tokenizer, json.dumps(datamodule.tokenizer.to_dict(), ensure_ascii=False))
         write_aside(run.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
@@ -64,11 +68,13 @@ def train(config: Config) -> dict[str, float]:
     started = time.perf_counter()
     trainer.fit(stage, datamodule=datamodule, ckpt_path=run.checkpoint if resuming else None, weights_only=True)
     seconds = time.perf_counter() - started
-    if trainer.interrupted:
-        raise SystemExit(1)
     trainer.test(stage, datamodule=datamodule, verbose=False)
     metrics = {k: round(float(v), 6) for k, v in trainer.callback_metrics.items() if k.startswith("test/")}
-    finish(run, trainer, stage, facts(config, trainer, stage, datamodule, metrics, seconds))
+    if trainer.fast_dev_run or trainer.overfit_batches:
+        if trainer.is_global_zero:
+            print(f"everything ran; a debug run is no finished one, so there are no weights in {run}")
+    else:
+        finish(run, trainer, stage, facts(config, trainer, stage, datamodule, metrics, seconds))
     return metrics
 
 
@@ -112,31 +118,45 @@ def fast_in_bf16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def claim(run: Run, config: Config) -> bool:
-    """Makes the run directory ours; False when a finished run is resumed, which needs nothing more.
+def may_start(config: Config) -> bool:
+    """Refuses, before anything is read or written, what cannot work; False when a finished run needs nothing more.
 
     Raises:
-        UserError: the directory holds a run and neither resume nor overwrite was asked for.
+        UserError: a wrong type, a machine without what is asked for, or a directory that holds a run although neither
+            resume nor overwrite was asked for.
     """
+    check_machine(config)
+    if not is_main_process():
+        return True  # the main process has looked, and the directory may already be its own
+    for key in ("resume", "overwrite", "compile"):
+        if not isinstance(config[key], bool):
+            raise UserError(f"{key} must be true or false, got {config[key]!r}")
+    for key in ("datamodule", "model", "callbacks", "logger"):
+        check(config[key], key)
+    check({"_target_": "lightning.Trainer", **config["trainer"]}, "trainer")
+
+    run = Run(Path(config["paths"]["run"]))
     if config["overwrite"] and config["resume"]:
         raise UserError("resume=true and overwrite=true contradict each other; give one of them")
-    if config["overwrite"]:
-        shutil.rmtree(run.path, ignore_errors=True)
-    elif config["resume"]:
+    if config["resume"]:
         if run.finished:
-            print(f"{run.path} is finished; nothing to resume (overwrite=true trains it again)")
+            print(f"{run} is finished; nothing to resume (overwrite=true trains it again)")
             return False
         if run.checkpoint.exists():
             check_readable(run.checkpoint)
-        else:
-            print(f"nothing to resume in {run.path}; starting from the beginning")
-    elif run.occupied:
+    elif run.occupied and not config["overwrite"]:
         raise UserError(
-            f"{run.path} already holds a run; resume=true goes on with it, name=other trains beside it, "
+            f"{run} already holds a run; resume=true goes on with it, name=other trains beside it, "
             "overwrite=true deletes it and starts again (in a sweep, hydra=sweep gives every job its own directory)"
         )
-    run.path.mkdir(parents=True, exist_ok=True)
     return True
+
+
+def claim(run: Run, config: Config) -> None:
+    """Makes the run directory ours; what was there is deleted only now, when everything else has been built."""
+    if config["overwrite"]:
+        shutil.rmtree(run.path, ignore_errors=True)
+    run.path.mkdir(parents=True, exist_ok=True)
 
 
 def check_readable(checkpoint: Path) -> None:
@@ -150,7 +170,8 @@ def check_readable(checkpoint: Path) -> None:
 
 def kept_tokenizer(config: Config, run: Run) -> Config:
     """A run that is resumed keeps its tokenizer, whatever has become of the captions it was trained on."""
-    return {"tokenizer": load_tokenizer(run.tokenizer)} if "tokenizer" in config["datamodule"] and run.tokenizer.exists() else {}
+    kept = "tokenizer" in config["datamodule"] and run.tokenizer.exists() and not config["overwrite"]
+    return {"tokenizer": load_tokenizer(run.tokenizer)} if kept else {}
 
 
 def fill_sizes(config: Config, sizes: Mapping[str, int]) -> None:

@@ -31,7 +31,14 @@ class Stage(lightning.LightningModule):
         """The loss under ``"loss"`` and whatever else is worth logging; only scalars are logged."""
         raise NotImplementedError
 
+    def on_fit_start(self) -> None:
+        self.seed = torch.initial_seed()
+
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        # All that is random in batch n of rank r depends on (seed, r, n) alone: a resumed run draws what an
+        # uninterrupted one would have drawn, and no two ranks or batches draw the same.
+        n = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        torch.manual_seed(hash((self.seed, self.global_rank, n)))
         out = self.step(batch)
         self.log_scalars("train", out, batch)
         return {k: v if k == "loss" else v.detach() for k, v in out.items()}
@@ -63,7 +70,7 @@ class Stage(lightning.LightningModule):
         )
 
     def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+        self, optimizer: Any, gradient_clip_val: float | int | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         plugin = self.trainer.precision_plugin
         if isinstance(plugin, MixedPrecision) and plugin.scaler is None and gradient_clip_algorithm == "norm":

@@ -42,11 +42,11 @@ class DecoderStage(Stage):
         denoiser: Callable[[nn.Module], Denoiser],
         sampler: Sampler,
         optimizer: Recipe | None = None,
-        image_dropout: float = 0.1,
-        text_dropout: float = 0.5,
-        guidance: float = 2.0,
-        text_guidance: float | None = None,
-        rescale: float = 0.0,
+        image_dropout: float | int = 0.1,
+        text_dropout: float | int = 0.5,
+        guidance: float | int = 2.0,
+        text_guidance: float | int | None = None,
+        rescale: float | int = 0.0,
         thresholding: str = "static",
     ) -> None:
         super().__init__(optimizer)
@@ -72,8 +72,8 @@ class DecoderStage(Stage):
         self,
         batch: Batch,
         sampler: Sampler | None = None,
-        guidance: float | None = None,
-        text_guidance: float | None = None,
+        guidance: float | int | None = None,
+        text_guidance: float | int | None = None,
         randn: Randn = torch.randn_like,
         on_step: OnStep | None = None,
     ) -> Float[Tensor, "B 3 H W"]:
@@ -89,7 +89,7 @@ class DecoderStage(Stage):
         run = sampler or self.sampler
         return run(guided, noise, self.denoiser.schedule, randn=randn, on_step=on_step).clamp(-1, 1)
 
-    def branches(self, batch: Batch, guidance: float, text_guidance: float | None) -> list[Branch]:
+    def branches(self, batch: Batch, guidance: float | int, text_guidance: float | int | None) -> list[Branch]:
         """The conditions under which estimates are made, and their weights."""
         text = batch["text_embed"]
         yes = torch.ones(len(text), dtype=torch.bool, device=text.device)

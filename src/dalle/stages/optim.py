@@ -25,18 +25,18 @@ class Recipe:
     def __init__(
         self,
         algorithm: Callable[..., Optimizer],
-        lr: float,
-        weight_decay: float = 0.0,
+        lr: float | int,
+        weight_decay: float | int = 0.0,
         warmup: int = 0,
         decay: Literal["constant", "linear", "cosine"] = "cosine",
-        decay_start: float = 0.0,
-        final: float = 0.0,
+        decay_start: float | int = 0.0,
+        final: float | int = 0.0,
         **options: Any,
     ) -> None:
         self.algorithm, self.lr, self.weight_decay, self.options = algorithm, lr, weight_decay, options
         self.warmup, self.decay, self.decay_start, self.final = warmup, decay, decay_start, final
 
-    def build(self, net: nn.Module, total_steps: float) -> tuple[Optimizer, LambdaLR]:
+    def build(self, net: nn.Module, total_steps: float | int) -> tuple[Optimizer, LambdaLR]:
         """The optimizer of `net`'s trainable parameters and its schedule over `total_steps` (may be infinite)."""
         trainable = [p for p in net.parameters() if p.requires_grad]
         groups = [
@@ -46,7 +46,7 @@ class Recipe:
         optimizer = self.algorithm([g for g in groups if g["params"]], lr=self.lr, **self.options)
         return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
 
-    def factor(self, step: int, total_steps: float) -> float:
+    def factor(self, step: int, total_steps: float | int) -> float | int:
         """Multiplier of the peak learning rate at optimizer step `step`."""
         rising = min(1.0, (step + 1) / (self.warmup + 1))
         if self.decay == "constant" or math.isinf(total_steps):

@@ -43,8 +43,8 @@ class PriorStage(Stage):
         denoiser: Callable[[nn.Module], Denoiser],
         sampler: Sampler,
         optimizer: Recipe | None = None,
-        text_dropout: float = 0.1,
-        guidance: float = 1.0,
+        text_dropout: float | int = 0.1,
+        guidance: float | int = 1.0,
         candidates: int = 2,
         val_samples: int = 256,
     ) -> None:
@@ -94,7 +94,7 @@ class PriorStage(Stage):
         self,
         batch: Batch,
         sampler: Sampler | None = None,
-        guidance: float | None = None,
+        guidance: float | int | None = None,
         candidates: int | None = None,
         randn: Randn = torch.randn_like,
     ) -> Float[Tensor, "B E"]:

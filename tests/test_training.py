@@ -1,0 +1,379 @@
+"""Training as train.py does it, on the real configuration made tiny: what a run leaves behind, and that it can be stopped."""
+
+import importlib.util
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+import yaml
+from tiny import column, configure, train, weights
+from torch import Tensor
+
+from dalle import training
+from dalle.errors import UserError
+from dalle.runs import Run, load_stage
+
+STAGES = ("clip", "prior", "decoder")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """logs/ with a tiny CLIP, prior and decoder, each found by the next one by convention."""
+    logs = tmp_path_factory.mktemp("logs")
+    for stage in STAGES:
+        train(stage, logs)
+    return logs
+
+
+@pytest.fixture
+def logs(trained: Path, tmp_path: Path) -> Path:
+    """logs/ with the tiny CLIP alone."""
+    shutil.copytree(trained / "default" / "clip", tmp_path / "logs" / "default" / "clip")
+    return tmp_path / "logs"
+
+
+class Probe(lightning.Callback):
+    """Sees what happens in a run, and may end it: `stop` is called with the trainer at the end of each batch."""
+
+    def __init__(self, stop=None, hook: str = "on_train_batch_end"):
+        if stop is not None:
+            setattr(self, hook, lambda trainer, *_: stop(trainer))
+
+    def on_fit_end(self, trainer, pl_module):
+        self.live = {k: v.clone() for k, v in pl_module.net.state_dict().items()}
+        self.ema = next(c for c in trainer.callbacks if type(c).__name__ == "Ema")
+        self.trainer = trainer
+
+
+@pytest.fixture
+def probe(monkeypatch):
+    """Puts a callback into the next run."""
+    made = training.make_trainer
+
+    def put(callback):
+        def make_trainer(config, run):
+            trainer = made(config, run)
+            trainer.callbacks.insert(len(trainer.callbacks) - 1, callback)  # checkpoints come last
+            return trainer
+
+        monkeypatch.setattr(training, "make_trainer", make_trainer)
+        return callback
+
+    return put
+
+
+def stop_at(step: int):
+    def stop(trainer):
+        if trainer.global_step == step:
+            raise KeyboardInterrupt
+
+    return stop
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# What a run leaves behind
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_leaves_what_the_readme_says(trained, stage):
+    run = Run(trained / "default" / stage)
+    files = {"config.yaml", "last.ckpt", "model.safetensors", "manifest.json", "metrics.csv"}
+    assert {p.name for p in run.path.iterdir()} == files | ({"tokenizer.json"} if stage == "clip" else set())
+    manifest = run.manifest()
+    assert (manifest["stage"], manifest["steps"], manifest["image_size"]) == (stage, 2, 16)
+    assert manifest["parameters"] == sum(p.numel() for p in load_stage(run.path)[0].net.parameters())
+    assert manifest["data"]["items"] == {"train": 32, "val": 8, "test": 8}
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert manifest["metrics"]["test/loss"] > 0
+    assert list(column(run, "train/loss")) == [0, 1]
+    config = yaml.safe_load((run.path / "config.yaml").read_text())
+    assert config["model"]["net"].get("image_size", 16) == 16  # `auto` is resolved
+    assert "auto" not in config["model"]["net"].values()
+
+
+def test_stages_name_the_clip_they_belong_to(trained):
+    clip, prior, decoder = (Run(trained / "default" / stage).manifest() for stage in STAGES)
+    assert prior["clip"] == decoder["clip"] == {"weights": clip["weights"], "embed_dim": 8}
+    assert prior["image_embed_norm"] == decoder["image_embed_norm"] == {"kind": "unit_times_sqrt_dim"}
+    assert prior["tokenizer"] == clip["tokenizer"]
+
+
+def test_metrics_of_each_stage(trained):
+    metrics = {stage: Run(trained / "default" / stage).manifest()["metrics"] for stage in STAGES}
+    assert {"test/text_to_image_r1", "test/image_to_text_r5"} <= metrics["clip"].keys()
+    assert {"test/cosine_image", "test/cosine_caption", "test/cosine_other_caption"} <= metrics["prior"].keys()
+    assert {"test/clip_score", "test/judge/all"} <= metrics["decoder"].keys()
+    assert metrics["decoder"]["test/pictures"] == 4
+    assert any(name.startswith("test/fid") for name in metrics["decoder"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_checkpoints_hold_nothing_that_runs_code(trained, stage):
+    state = torch.load(trained / "default" / stage / "last.ckpt", weights_only=True)
+    assert state["global_step"] == 2
+    assert not any("clip" in key for key in state["state_dict"])  # frozen networks are not in there
+
+
+def test_weights_are_the_moving_average(logs, probe):
+    seen = probe(Probe())
+    run = train("prior", logs, steps=4)
+    saved = weights(run)
+    assert same(saved, {k: seen.ema.average[k] for k in saved})
+    assert not same(saved, seen.live)
+
+
+def test_an_occupied_directory_stays_as_it_is(trained):
+    run = Run(trained / "default" / "prior")
+    before = {p.name: p.read_bytes() for p in run.path.iterdir()}
+    with pytest.raises(UserError, match=r"resume=true .* name=other .* overwrite=true"):
+        train("prior", trained)
+    assert {p.name: p.read_bytes() for p in run.path.iterdir()} == before
+
+
+def test_a_finished_run_is_not_resumed(trained, capsys):
+    run = Run(trained / "default" / "prior")
+    before = {p.name: p.read_bytes() for p in run.path.iterdir()}
+    train("prior", trained, "resume=true")
+    assert "is finished" in capsys.readouterr().out
+    assert {p.name: p.read_bytes() for p in run.path.iterdir()} == before
+
+
+def test_overwrite_starts_again(trained, logs):
+    run = train("prior", logs)
+    (run.path / "old").touch()
+    train("prior", logs, "overwrite=true")
+    assert not (run.path / "old").exists()
+    assert same(weights(run), weights(Run(trained / "default" / "prior")))  # and the seed decides everything
+
+
+# Stopping and going on
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stopped_and_resumed_is_as_never_stopped(logs, probe, capsys, stage):
+    """The same losses and averages, though new epochs begin at steps 4 and 8, and a validation has run at step 4."""
+    options = ("trainer.val_check_interval=4", "callbacks.loss_by_time=null")
+    if stage == "clip":
+        shutil.rmtree(logs)
+    whole = train(stage, logs, "name=default", f"paths.run='{logs}/whole'", *options, steps=10)
+    probe(Probe(stop_at(5)))
+    with pytest.raises(SystemExit):
+        train(stage, logs, f"paths.run='{logs}/parts'", *options, steps=10)
+    parts = Run(logs / "parts")
+    assert "resume=true goes on from step 5" in capsys.readouterr().out
+    assert torch.load(parts.checkpoint, weights_only=True)["global_step"] == 5
+    assert not parts.finished
+    probe(Probe())
+    train(stage, logs, f"paths.run='{logs}/parts'", "resume=true", *options, steps=10)
+    assert column(parts, "train/loss") == column(whole, "train/loss")
+    assert column(parts, "val/loss") == column(whole, "val/loss")
+    assert same(weights(parts), weights(whole))
+    assert same(*(torch.load(r.checkpoint, weights_only=True)["state_dict"] for r in (parts, whole)))
+    assert parts.manifest()["metrics"] == whole.manifest()["metrics"]
+
+
+def test_killed_and_resumed_goes_on_from_the_last_checkpoint(logs, probe):
+    """An end without any warning, two steps after the last checkpoint."""
+    whole = train("prior", logs, f"paths.run='{logs}/whole'", steps=8)
+    kept = {}
+
+    def kill(trainer):
+        if trainer.global_step == 3:
+            kept["ckpt"] = Path(trainer.checkpoint_callback.path).read_bytes()
+        if trainer.global_step == 5:
+            raise RuntimeError("killed")
+
+    probe(Probe(kill))
+    run = Run(logs / "parts")
+    with pytest.raises(RuntimeError, match="killed"):
+        train("prior", logs, f"paths.run='{run}'", "callbacks.checkpoint.every=2", steps=8)
+    run.checkpoint.write_bytes(kept["ckpt"])
+    assert torch.load(run.checkpoint, weights_only=True)["global_step"] == 2
+    probe(Probe())
+    train("prior", logs, f"paths.run='{run}'", "resume=true", steps=8)
+    assert column(run, "train/loss") == column(whole, "train/loss")
+    assert same(weights(run), weights(whole))
+
+
+def test_stopped_amid_a_validation(logs, probe):
+    """The checkpoint holds the live weights, not the average that the validation looks at."""
+    options = ("trainer.val_check_interval=3",)
+    whole = train("prior", logs, f"paths.run='{logs}/whole'", *options, steps=6)
+    probe(Probe(stop_at(3), "on_validation_batch_start"))
+    with pytest.raises(SystemExit):
+        train("prior", logs, f"paths.run='{logs}/parts'", *options, steps=6)
+    probe(Probe())
+    parts = train("prior", logs, f"paths.run='{logs}/parts'", "resume=true", *options, steps=6)
+    assert column(parts, "train/loss") == column(whole, "train/loss")
+    assert column(parts, "val/loss") == column(whole, "val/loss")
+    assert same(weights(parts), weights(whole))
+
+
+def test_stopped_amid_the_test(logs, probe):
+    whole = train("prior", logs, f"paths.run='{logs}/whole'")
+
+    def stop(trainer):
+        raise KeyboardInterrupt
+
+    probe(Probe(stop, "on_test_batch_start"))
+    with pytest.raises(SystemExit):
+        train("prior", logs, f"paths.run='{logs}/parts'")
+    assert not Run(logs / "parts").finished
+    probe(Probe())
+    parts = train("prior", logs, f"paths.run='{logs}/parts'", "resume=true")
+    assert same(weights(parts), weights(whole))
+    assert parts.manifest()["metrics"] == whole.manifest()["metrics"]
+
+
+def test_a_truncated_checkpoint_is_named(logs, probe):
+    probe(Probe(stop_at(1)))
+    with pytest.raises(SystemExit):
+        train("prior", logs)
+    path = logs / "default" / "prior" / "last.ckpt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"last\.ckpt cannot be read .* overwrite=true"):
+        train("prior", logs, "resume=true")
+
+
+# Choices
+
+
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [
+        ("dit", ()),
+        ("dit", ("model.net.checkpoint=true", "precision=bf16")),
+        ("decoder", ("model.net.checkpoint=true",)),
+        ("decoder", ("precision=bf16", "optimizer=adam", "optimizer.warmup=2")),
+        ("prior", ("precision=bf16", "optimizer=sgd", "optimizer.warmup=2", "datamodule.image_embed_norm=standardized")),
+        ("clip", ("precision=bf16", "model.net.checkpoint=true", "optimizer=adam")),
+        ("prior", ("trainer.accumulate_grad_batches=2", "datamodule.cache_items=0", "sampler=dpmpp", "sampler.steps=2")),
+        (
+            "decoder",
+            ("model.denoiser.learned_variance=true", "model.denoiser.prediction=eps", "model.denoiser.schedule.name=cosine",
+             "model.denoiser.time_sampling=uniform", "model.net.out_channels=6",
+             "sampler=ddpm", "sampler.steps=2", "sampler.variance=learned"),
+        ),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "-".join(o.split("=")[0].split(".")[-1] for o in v) or "plain",
+)  # fmt: skip
+def test_choices_train(logs, stage, options):
+    run = train(stage, logs, f"paths.run='{logs}/run'", *options)
+    assert run.manifest()["steps"] == 2
+    assert all(torch.isfinite(w).all() for w in weights(run).values())
+    assert len(set(column(run, "train/loss").values())) == (4 if "accumulate" in str(options) else 2) or "sgd" in str(options)
+
+
+def test_gradient_checkpointing_changes_nothing(logs):
+    runs = [train("decoder", logs, f"paths.run='{logs}/{on}'", f"model.net.checkpoint={on}") for on in ("true", "false")]
+    assert column(runs[0], "train/loss") == column(runs[1], "train/loss")
+
+
+def test_without_callbacks(logs):
+    run = train("prior", logs, "callbacks=none", "~callbacks.generation") if False else train("prior", logs, "callbacks=none")
+    assert run.finished
+    assert "train/samples_per_second" not in (run.path / "metrics.csv").read_text()
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("stage", STAGES)
+def test_compiled(logs, stage):
+    """Compiled networks save the same names, and come close to the same losses."""
+    runs = [train(stage, logs, f"paths.run='{logs}/{on}'", f"compile={on}") for on in ("true", "false")]
+    assert weights(runs[0]).keys() == weights(runs[1]).keys()
+    losses = [list(column(run, "train/loss").values()) for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_fp16_composes(tmp_path):
+    config = configure("decoder", tmp_path, "precision=fp16")
+    assert config["trainer"]["precision"] == "16-mixed"
+    assert config["optimizer"]["fused"] is False
+
+
+# Debug runs, loggers, the console
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_batch_leaves_no_finished_run(logs, stage):
+    train(stage, logs, "debug=one_batch", "name=default")
+    train(stage, logs, "debug=one_batch")  # again: its directory is its own
+    assert not Run(logs / "debug" / stage).finished
+    assert not (logs / "default" / stage / "metrics.csv").exists() or stage == "clip"
+
+
+def test_overfit_sees_the_same_batches(logs):
+    run = Run(logs / "debug" / "prior")
+    train("prior", logs, "debug=overfit", "trainer.log_every_n_steps=2", steps=40)
+    assert not run.finished
+    losses = list(column(run, "train/loss").values())
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert not (logs / "default" / "prior").exists()
+
+
+def test_several_loggers(logs):
+    if importlib.util.find_spec("tensorboard") is None:
+        pytest.skip("tensorboard is not installed")
+    run = train("decoder", logs, "logger=[csv,tensorboard]", "trainer.val_check_interval=2")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run.path / "tensorboard"), size_guidance={"images": 0}).Reload()
+    assert {"train/loss", "val/loss", "test/judge/all"} <= set(events.Tags()["scalars"])
+    assert events.Tags()["images"] == ["samples"]
+    assert [round(e.value, 5) for e in events.Scalars("train/loss")] == [round(v, 5) for v in column(run, "train/loss").values()]
+
+
+def test_metrics_csv_is_written_whatever_the_loggers(logs):
+    run = train("prior", logs, "logger=[tensorboard]")
+    assert len(column(run, "train/loss")) == 2
+
+
+def test_samples_are_drawn_in_validation(logs):
+    run = train("decoder", logs, "trainer.val_check_interval=2", "callbacks.grid.every=4", "callbacks.grid.count=3", steps=8)
+    assert sorted(p.name for p in (run.path / "samples").iterdir()) == [f"step-000000{n}.png" for n in (2, 4, 8)]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_console_is_quiet(logs, capfd, stage):
+    """No warnings and no remarks: with bars off, a run that goes well says nothing."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        probe_steps = 3
+        train(stage, logs, f"paths.run='{logs}/run'", "trainer.val_check_interval=2", "trainer.log_every_n_steps=50", steps=probe_steps)
+    assert [str(w.message) for w in caught if not issubclass(w.category, DeprecationWarning)] == []
+    out, err = capfd.readouterr()
+    assert out.strip() == "" and "arning" not in err
+
+
+def test_a_size_that_does_not_fit_is_named(logs):
+    with pytest.raises(UserError, match=r"model\.net\.embed_dim=9 does not fit the data, which has 8"):
+        train("prior", logs, "model.net.embed_dim=9")
+
+
+def test_trainer_mistakes_are_the_users(logs):
+    with pytest.raises(UserError, match="trainer"):
+        train("prior", logs, "trainer.gradient_clip_algorithm=nonsense")
+
+
+def test_a_clip_elsewhere_must_be_there(logs):
+    config = configure("prior", logs, f"upstream.clip='{logs}/nowhere'")
+    with pytest.raises(UserError, match=r"upstream\.clip=.*nowhere holds no finished CLIP"):
+        training.missing_clip(config)
+    missing = training.missing_clip(configure("prior", logs, "name=other"))
+    assert missing is not None
+    assert missing.path == logs / "other" / "clip"
+    assert training.missing_clip(configure("prior", logs)) is None
+
+
+def test_manifest_is_plain_json(trained):
+    for stage in STAGES:
+        text = (trained / "default" / stage / "manifest.json").read_text()
+        assert json.loads(text)["schema"] == 1
+        assert "NaN" not in text

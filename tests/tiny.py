@@ -1,0 +1,64 @@
+"""Stages small enough to train in a test: what the real configuration needs on top to become tiny."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dalle import training
+from dalle.runs import Run
+
+ROOT = Path(__file__).parents[1]
+
+COMMON = (
+    "trainer=cpu", "precision=fp32", "trainer.enable_progress_bar=false", "trainer.log_every_n_steps=1",
+    "data.size=32", "data.image_size=16", "batch_size=8", "datamodule.val_items=8", "datamodule.test_items=8",
+    "sampler.steps=2", "optimizer.warmup=2",
+)  # fmt: skip
+NETS = {
+    "clip": (
+        "model.net.vision_width=16", "model.net.vision_layers=1", "model.net.vision_heads=2", "model.net.embed_dim=8",
+        "model.net.text_width=16", "model.net.text_layers=1", "model.net.text_heads=2",
+    ),
+    "prior": ("model.net.width=16", "model.net.depth=1", "model.net.heads=2"),
+    "decoder": (
+        "model.net.width=16", "model.net.multipliers=[1,1]", "model.net.attention=[4]", "model.net.head_dim=8",
+        "callbacks.generation.items=4",
+    ),
+    "dit": ("model/net=dit", "model.net.width=16", "model.net.depth=1", "model.net.heads=2", "callbacks.generation.items=4"),
+}  # fmt: skip
+
+
+def overrides(model: str, logs: Path, *more: str) -> list[str]:
+    """The command line of a tiny stage; `model` is a key of NETS."""
+    name = {"dit": "decoder"}.get(model, model)
+    return [f"model={name}", f"paths.logs='{logs}'", *COMMON, *NETS[model], *more]
+
+
+def configure(model: str, logs: Path, *more: str) -> dict[str, Any]:
+    """The resolved configuration that train.py would hand to `training.train`."""
+    with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
+        config = OmegaConf.to_container(compose("train", overrides(model, logs, *more)), resolve=True)
+    assert isinstance(config, dict)
+    return config
+
+
+def train(model: str, logs: Path, *more: str, steps: int = 2) -> Run:
+    """Trains a tiny stage and gives its run directory."""
+    config = configure(model, logs, f"trainer.max_steps={steps}", *more)
+    training.train(config)
+    return Run(Path(config["paths"]["run"]))
+
+
+def weights(run: Run) -> dict[str, Tensor]:
+    return load_file(run.path / "model.safetensors")
+
+
+def column(run: Run, name: str) -> dict[int, float]:
+    """A column of metrics.csv by step."""
+    with (run.path / "metrics.csv").open(newline="") as file:
+        return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row.get(name)}
