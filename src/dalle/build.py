@@ -10,13 +10,14 @@ import importlib
 import inspect
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from dalle.errors import UserError
 
 TRUSTED = ("dalle.", "torch.", "lightning.")
+LISTS = (list, tuple, Sequence)
 
 
 def locate(target: str) -> Any:
@@ -45,12 +46,21 @@ def build(node: Any, where: str = "", **extra: Any) -> Any:
         node: a dict with ``_target_`` (and ``_partial_: true`` for a partial), or any nesting of dicts and lists.
         where: the node's name in the config, for messages.
     """
+    return _walk(node, where, extra, dry=False)
+
+
+def check(node: Any, where: str = "") -> None:
+    """Raises what `build` would raise for names and types, without making anything; ``auto`` may stand anywhere."""
+    _walk(node, where, {}, dry=True)
+
+
+def _walk(node: Any, where: str, extra: dict[str, Any], dry: bool) -> Any:
     if isinstance(node, list):
-        return [build(item, f"{where}[{i}]") for i, item in enumerate(node)]
+        return [_walk(item, f"{where}[{i}]", {}, dry) for i, item in enumerate(node)]
     if not isinstance(node, dict):
-        return node
+        return object() if dry and node == "auto" else node  # an object passes for anything: see `fits`
     arguments = {
-        key: build(value, f"{where}.{key}" if where else key)
+        key: _walk(value, f"{where}.{key}" if where else key, {}, dry)
         for key, value in node.items()
         if key not in ("_target_", "_partial_") and key not in extra
     }
@@ -58,32 +68,36 @@ def build(node: Any, where: str = "", **extra: Any) -> Any:
         return arguments
     target = locate(node["_target_"])
     arguments |= extra
-    check_arguments(target, arguments, where or node["_target_"], partial_call=bool(node.get("_partial_")))
+    check_arguments(target, arguments, where, partial_call=bool(node.get("_partial_")))
+    if dry:
+        return object()
     return partial(target, **arguments) if node.get("_partial_") else target(**arguments)
 
 
 def check_arguments(target: Callable[..., Any], arguments: dict[str, Any], where: str, partial_call: bool) -> None:
     """Raises a `UserError` for unknown, missing and wrongly typed arguments."""
-    if inspect.getmodule(target) is None:
-        return
     parameters = inspect.signature(target).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     named = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+    place = f"{where}." if where else ""
     for name in arguments:
         if name not in named and not open_ended:
-            raise UserError(f"{where}.{name} is not an option of {_name(target)}; it takes {', '.join(named)}")
+            raise UserError(f"{place}{name} is not an option of {_name(target)}; it takes {', '.join(named)}")
     missing = [n for n, p in named.items() if p.default is p.empty and n not in arguments]
     if missing and not partial_call:
-        raise UserError(f"{where} needs {', '.join(missing)}")
+        raise UserError(f"{where or _name(target)} needs {', '.join(missing)}")
     hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
     for name, value in arguments.items():
         if name in hints and not fits(value, hints[name]):
-            raise UserError(f"{where}.{name} must be {describe(hints[name])}, got {value!r}")
+            raise UserError(f"{place}{name} must be {describe(hints[name])}, got {value!r}")
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a config value may stand where `hint` is asked for; anything that is not plain data passes."""
+    """Whether a config value may stand where `hint` is asked for; objects pass, only plain data is looked at."""
     origin, options = typing.get_origin(hint), typing.get_args(hint)
+    plain = value is None or isinstance(value, bool | int | float | str | list | dict)
+    if not plain or hint in (Any, object):
+        return True
     if origin in (typing.Union, types.UnionType):
         return any(fits(value, option) for option in options)
     if origin is typing.Literal:
@@ -92,10 +106,11 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    if hint in (bool, str, types.NoneType):
-        return isinstance(value, hint)
-    plain = value is None or isinstance(value, bool | int | float | str)
-    return not (plain and (origin in (list, tuple, dict) or hint in (list, tuple, dict)))
+    if hint in LISTS or origin in LISTS:  # written as a list in a config
+        items = [option for option in options if option is not ...]
+        return isinstance(value, list) and all(any(fits(v, i) for i in items or [Any]) for v in value)
+    wanted = origin or hint
+    return not inspect.isclass(wanted) or isinstance(value, wanted)
 
 
 def describe(hint: Any) -> str:
@@ -106,7 +121,7 @@ def describe(hint: Any) -> str:
     if origin is typing.Literal:
         return "one of " + ", ".join(map(str, options))
     words = {float: "a number", int: "a whole number", bool: "true or false", str: "text", types.NoneType: "null"}
-    return words.get(hint, "a list" if origin in (list, tuple) else getattr(hint, "__name__", str(hint)))
+    return words.get(hint, "a list" if hint in LISTS or origin in LISTS else getattr(hint, "__name__", str(hint)))
 
 
 def _name(target: Any) -> str:

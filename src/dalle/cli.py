@@ -7,7 +7,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 from dalle.errors import UserError
 
@@ -29,12 +29,15 @@ def run(main: Callable[[], None]) -> None:
 
 
 def quoted(argument: str) -> str:
-    """A prompt is plain text: commas, quotes and brackets in it are not Hydra's. Lists and quoted values stay as they are."""
+    """A prompt is plain text: commas, quotes, braces in it are not Hydra's. Lists and values quoted as a whole stay."""
     key, equals, value = argument.partition("=")
-    if key.lstrip("+") != "prompt" or not equals or value[:1] in ("[", "'", '"') or value in ("", "null"):
+    if key.lstrip("+") != "prompt" or not equals or value in ("", "null"):
         return argument
-    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-    return f"{key}='{escaped}'"
+    if len(value) > 1 and value[0] + value[-1] in ("[]", "''", '""'):
+        return argument
+    # In Hydra's strings backslashes count only before a quote; "${" would be a reference to another setting
+    text = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), value)
+    return f"{key}='{text.replace('${', chr(92) + '${')}'"
 
 
 def _is_users(error: Exception) -> bool:
@@ -42,18 +45,33 @@ def _is_users(error: Exception) -> bool:
 
 
 def one_line(error: Exception) -> str:
-    """The message of an error, on one line, with the nearest spelling where Hydra lists the choices."""
+    """What is wrong and what to do about it, on one line.
+
+    Hydra's errors come with their facts as attributes, their own or of what caused them; they are read here without
+    importing it.
+    """
+    message = " ".join(str(error).split())
     if isinstance(error, UserError):
-        return " ".join(str(error).split())
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = " ".join(line for line in lines if not line.startswith(("full_key:", "object_type=", "Config search path", "provider=")))
-    text = re.sub(r"\s+To append to your config use \S+", "", text)
-    if missing := re.search(r"(?:Could not find '|In '[^']*': Could not find ')([\w/]+)/([^'/]+)'", text):
-        group, wrong = missing.groups()
-        choices = re.findall(r"[\w.-]+", text.split("Available options")[1].split(":", 1)[1]) if "Available options" in text else []
-        near = difflib.get_close_matches(wrong, choices, n=1)
-        hint = f" Did you mean {group}={near[0]}?" if near else ""
-        return f"there is no {group}={wrong}.{hint} Choices: {', '.join(choices)}"
-    if key := re.search(r"Key '([^']+)' is not in struct", text):
-        return f"no such setting: {key.group(1)} ({text}); `python {sys.argv[0]} --cfg job` lists all settings"
-    return text
+        return message
+    facts = {**vars(error.__cause__), **vars(error)} if error.__cause__ else vars(error)
+    key = facts.get("full_key")
+    if written := facts.get("override"):
+        return f"{written!r} cannot be read; write key=value, and text with special characters as key=\"'some text'\""
+    if "/" in (wanted := facts.get("missing_cfg_file") or ""):
+        group, _, name = wanted.rpartition("/")
+        return f"there is no {group}={name}{_choices(name, facts['options'], group + '=')}"
+    if key and "is not in struct" in str(facts.get("msg")):
+        place, _, name = key.rpartition(".")
+        known = [k for k in facts["parent_node"] if not k.startswith("_")] if facts["parent_node"] else []
+        return f"there is no setting {key}{_choices(name, known, place + '.' if place else '')}"
+    if key and "Missing mandatory value" in message:
+        return f"{key} is needed: give it as {key}=VALUE"
+    return re.sub(r" (To append to your|See https?:|full_key:|Config search path:) ?.*", "", message)
+
+
+def _choices(wrong: str, choices: Collection[str] | None, prefix: str) -> str:
+    """The rest of a sentence that says what is not there."""
+    if not choices:
+        return ""
+    near = difflib.get_close_matches(wrong, choices, n=1)
+    return f"; did you mean {prefix}{near[0]}?" if near else f"; there are {', '.join(sorted(choices))}"
