@@ -64,9 +64,9 @@ def test_is_zero_at_birth_at_any_size(patch, multipliers, blocks, out_channels, 
     assert not out.any()
 
 
-@pytest.mark.parametrize("resample", ["conv", "block"])
-def test_every_parameter_is_trained(resample):
-    net = grown(resample=resample)
+@pytest.mark.parametrize(("resample", "positions"), [("conv", True), ("block", False)])
+def test_every_parameter_is_trained(resample, positions):
+    net = grown(resample=resample, positions=positions)
     x, t, cond = inputs(net)
     keep = torch.tensor([True, False, True])
     net(x, t, **cond, keep_image=keep, keep_text=keep).square().sum().backward()
@@ -89,6 +89,18 @@ def test_papers_decoder_has_the_papers_size():
     with torch.device("meta"):
         net = UNet(64, 3, 6, 512, (1, 2, 3, 4), 3, (32, 16, 8), 64, 1024, 2048, dropout=0.1, resample="block")
     assert sum(p.numel() for p in net.parameters()) == 2_254_871_046
+
+
+def test_positions_are_learned_for_every_pixel():
+    net = grown(positions=True)
+    x, t, cond = inputs(net)
+    with torch.autocast("cpu", torch.bfloat16):
+        dtypes = []
+        net.down[0].register_forward_hook(lambda _, __, out: dtypes.append(out.dtype))
+        net(x, t, **cond).float().square().sum().backward()
+    assert dtypes == [torch.bfloat16]  # fp32 positions must not widen all that follows
+    assert net.positions.grad.shape == (1, 16, 8, 8)
+    assert net.positions.grad.all()
 
 
 class TestNorm:

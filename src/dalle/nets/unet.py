@@ -29,36 +29,38 @@ class NormSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale, shift, groups: int, eps: float, silu: bool):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean, square = (group_mean(s, groups) for s in (wide.mean((2, 3)), (wide * wide).mean((2, 3))))
+        h = wide * wide
+        mean, square = group_mean(torch.stack((wide.mean((2, 3)), h.mean((2, 3)))), groups)
         rstd = (square - mean * mean).clamp_min(0).add(eps).rsqrt()
         a = rstd * scale
         c = shift - mean * a
         ctx.save_for_backward(x, scale, mean, rstd, a, c)
         ctx.groups, ctx.silu = groups, silu
-        h = torch.addcmul(pixel(c), wide, pixel(a))
-        return (F.silu(h) if silu else h).to(x.dtype)
+        torch.addcmul(pixel(c), wide, pixel(a), out=h)  # memory in the cache is worth more than a new tensor
+        return (F.silu(h, inplace=True) if silu else h).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         x, scale, mean, rstd, a, c = ctx.saved_tensors
         wide, g = (s.to(mean.dtype) for s in (x, grad))
-        if ctx.silu:
-            g = torch.ops.aten.silu_backward(g, torch.addcmul(pixel(c), wide, pixel(a)))
+        h = torch.addcmul(pixel(c), wide, pixel(a))
+        g = torch.ops.aten.silu_backward(g, h) if ctx.silu else g
         shift_grad = g.sum((2, 3))
-        scale_grad = rstd * ((g * wide).sum((2, 3)) - mean * shift_grad)
+        scale_grad = rstd * (torch.mul(g, wide, out=h).sum((2, 3)) - mean * shift_grad)
         # dx = rstd (scale g - <scale g> - xhat <scale g xhat>), averages over a group, xhat = rstd (x - mean)
-        pixels = x.shape[2] * x.shape[3]
-        p = -rstd * rstd * group_mean(scale * scale_grad, ctx.groups) / pixels
-        q = -rstd * group_mean(scale * shift_grad, ctx.groups) / pixels - p * mean
-        dx = torch.addcmul(pixel(q), wide, pixel(p)).addcmul_(g, pixel(a)).to(x.dtype)
+        both = group_mean(torch.stack((scale * scale_grad, scale * shift_grad)), ctx.groups)
+        p, q = -rstd / (x.shape[2] * x.shape[3]) * both
+        p = rstd * p
+        q = q - p * mean
+        dx = torch.addcmul(pixel(q), wide, pixel(p), out=h).addcmul_(g, pixel(a)).to(x.dtype)
         if scale.ndim == 1:
             scale_grad, shift_grad = scale_grad.sum(0), shift_grad.sum(0)
         return dx, scale_grad, shift_grad, None, None, None
 
 
 def group_mean(s: Tensor, groups: int) -> Tensor:
-    """(B, C) -> (B, C), each entry the mean of its group."""
-    return s.unflatten(1, (groups, -1)).mean(2, keepdim=True).expand(-1, -1, s.shape[1] // groups).flatten(1)
+    """(..., C) -> (..., C), each entry the mean of its group."""
+    return s.unflatten(-1, (groups, -1)).mean(-1).repeat_interleave(s.shape[-1] // groups, -1)
 
 
 def pixel(s: Tensor) -> Tensor:
@@ -175,8 +177,8 @@ class UNet(nn.Module):
     attention: sides of the feature maps (after patching) that attend; the paper's 64 px decoder: (32, 16, 8).
     patch: k folds k x k pixels into channels; 1 leaves them.
     resample: "conv" (strided, nearest + conv) or "block" (ADM's residual blocks).
-    positions: adds a learned embedding of every pixel of the first feature map. Small networks place things far
-    sooner with it; without it the network is convolutional and may be applied at another size.
+    positions: adds a learned embedding of every pixel of the first feature map. Small networks place things
+    far sooner with it; without it the network is convolutional and may be applied at another size.
     checkpoint: recompute each block in the backward pass: less memory, a third more time.
     Raises ValueError where sizes do not divide, or for another `resample`.
     """
@@ -289,7 +291,7 @@ class UNet(nn.Module):
         given = iter(scales), iter(shifts), iter(contexts)
 
         x = self.inlet(F.pixel_unshuffle(x, self.patch))
-        x = x if self.positions is None else x + self.positions
+        x = x if self.positions is None else x + self.positions.to(x.dtype)
         skips = [x]
         for layer in self.down:
             x = self.run(layer, x, *given)
