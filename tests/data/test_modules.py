@@ -315,3 +315,13 @@ def test_embedding_batches_under_a_trainer_with_workers(tmp_path, clip):
     module, _ = fit(datamodule, 7)
     plain, _ = fit(Plain(Dots, 4), 7)
     assert module.seen == plain.seen
+
+
+def test_train_items_bounds_what_is_trained_on():
+    data = SourceDataModule(Dots, batch_size=4, train_items=10)
+    assert data.items("train") == 10 and len(data.split("train")) == 23
+    data.dataset = lambda name: SourceDataset(data.split(name))
+    batches = list(data.train_dataloader())
+    seen = torch.cat([batch["index"] for batch in batches])
+    assert len(batches) == 2
+    assert int(seen.max()) < 10

@@ -45,7 +45,7 @@ class SourceDataModule(L.LightningDataModule):
         batch_size: per rank.
         num_workers: processes that read pictures; 0 = none.
         seed: of the order and of the captions drawn.
-        val_items, test_items: use only the first so many items of these splits.
+        val_items, test_items, train_items: use only the first so many items of these splits.
     """
 
     def __init__(
@@ -56,12 +56,13 @@ class SourceDataModule(L.LightningDataModule):
         seed: int = 0,
         val_items: int | None = None,
         test_items: int | None = None,
+        train_items: int | None = None,
     ):
         super().__init__()
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size}: give at least 1")
         self.make_source, self.batch_size, self.num_workers, self.seed = source, batch_size, num_workers, seed
-        self.limits = {"val": val_items, "test": test_items}
+        self.limits = {"train": train_items, "val": val_items, "test": test_items}
         self._splits: dict[str, Source] = {}
 
     def split(self, name: str) -> Source:
@@ -170,8 +171,9 @@ class TextImageDataModule(SourceDataModule):
         seed: int = 0,
         val_items: int | None = None,
         test_items: int | None = None,
+        train_items: int | None = None,
     ):
-        super().__init__(source, batch_size, num_workers, seed, val_items, test_items)
+        super().__init__(source, batch_size, num_workers, seed, val_items, test_items, train_items)
         self._tokenizer = tokenizer
 
     @property
@@ -219,11 +221,12 @@ class EmbeddingDataModule(SourceDataModule):
         seed: int = 0,
         val_items: int | None = None,
         test_items: int | None = None,
+        train_items: int | None = None,
         image_embed_norm: str = "unit_times_sqrt_dim",
         cache_items: int = 100_000,
         cache_text_gb: float = 1.0,
     ):
-        super().__init__(source, batch_size, num_workers, seed, val_items, test_items)
+        super().__init__(source, batch_size, num_workers, seed, val_items, test_items, train_items)
         self.clip, self.cache_dir = clip, Path(cache_dir)
         self.cache_items, self.text_bytes = cache_items, int(cache_text_gb * 2**30)
         self.norm = EmbedNorm(image_embed_norm)
