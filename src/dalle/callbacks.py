@@ -39,18 +39,22 @@ class Ema(lightning.Callback):
         self.updates = 0
         self.average: dict[str, Tensor] = {}
         self.live: dict[str, Tensor] | None = None
+        self.seen = 0
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
         state = _tensors(pl_module)
         old = self.average
         self.average = {k: (old[k].to(v.device) if k in old else v.detach().clone()) for k, v in state.items()}
 
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
+        self.seen = trainer.global_step
+
     @torch.no_grad()
     def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Stage, *_: Any) -> None:
         step = trainer.global_step
-        if step == getattr(self, "_seen", -1) or step % self.every:
+        if step == self.seen or step % self.every:
             return  # a batch of an accumulated step: the weights have not moved
-        self._seen = step
+        self.seen = step
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         state = _tensors(pl_module)
@@ -120,7 +124,7 @@ class SampleGrid(lightning.Callback):
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
         """Here and not at the validation's end: the moving average is still in the network."""
-        if self.batch is None or trainer.global_step < self.due or not getattr(pl_module, "makes_images", False):
+        if self.batch is None or trainer.global_step < self.due or not pl_module.makes_images:
             return
         self.due = (trainer.global_step // self.every + 1) * self.every
         seeds = [self.seed + i for i in range(len(self.batch["caption"]))]
@@ -146,6 +150,8 @@ class GenerationTest(lightning.Callback):
         self.metrics: GenerationMetrics | None = None
 
     def on_test_start(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
+        if not pl_module.makes_images:
+            return
         source = trainer.datamodule.split("test")  # pyright: ignore[reportAttributeAccessIssue]
         self.unseen = source.unseen if isinstance(source, Shapes) else None
         judge = Judge() if isinstance(source, Shapes) else None
@@ -214,7 +220,7 @@ class LossByTime(lightning.Callback):
         self.sums[0].index_add_(0, which, outputs["per_sample"].float())
         self.sums[1].index_add_(0, which, torch.ones_like(which, dtype=torch.float32))
         if trainer.global_step % trainer.log_every_n_steps == 0:
-            means = self.sums[0] / self.sums[1].clamp(min=1)
+            means = self.sums[0] / self.sums[1]  # nan where no time fell into
             names = [f"train/loss_t{i / self.bins:.2f}-{(i + 1) / self.bins:.2f}" for i in range(self.bins)]
             pl_module.log_dict(dict(zip(names, means, strict=True)))
             self.sums.zero_()
@@ -281,18 +287,22 @@ class LastCheckpoint(Checkpoint):
         os.write(2, b"\nstopping after this step; once more stops at once\n")  # print may not be entered twice
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
-        if trainer.global_step % self.every == 0:
-            self.save(trainer)
         if trainer.world_size == 1:
             self.agreed = self.asked
         elif trainer.global_step % STOP_EVERY == 0:
             self.agreed = trainer.strategy.reduce_boolean_decision(self.asked, all=False)
-        if self.agreed:
+        if self.agreed or trainer.global_step % self.every == 0:
+            self.save(trainer)
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
+        if self.agreed:  # only now: the last step is logged and, where one was due, validated
             raise KeyboardInterrupt
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
         self.save(trainer)
         self.restore_handlers()
+        if self.agreed:
+            raise KeyboardInterrupt
 
     def on_exception(self, trainer: lightning.Trainer, pl_module: Stage, exception: BaseException) -> None:
         self.restore_handlers()

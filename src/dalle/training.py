@@ -81,8 +81,8 @@ def train(config: Config) -> dict[str, float]:
 def quiet() -> None:
     """Lightning's advertisements and remarks about itself say nothing of the run."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (".*LeafSpec.*", ".*does not have many workers.*", ".*srun.*"):
-        warnings.filterwarnings("ignore", message)
+    for message in ("LeafSpec", "does not have many workers", "srun", "smaller than the logging interval"):
+        warnings.filterwarnings("ignore", f".*{message}.*")
 
 
 def missing_clip(config: Config) -> Run | None:
@@ -190,7 +190,7 @@ def fill_sizes(config: Config, sizes: Mapping[str, int]) -> None:
 
 
 def make_trainer(config: Config, run: Run) -> lightning.Trainer:
-    nodes = {key: node for key, node in config["callbacks"].items() if node}
+    nodes = {key: node for key, node in config["callbacks"].items() if node and "_target_" in node}
     if not config["trainer"]["enable_progress_bar"]:
         nodes.pop("progress", None)
     callbacks = [build(node, f"callbacks.{key}") for key, node in nodes.items()]

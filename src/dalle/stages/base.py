@@ -22,6 +22,7 @@ class Stage(lightning.LightningModule):
     """A trained thing. A subclass sets `net` and implements `step`, and `sample` where it can make something."""
 
     net: nn.Module
+    makes_images = False  # whether `sample` gives pictures
 
     def __init__(self, optimizer: Recipe | None = None) -> None:
         super().__init__()
@@ -37,7 +38,7 @@ class Stage(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         # All that is random in batch n of rank r depends on (seed, r, n) alone: a resumed run draws what an
         # uninterrupted one would have drawn, and no two ranks or batches draw the same.
-        n = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        n = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
         torch.manual_seed(hash((self.seed, self.global_rank, n)))
         out = self.step(batch)
         self.log_scalars("train", out, batch)

@@ -1,0 +1,91 @@
+"""metrics.csv across resumed runs, and W&B without an account."""
+
+import csv
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from dalle import loggers
+from dalle.errors import UserError
+from dalle.loggers import MetricsCsv
+
+
+def read(path) -> list[dict[str, str]]:
+    with (path / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_row_per_step_and_a_column_per_metric(tmp_path):
+    log = MetricsCsv(tmp_path / "new")
+    log.log_metrics({"train/loss": torch.tensor(0.5), "epoch": 0}, step=1)
+    log.log_metrics({"val/loss": 0.25}, step=1)
+    log.log_metrics({"train/loss": 0.125}, step=2)
+    log.save()
+    assert read(tmp_path / "new") == [
+        {"step": "1", "epoch": "0", "train/loss": "0.5", "val/loss": "0.25"},
+        {"step": "2", "epoch": "", "train/loss": "0.125", "val/loss": ""},
+    ]
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["metrics.csv"]
+
+
+def test_a_resumed_run_drops_what_it_writes_again(tmp_path):
+    first = MetricsCsv(tmp_path)
+    for step in range(6):
+        first.log_metrics({"train/loss": float(step)}, step=step)
+    first.save()
+    second = MetricsCsv(tmp_path)
+    second.save()  # nothing logged yet: nothing lost
+    assert len(read(tmp_path)) == 6
+    second.log_metrics({"train/loss": 30.0, "new": 1}, step=3)
+    second.log_metrics({"train/loss": 40.0}, step=4)
+    second.finalize("success")
+    rows = read(tmp_path)
+    assert [(row["step"], row["train/loss"]) for row in rows] == [("0", "0.0"), ("1", "1.0"), ("2", "2.0"), ("3", "30.0"), ("4", "40.0")]
+    assert [row["new"] for row in rows] == ["", "", "", "1", ""]
+
+
+def test_numbers_keep_their_digits(tmp_path):
+    log = MetricsCsv(tmp_path)
+    log.log_metrics({"x": 0.1 + 0.2}, step=0)
+    log.save()
+    again = MetricsCsv(tmp_path)
+    again.log_metrics({"x": 1.0}, step=1)
+    again.save()
+    assert float(read(tmp_path)[0]["x"]) == 0.1 + 0.2
+
+
+@pytest.fixture
+def no_account(monkeypatch, tmp_path):
+    pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+
+def test_wandb_is_offline_without_an_account(no_account, tmp_path):
+    import wandb
+
+    run = tmp_path / "run"
+    log = loggers.wandb(run, name="clip", group="default")
+    try:
+        log.log_metrics({"train/loss": 0.5}, step=0)
+        log.log_image("samples", [Image.new("RGB", (8, 8))], step=1)
+        assert log.experiment.settings.mode == "offline"
+    finally:
+        wandb.finish()
+    (offline,) = (run / "wandb").glob("offline-run-*")
+    assert list(offline.glob("run-*.wandb"))[0].stat().st_size > 0
+    assert len(list(offline.glob("files/media/images/samples_*.png"))) == 1
+
+
+def test_wandb_missing_is_said(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"pip install 'dalle\[wandb\]'"):
+        loggers.wandb(tmp_path)
