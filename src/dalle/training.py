@@ -103,11 +103,11 @@ def missing_clip(config: Config) -> Run | None:
 def check_machine(config: Config) -> None:
     """What this machine cannot do is refused before anything is read or written."""
     trainer = config["trainer"]
-    if trainer["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
+    if trainer.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
         raise UserError("a GPU was asked for (trainer.accelerator=gpu) but PyTorch sees none; use trainer=cpu, or trainer=auto")
-    if trainer["strategy"] == "fsdp" and not torch.cuda.is_available():
+    if trainer.get("strategy") == "fsdp" and not torch.cuda.is_available():
         raise UserError("trainer=fsdp shards over GPUs and PyTorch sees none; use trainer=ddp_cpu to try two processes here")
-    if trainer["precision"] == "auto":
+    if trainer.get("precision") == "auto":
         trainer["precision"] = "bf16-mixed" if fast_in_bf16() else "32-true"
 
 
@@ -134,6 +134,7 @@ def may_start(config: Config) -> bool:
     for key in ("datamodule", "model", "callbacks", "logger"):
         check(config[key], key)
     check({"_target_": "lightning.Trainer", **config["trainer"]}, "trainer")
+    build(config["sampler"], "sampler")
 
     run = Run(Path(config["paths"]["run"]))
     if config["overwrite"] and config["resume"]:
@@ -191,7 +192,7 @@ def fill_sizes(config: Config, sizes: Mapping[str, int]) -> None:
 
 def make_trainer(config: Config, run: Run) -> lightning.Trainer:
     nodes = {key: node for key, node in config["callbacks"].items() if node and "_target_" in node}
-    if not config["trainer"]["enable_progress_bar"]:
+    if not config["trainer"].get("enable_progress_bar", True):
         nodes.pop("progress", None)
     callbacks = [build(node, f"callbacks.{key}") for key, node in nodes.items()]
     loggers: list[Logger] = [build(node, f"logger.{k}") for k, node in config["logger"].items() if node]
