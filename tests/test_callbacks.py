@@ -5,6 +5,7 @@ import os
 import signal
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import lightning
 import pytest
@@ -58,6 +59,10 @@ def batches(number: int = 8) -> DataLoader:
         return {"image_embed": torch.stack([r["image_embed"] for r in rows]), "caption": [r["caption"] for r in rows]}
 
     return DataLoader(data, batch_size=4, collate_fn=collate)
+
+
+def fake_trainer(**attributes) -> lightning.Trainer:
+    return Mock(spec=lightning.Trainer, **attributes)
 
 
 class Log(lightning.pytorch.loggers.Logger):
@@ -180,8 +185,8 @@ class TestSampleGrid:
 class TestLossByTime:
     def test_means_by_bin(self):
         callback, logged = LossByTime(bins=4), {}
-        stage = SimpleNamespace(log_dict=logged.update)
-        trainer = SimpleNamespace(global_step=1, log_every_n_steps=2)
+        stage, trainer = Line(), fake_trainer(global_step=1, log_every_n_steps=2)
+        stage.log_dict = logged.update
         t = torch.tensor([0.01, 0.25, 0.26, 0.99, 1.0])
         callback.on_train_batch_end(trainer, stage, {"per_sample": torch.tensor([1.0, 2, 4, 8, 16]), "t": t}, {}, 0)
         assert logged == {}
@@ -202,7 +207,7 @@ class TestLossByTime:
         assert trainer.logger.rows["train/loss_t0.50-0.75"] == {1: 1.0, 3: 1.0}
 
     def test_stages_without_times_are_left_alone(self):
-        LossByTime().on_train_batch_end(SimpleNamespace(), SimpleNamespace(), {"loss": torch.ones(())}, {}, 0)
+        LossByTime().on_train_batch_end(fake_trainer(), Line(), {"loss": torch.ones(())}, {}, 0)
 
 
 class TestThroughput:
@@ -210,8 +215,8 @@ class TestThroughput:
         clock = iter([10.0, 12.0, 50.0, 54.0])
         monkeypatch.setattr("dalle.callbacks.time.perf_counter", lambda: next(clock))
         callback, logged = Throughput(), []
-        stage = SimpleNamespace(log=lambda key, value: logged.append((key, value)))
-        trainer = SimpleNamespace(world_size=2, global_step=1, log_every_n_steps=2)
+        stage, trainer = Line(), fake_trainer(world_size=2, global_step=1, log_every_n_steps=2)
+        stage.log = lambda key, value: logged.append((key, value))
         batch = {"caption": ["a"] * 8}
         callback.on_train_batch_start(trainer, stage, batch, 0)  # at 10 s
         callback.on_train_batch_end(trainer, stage, None, batch, 0)
@@ -316,6 +321,8 @@ class Copyist(Line):
 class Clip(nn.Module):
     """Means of colours as embeddings."""
 
+    embed_dim = 3
+
     def embed_image(self, image):
         return image.flatten(2).mean(2) + torch.tensor([2.0, 0, 0])
 
@@ -328,7 +335,7 @@ class TestGenerationTest:
         source = Shapes("test", image_size=32, size=64)
         batch = {"index": torch.arange(16), "caption": [source.captions(i)[0] for i in range(16)], "image": source.images(range(16))}
         datamodule = SimpleNamespace(split=lambda name: source, clip=Clip())
-        trainer, stage, logged = SimpleNamespace(datamodule=datamodule, world_size=world), Copyist(), {}
+        trainer, stage, logged = fake_trainer(datamodule=datamodule, world_size=world), Copyist(), {}
         stage.log_dict = lambda table, **_: logged.update(table)
         callback = GenerationTest(items=items)
         callback.on_test_start(trainer, stage)

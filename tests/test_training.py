@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import os
 import shutil
+import signal
 import warnings
 from pathlib import Path
 
@@ -64,6 +66,16 @@ def probe(monkeypatch):
         return callback
 
     return put
+
+
+def interrupt_in(step: int):
+    """Ctrl-C while a step is under way, given by the number of those before it."""
+
+    def stop(trainer):
+        if trainer.global_step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return Probe(stop, "on_train_batch_start")
 
 
 def stop_at(step: int):
@@ -159,11 +171,11 @@ def test_overwrite_starts_again(trained, logs):
 @pytest.mark.parametrize("stage", STAGES)
 def test_stopped_and_resumed_is_as_never_stopped(logs, probe, capsys, stage):
     """The same losses and averages, though new epochs begin at steps 4 and 8, and a validation has run at step 4."""
-    options = ("trainer.val_check_interval=4", "callbacks.loss_by_time=null")
+    options = ("trainer.val_check_interval=4",)
     if stage == "clip":
         shutil.rmtree(logs)
     whole = train(stage, logs, "name=default", f"paths.run='{logs}/whole'", *options, steps=10)
-    probe(Probe(stop_at(5)))
+    probe(interrupt_in(4))
     with pytest.raises(SystemExit):
         train(stage, logs, f"paths.run='{logs}/parts'", *options, steps=10)
     parts = Run(logs / "parts")
@@ -203,7 +215,7 @@ def test_killed_and_resumed_goes_on_from_the_last_checkpoint(logs, probe):
 
 
 def test_stopped_amid_a_validation(logs, probe):
-    """The checkpoint holds the live weights, not the average that the validation looks at."""
+    """The checkpoint holds the live weights, not the average that the validation looks at; that validation is lost."""
     options = ("trainer.val_check_interval=3",)
     whole = train("prior", logs, f"paths.run='{logs}/whole'", *options, steps=6)
     probe(Probe(stop_at(3), "on_validation_batch_start"))
@@ -212,7 +224,7 @@ def test_stopped_amid_a_validation(logs, probe):
     probe(Probe())
     parts = train("prior", logs, f"paths.run='{logs}/parts'", "resume=true", *options, steps=6)
     assert column(parts, "train/loss") == column(whole, "train/loss")
-    assert column(parts, "val/loss") == column(whole, "val/loss")
+    assert column(parts, "val/loss").items() < column(whole, "val/loss").items()
     assert same(weights(parts), weights(whole))
 
 
@@ -268,7 +280,7 @@ def test_choices_train(logs, stage, options):
     run = train(stage, logs, f"paths.run='{logs}/run'", *options)
     assert run.manifest()["steps"] == 2
     assert all(torch.isfinite(w).all() for w in weights(run).values())
-    assert len(set(column(run, "train/loss").values())) == (4 if "accumulate" in str(options) else 2) or "sgd" in str(options)
+    assert len(set(column(run, "train/loss").values())) == 2
 
 
 def test_gradient_checkpointing_changes_nothing(logs):
@@ -277,9 +289,10 @@ def test_gradient_checkpointing_changes_nothing(logs):
 
 
 def test_without_callbacks(logs):
-    run = train("prior", logs, "callbacks=none", "~callbacks.generation") if False else train("prior", logs, "callbacks=none")
-    assert run.finished
-    assert "train/samples_per_second" not in (run.path / "metrics.csv").read_text()
+    config = configure("decoder", logs, "callbacks=none")
+    made = training.make_trainer(config, Run(logs / "none")).callbacks
+    assert [type(c).__name__ for c in made] == ["LastCheckpoint"]
+    assert "test/loss" in train("decoder", logs, "callbacks=none").manifest()["metrics"]
 
 
 @pytest.mark.compile
@@ -345,8 +358,8 @@ def test_the_console_is_quiet(logs, capfd, stage):
     """No warnings and no remarks: with bars off, a run that goes well says nothing."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
-        probe_steps = 3
-        train(stage, logs, f"paths.run='{logs}/run'", "trainer.val_check_interval=2", "trainer.log_every_n_steps=50", steps=probe_steps)
+        options = ("trainer.val_check_interval=2", "trainer.log_every_n_steps=50")
+        train(stage, logs, f"paths.run='{logs}/run'", *options, steps=3)
     assert [str(w.message) for w in caught if not issubclass(w.category, DeprecationWarning)] == []
     out, err = capfd.readouterr()
     assert out.strip() == "" and "arning" not in err
