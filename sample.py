@@ -1,4 +1,6 @@
-"""Pictures from trained stages: `python sample.py prompt="a small red circle above a blue square" sampler=ddim steps=25`."""
+"""Pictures from trained stages: `python sample.py prompt="a small red circle" sampler=ddim steps=25`."""
+
+from typing import Any, cast
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -17,7 +19,7 @@ def main() -> None:
     for cfg in configs:
         from dalle.sampling import sample  # torch: only once the configuration is right
 
-        sample(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))
+        sample(cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)))
 
 
 if __name__ == "__main__":

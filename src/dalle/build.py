@@ -1,8 +1,8 @@
 """From a plain nested dict (a resolved config) to objects.
 
-The same grammar as Hydra's ``_target_`` and ``_partial_``, without Hydra: a run directory is loaded by code that has never
-heard of config groups. Only names of the packages in `TRUSTED` are imported, every argument is checked against the
-signature first, and mistakes are named by their place in the config.
+The same grammar as Hydra's ``_target_`` and ``_partial_``, without Hydra: a run directory is loaded by code
+that has never heard of config groups. Only names of the packages in `TRUSTED` are imported, every argument is
+checked against the signature first, and mistakes are named by their place in the config.
 """
 
 import functools
@@ -23,14 +23,18 @@ LISTS = (list, tuple, Sequence)
 def locate(target: str) -> Any:
     """The object called `target` (``package.module.name``)."""
     if not target.startswith(TRUSTED):
-        raise UserError(f"_target_ {target!r} is not of {', '.join(p[:-1] for p in TRUSTED)}; refusing to import it")
+        raise UserError(
+            f"_target_ {target!r} is not of {', '.join(p[:-1] for p in TRUSTED)}; refusing to import it"
+        )
     parts = target.split(".")
     for cut in range(len(parts) - 1, 0, -1):  # the longest prefix that is a module; the rest are attributes
         try:
             found = importlib.import_module(".".join(parts[:cut]))
         except ModuleNotFoundError as error:
             if error.name and not target.startswith(error.name):
-                raise UserError(f"{target} needs the package {error.name}: pip install {error.name}") from None
+                raise UserError(
+                    f"{target} needs the package {error.name}: pip install {error.name}"
+                ) from None
             continue
         try:
             return functools.reduce(getattr, parts[cut:], found)
@@ -43,14 +47,15 @@ def build(node: Any, where: str = "", **extra: Any) -> Any:
     """Instantiates `node` and everything inside it; `extra` arguments go to the outermost target only.
 
     Args:
-        node: a dict with ``_target_`` (and ``_partial_: true`` for a partial), or any nesting of dicts and lists.
+        node: a dict with ``_target_`` (and ``_partial_: true`` for a partial), or any nesting of dicts and
+            lists.
         where: the node's name in the config, for messages.
     """
     return _walk(node, where, extra, dry=False)
 
 
 def check(node: Any, where: str = "") -> None:
-    """Raises what `build` would raise for names and types, without making anything; ``auto`` may stand anywhere."""
+    """Raises what `build` would raise for names and types, but makes nothing; ``auto`` may stand anywhere."""
     _walk(node, where, {}, dry=True)
 
 
@@ -74,7 +79,9 @@ def _walk(node: Any, where: str, extra: dict[str, Any], dry: bool) -> Any:
     return partial(target, **arguments) if node.get("_partial_") else target(**arguments)
 
 
-def check_arguments(target: Callable[..., Any], arguments: dict[str, Any], where: str, partial_call: bool) -> None:
+def check_arguments(
+    target: Callable[..., Any], arguments: dict[str, Any], where: str, partial_call: bool
+) -> None:
     """Raises a `UserError` for unknown, missing and wrongly typed arguments."""
     parameters = inspect.signature(target).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -93,7 +100,7 @@ def check_arguments(target: Callable[..., Any], arguments: dict[str, Any], where
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a config value may stand where `hint` is asked for; objects pass, only plain data is looked at."""
+    """Whether a config value may stand where `hint` is asked for; only plain data is looked at."""
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     plain = value is None or isinstance(value, bool | int | float | str | list | dict)
     if not plain or hint in (Any, object):
@@ -120,8 +127,16 @@ def describe(hint: Any) -> str:
         return " or ".join(describe(option) for option in options)
     if origin is typing.Literal:
         return "one of " + ", ".join(map(str, options))
-    words = {float: "a number", int: "a whole number", bool: "true or false", str: "text", types.NoneType: "null"}
-    return words.get(hint, "a list" if hint in LISTS or origin in LISTS else getattr(hint, "__name__", str(hint)))
+    words = {
+        float: "a number",
+        int: "a whole number",
+        bool: "true or false",
+        str: "text",
+        types.NoneType: "null",
+    }
+    if hint in LISTS or origin in LISTS:
+        return "a list"
+    return words.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def _name(target: Any) -> str:

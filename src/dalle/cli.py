@@ -15,8 +15,8 @@ from dalle.errors import UserError
 def run(main: Callable[[], None]) -> None:
     """Calls a Hydra main function and turns what a user can fix into one line on stderr."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra's own report is long; this makes it raise instead
-    # `debug` is a config group; its plainest preset is spelled as people expect
-    sys.argv = [{"debug=true": "debug=traceback", "debug=false": "debug=none"}.get(a, quoted(a)) for a in sys.argv]
+    plain = {"debug=true": "debug=traceback", "debug=false": "debug=none"}  # `debug` is a config group
+    sys.argv = [plain.get(argument, quoted(argument)) for argument in sys.argv]
     shown = any(re.match(r"\+?debug=(?!none)", a) for a in sys.argv)
     try:
         main()
@@ -29,7 +29,10 @@ def run(main: Callable[[], None]) -> None:
 
 
 def quoted(argument: str) -> str:
-    """A prompt is plain text: commas, quotes, braces in it are not Hydra's. Lists and values quoted as a whole stay."""
+    """A prompt is plain text: commas, quotes, braces in it are not Hydra's.
+
+    Lists, and values that are quoted as a whole, stay as they are.
+    """
     key, equals, value = argument.partition("=")
     if key.lstrip("+") != "prompt" or not equals or value in ("", "null"):
         return argument
@@ -47,8 +50,8 @@ def _is_users(error: Exception) -> bool:
 def one_line(error: Exception) -> str:
     """What is wrong and what to do about it, on one line.
 
-    Hydra's errors come with their facts as attributes, their own or of what caused them; they are read here without
-    importing it.
+    Hydra's errors come with their facts as attributes, their own or of what caused them; they are read here
+    without importing it.
     """
     message = " ".join(str(error).split())
     if isinstance(error, UserError):
@@ -56,7 +59,9 @@ def one_line(error: Exception) -> str:
     facts = {**vars(error.__cause__), **vars(error)} if error.__cause__ else vars(error)
     key = facts.get("full_key")
     if written := facts.get("override"):
-        return f"{written!r} cannot be read; write key=value, and text with special characters as key=\"'some text'\""
+        return (
+            f"{written!r} cannot be read; write key=value, or key=\"'some text'\" for text that holds signs"
+        )
     if "/" in (wanted := facts.get("missing_cfg_file") or ""):
         group, _, name = wanted.rpartition("/")
         return f"there is no {group}={name}{_choices(name, facts['options'], group + '=')}"
@@ -64,6 +69,8 @@ def one_line(error: Exception) -> str:
         place, _, name = key.rpartition(".")
         known = [k for k in facts["parent_node"] if not k.startswith("_")] if facts["parent_node"] else []
         return f"there is no setting {key}{_choices(name, known, place + '.' if place else '')}"
+    if several := re.search(r"Ambiguous value for argument '(.*?)'", message):
+        return f"{several[1]}: several values are several jobs; say so with -m"
     if key and "Missing mandatory value" in message:
         return f"{key} is needed: give it as {key}=VALUE"
     return re.sub(r" (To append to your|See https?:|full_key:|Config search path:) ?.*", "", message)

@@ -4,16 +4,16 @@
         config.yaml         the resolved configuration
         last.ckpt           everything needed to go on training
         model.safetensors   weights of the trained network (their moving average where there is one)
-        manifest.json       what a user of the weights must know: sizes, normalisation, tokenizer, hashes, final metrics
+        manifest.json       what a user of the weights must know: sizes, normalisation, hashes, final metrics
         tokenizer.json      of a CLIP: how its captions become ids
         metrics.csv, samples/
 
-A run is finished when its manifest is there: the manifest is written last. Every file is written aside and renamed.
+A run is finished when its manifest is there: it is written last. Every file is written aside and renamed.
 """
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,24 +65,37 @@ class Run:
 
     @property
     def occupied(self) -> bool:
-        return self.finished or any((self.path / f).exists() for f in ("last.ckpt", "config.yaml", "metrics.csv"))
+        begun = ("last.ckpt", "config.yaml", "metrics.csv")
+        return self.finished or any((self.path / name).exists() for name in begun)
 
     def manifest(self) -> dict[str, Any]:
         """Raises UserError when this is no finished run, or one of another layout."""
         if not self.finished:
-            raise UserError(f"{self.path} holds no finished run (no manifest.json); train it, or give another path")
-        try:
-            manifest = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{self.path / 'manifest.json'} is not readable JSON ({error}); train the stage again") from None
+            raise UserError(
+                f"{self.path} holds no finished run (no manifest.json); train it, or give another path"
+            )
+        manifest = self._read("manifest.json", json.loads)
         if manifest.get("schema") != SCHEMA:
             raise UserError(
-                f"{self.path} was written with layout {manifest.get('schema')}, this version reads {SCHEMA}; train it again"
+                f"{self.path} was written with layout {manifest.get('schema')}, this version reads {SCHEMA}; "
+                "train it again"
             )
         return manifest
 
     def config(self) -> dict[str, Any]:
-        return yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        """The resolved configuration it was trained with. Raises UserError when it cannot be read."""
+        return self._read("config.yaml", yaml.safe_load)
+
+    def _read(self, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
+        try:
+            content = parse((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise UserError(
+                f"{self.path / name} cannot be read ({error}); restore it or train the stage again"
+            ) from None
+        if not isinstance(content, dict):
+            raise UserError(f"{self.path / name} is damaged; restore it or train the stage again")
+        return content
 
     def save(self, net: nn.Module, manifest: Mapping[str, Any]) -> None:
         """Writes the weights and then the manifest, which makes the run a finished one."""
@@ -98,7 +111,7 @@ class Run:
         try:
             return load_file(path)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} cannot be read ({error}); train the stage again or restore the file") from None
+            raise UserError(f"{path} cannot be read ({error}); restore it or train the stage again") from None
 
 
 def load_stage(path: str | Path, expected: str | None = None) -> tuple[Stage, dict[str, Any]]:
@@ -109,14 +122,15 @@ def load_stage(path: str | Path, expected: str | None = None) -> tuple[Stage, di
     """
     run = Run(Path(path))
     manifest = run.manifest()
-    if expected and manifest["stage"] != expected:
-        raise UserError(f"{path} holds a {manifest['stage']}, but a {expected} is needed here")
+    if expected and (found := manifest.get("stage")) != expected:
+        raise UserError(f"{path} holds a {found}, but a {expected} is needed here")
     node = {**run.config()["model"], "optimizer": None}
     stage = build(node, "model")
     try:
         stage.net.load_state_dict(run.weights(), strict=True)
     except RuntimeError as error:
-        raise UserError(f"{run.path}: model.safetensors does not fit config.yaml: {str(error).splitlines()[1].strip()}") from None
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"{run.path}: model.safetensors does not fit config.yaml: {reason}") from None
     if "image_embed_norm" in manifest:
         stage.norm = EmbedNorm.from_dict(manifest["image_embed_norm"])
     return stage.eval().requires_grad_(False), manifest
@@ -125,4 +139,8 @@ def load_stage(path: str | Path, expected: str | None = None) -> tuple[Stage, di
 def load_clip(path: str | Path) -> FrozenCLIP:
     """The CLIP of a finished `model=clip` run, frozen, with its tokenizer."""
     stage, _ = load_stage(path, expected="clip")
-    return FrozenCLIP(stage.net, load_tokenizer(Path(path) / "tokenizer.json"))
+    tokenizer = Path(path) / "tokenizer.json"
+    try:
+        return FrozenCLIP(stage.net, load_tokenizer(tokenizer))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{tokenizer} cannot be read ({error}); restore it or train the CLIP again") from None

@@ -162,12 +162,14 @@ class Sampler:
     def __init__(self, method: str = "ddim", steps: int = 50, spacing: str | None = None, **options):
         if method not in METHODS:
             raise UserError(f"unknown sampler '{method}': choose one of {', '.join(METHODS)}")
-        arguments = list(inspect.signature(METHODS[method]).parameters)[3:]
-        known = [name for name in arguments if name not in ("randn", "on_step")]
-        for name in options:
+        arguments = list(inspect.signature(METHODS[method]).parameters.items())[3:]
+        known = {name: p.default for name, p in arguments if name not in ("randn", "on_step")}
+        for name, value in options.items():
             if name not in known:
                 has = ", ".join(known) or "none"
                 raise UserError(f"sampler {method} has no option '{name}': its options are: {has}")
+            if isinstance(known[name], float) and not isinstance(value, int | float):
+                raise UserError(f"sampler {method}: {name} must be a number, not {value!r}")
         if steps < 1:
             raise UserError(f"a sampler needs at least 1 step, not {steps}")
         self.method, self.steps, self.spacing, self.options = method, steps, spacing, options

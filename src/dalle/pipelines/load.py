@@ -12,7 +12,7 @@ from dalle.runs import Run, load_clip, load_stage
 
 @dataclass(frozen=True)
 class Loaded:
-    """A pipeline and, for every stage in it, where it came from, the hash of its weights, and their number."""
+    """A pipeline and, for every stage in it, where it came from, the hash and the number of its weights."""
 
     pipeline: UnCLIP
     paths: dict[str, str]
@@ -20,7 +20,9 @@ class Loaded:
     parameters: dict[str, int]
 
 
-def load_unclip(decoder: str | Path, prior: str | Path | None = None, clip: str | Path | None = None) -> Loaded:
+def load_unclip(
+    decoder: str | Path, prior: str | Path | None = None, clip: str | Path | None = None
+) -> Loaded:
     """The pipeline of these finished runs, on the CPU. `clip` None is the one the decoder was trained with.
 
     Raises:
@@ -38,10 +40,15 @@ def load_unclip(decoder: str | Path, prior: str | Path | None = None, clip: str 
     norms = {name: EmbedNorm.from_dict(manifest["image_embed_norm"]) for name, manifest in manifests.items()}
     modules = {name: stage for name, (stage, _) in stages.items()}
     pipeline = UnCLIP(frozen, modules.get("prior"), modules["decoder"], norms.get("prior"), norms["decoder"])
-    paths = {"clip": where, **{name: str(path) for name, path in (("prior", prior), ("decoder", decoder)) if path}}
+    paths = {
+        "clip": where,
+        **{name: str(path) for name, path in (("prior", prior), ("decoder", decoder)) if path},
+    }
     weights = {"clip": frozen.weights_hash, **{name: m["weights"] for name, m in manifests.items()}}
     nets = {"clip": frozen.net, **{name: stage.net for name, stage in modules.items()}}
-    return Loaded(pipeline, paths, weights, {k: sum(p.numel() for p in net.parameters()) for k, net in nets.items()})
+    return Loaded(
+        pipeline, paths, weights, {k: sum(p.numel() for p in net.parameters()) for k, net in nets.items()}
+    )
 
 
 def _clip_of(decoder: Path, clip: str | Path | None) -> tuple[FrozenCLIP, str]:
