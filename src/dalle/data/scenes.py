@@ -1,13 +1,15 @@
-"""Scenes of the embedded data set: what is in a picture, how it is drawn, how it is said in words and read back.
+"""Scenes of the embedded data set: what a picture shows, how it is drawn, how it is said in words and read.
 
-A scene is one or two objects on a plain background. `draw` renders scenes from signed distance functions, so at any
-resolution; `say` and `parse` are the two directions of one small caption grammar. Everything else about the data set
-(which scenes occur, and how often) is in `shapes.py`; deciding what a given picture shows is `metrics/judge.py`.
+A scene is one or two objects on a plain background. `draw` renders scenes from signed distance functions,
+so at any resolution; `say` and `parse` are the two directions of one small caption grammar. Everything else
+about the data set (which scenes occur, and how often) is in `shapes.py`; deciding what a given picture
+shows is `metrics/judge.py`.
 """
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -28,11 +30,9 @@ COLOURS = {
 }
 BACKGROUNDS = {"black": (-1.0, -1.0, -1.0), "gray": (0.0, 0.0, 0.0), "white": (1.0, 1.0, 1.0)}
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
-SIZES = {"small": 0.14, "large": 0.21}  # half the side of the box that the shape fills; 1 = the picture's side
-RELATIONS = ("left", "right", "above", "below")  # of the first object, as seen from the second
-COLUMNS = ("left", "middle", "right")
-ROWS = ("top", "middle", "bottom")
-# Object centres of neighbouring columns (rows) are told apart here; `shapes.py` keeps well away from these lines.
+SIZES = {"small": 0.14, "large": 0.21}  # half the side of the box that the shape fills, of the picture's
+# Object centres of neighbouring columns (rows) are told apart here; `shapes.py` keeps well away from these
+# lines.
 THIRDS = (0.415, 0.585)
 
 _PIXELS_AT_ONCE = 2**18  # drawn in one go: small enough for the cache, one picture at a time from 512 px on
@@ -40,10 +40,11 @@ _PIXELS_AT_ONCE = 2**18  # drawn in one go: small enough for the cache, one pict
 
 @dataclass(frozen=True)
 class Scenes:
-    """A batch of B scenes. Absent second objects have -1 in `colour`, `shape` and `size`, and a centre of 0.
+    """A batch of B scenes. Absent second objects have -1 in `colour`, `shape` and `size`, and a centre
+    of 0.
 
-    `background`, `colour`, `shape`, `size` index BACKGROUNDS, COLOURS, SHAPES, SIZES. `x` runs right and `y` runs
-    down, in fractions of the side.
+    `background`, `colour`, `shape`, `size` index BACKGROUNDS, COLOURS, SHAPES, SIZES. `x` runs right and
+    `y` runs down, in fractions of the side.
     """
 
     background: Int[Tensor, "B"]
@@ -65,22 +66,26 @@ class Scenes:
 
     @property
     def relation(self) -> Int[Tensor, "B"]:
-        """Where the first object is, seen from the second, along the axis in which they are further apart."""
+        """Where the first object is, seen from the second: left, right, above or below; -1 where it is alone.
+
+        Along the axis in which the two are further apart.
+        """
         dx, dy = self.x[:, 0] - self.x[:, 1], self.y[:, 0] - self.y[:, 1]
         relation = torch.where(dx.abs() >= dy.abs(), (dx > 0).long(), 2 + (dy > 0).long())
         return relation.where(self.count == 2, -1)
 
     @property
     def column(self) -> Int[Tensor, "B"]:
-        """Third of the picture the first object is in."""
+        """Third of the picture that the first object is in: left, middle or right."""
         return (self.x[:, 0] > THIRDS[0]).long() + (self.x[:, 0] > THIRDS[1]).long()
 
     @property
     def row(self) -> Int[Tensor, "B"]:
+        """Third of the picture that the first object is in: top, middle or bottom."""
         return (self.y[:, 0] > THIRDS[0]).long() + (self.y[:, 0] > THIRDS[1]).long()
 
 
-# Drawing -------------------------------------------------------------------------------------------------------------
+# Drawing --------------------
 
 
 def distance(
@@ -128,7 +133,9 @@ def coverage(
 
 
 def draw(scenes: Scenes, image_size: int) -> Float[Tensor, "B 3 S S"]:
-    """The scenes' pictures, float32 in [-1, 1]. Only exact operations, so a picture never depends on its batch."""
+    """The scenes' pictures, float32 in [-1, 1]. Only exact operations, so a picture never depends on its
+    batch.
+    """
     palette = torch.tensor(list(COLOURS.values()))
     backgrounds = torch.tensor(list(BACKGROUNDS.values()))
     radii = torch.tensor(list(SIZES.values()))
@@ -137,7 +144,8 @@ def draw(scenes: Scenes, image_size: int) -> Float[Tensor, "B 3 S S"]:
     for start in range(0, len(scenes), step):
         part = scenes[start : start + step]
         background = backgrounds[part.background]
-        image = images[start : start + step].copy_(background[:, :, None, None].expand(-1, -1, image_size, image_size))
+        image = images[start : start + step]
+        image[:] = background[:, :, None, None]
         for k in range(2):  # objects never touch: each only adds its difference from the background
             rows = (part.shape[:, k] >= 0).nonzero().squeeze(1)
             one = part[rows]
@@ -148,10 +156,17 @@ def draw(scenes: Scenes, image_size: int) -> Float[Tensor, "B 3 S S"]:
     return images
 
 
-# Words ---------------------------------------------------------------------------------------------------------------
+# Words --------------------
 
 # The first word of each list is the usual one; `say` lets its caller choose.
-NOUNS = (("circle", "disc"), ("square",), ("triangle",), ("diamond", "rhombus"), ("cross", "plus"), ("ring", "hoop"))
+NOUNS = (
+    ("circle", "disc"),
+    ("square",),
+    ("triangle",),
+    ("diamond", "rhombus"),
+    ("cross", "plus"),
+    ("ring", "hoop"),
+)
 COLOUR_WORDS = (
     ("red",),
     ("green",),
@@ -178,20 +193,19 @@ PLACES: dict[tuple[int | None, int | None], tuple[str, ...]] = {
     (None, 0): ("on the left",),
     (None, 2): ("on the right",),
     (1, 1): ("in the middle", "in the center"),
-    **{
-        (row, column): (f"in the {ROWS[row]} {COLUMNS[column]}", f"in the {ROWS[row]} {COLUMNS[column]} corner")
-        for row in (0, 2)
-        for column in (0, 2)
-    },
+    (0, 0): ("in the top left", "in the top left corner"),
+    (0, 2): ("in the top right", "in the top right corner"),
+    (2, 0): ("in the bottom left", "in the bottom left corner"),
+    (2, 2): ("in the bottom right", "in the bottom right corner"),
 }
 GRAMMAR = (
-    "[a picture of] a [small|large] [colour] <shape> [at the top|in the top left|...] [on a <black|gray|white> background], "
-    "or two objects joined by 'and', 'to the left of', 'to the right of', 'above' or 'below'"
+    "[a picture of] a [small|large] [colour] <shape> [at the top|in the top left|...] "
+    "[on a <black|gray|white> background], or two objects joined by 'and', 'to the left of', "
+    "'to the right of', 'above' or 'below'"
 )
 
 
-@dataclass(frozen=True)
-class Thing:
+class Thing(NamedTuple):
     """What a caption says about one object; None where it says nothing."""
 
     colour: int | None = None
@@ -199,9 +213,10 @@ class Thing:
     size: int | None = None
 
 
-@dataclass(frozen=True)
-class Claim:
-    """What a caption says: one or two things, the relation of the first to the second, place of a single thing."""
+class Claim(NamedTuple):
+    """What a caption says: one or two things, the relation of the first to the second, place of a single
+    thing.
+    """
 
     things: tuple[Thing, ...]
     relation: int | None = None
@@ -212,9 +227,11 @@ class Claim:
 
 def tell(scenes: Scenes) -> list[Claim]:
     """Everything there is to say about each scene."""
-    columns = (scenes.background, scenes.relation, scenes.row, scenes.column, scenes.colour, scenes.shape, scenes.size)
+    scene = scenes.background, scenes.relation, scenes.row, scenes.column
+    of_scene = zip(*(t.tolist() for t in scene), strict=True)
+    of_things = zip(*(t.tolist() for t in (scenes.colour, scenes.shape, scenes.size)), strict=True)
     claims = []
-    for background, relation, row, column, *things in zip(*(column.tolist() for column in columns), strict=True):
+    for (background, relation, row, column), things in zip(of_scene, of_things, strict=True):
         said = tuple(Thing(*thing) for thing in zip(*things, strict=True) if thing[1] >= 0)
         if len(said) == 2:
             claims.append(Claim(said, relation=relation, background=background))
@@ -223,18 +240,19 @@ def tell(scenes: Scenes) -> list[Claim]:
     return claims
 
 
+def _name(thing: Thing, choose: Callable[[Sequence[str]], str]) -> str:
+    words = [] if thing.size is None else [choose(SIZE_WORDS[thing.size])]
+    words += [] if thing.colour is None else [choose(COLOUR_WORDS[thing.colour])]
+    words += [choose(ANY_NOUN if thing.shape is None else NOUNS[thing.shape])]
+    return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"
+
+
 def say(claim: Claim, choose: Callable[[Sequence[str]], str]) -> str:
     """The claim as a caption of at most 20 words; `choose` picks among synonyms, the usual one first."""
-
-    def name(thing: Thing) -> str:
-        words = [] if thing.size is None else [choose(SIZE_WORDS[thing.size])]
-        words += [] if thing.colour is None else [choose(COLOUR_WORDS[thing.colour])]
-        words += [choose(ANY_NOUN if thing.shape is None else NOUNS[thing.shape])]
-        return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"
-
-    parts = [choose(OPENINGS), name(claim.things[0])]
+    parts = [choose(OPENINGS), _name(claim.things[0], choose)]
     if len(claim.things) == 2:
-        parts += ["and" if claim.relation is None else choose(RELATION_WORDS[claim.relation]), name(claim.things[1])]
+        parts += ["and" if claim.relation is None else choose(RELATION_WORDS[claim.relation])]
+        parts += [_name(claim.things[1], choose)]
     if (claim.row, claim.column) != (None, None):
         parts += [choose(PLACES[claim.row, claim.column])]
     if claim.background is not None:
@@ -247,7 +265,7 @@ def _lookup(*lists: Sequence[str]) -> dict[str, int]:
 
 
 def _either(words: Sequence[str] | dict) -> str:
-    return "|".join(sorted(words, key=len, reverse=True))  # longest first: "in the top left corner" before "in the top left"
+    return "|".join(sorted(words, key=len, reverse=True))  # "in the top left corner" before "in the top left"
 
 
 _SIZE, _COLOUR, _NOUN = _lookup(*SIZE_WORDS), _lookup(*COLOUR_WORDS), _lookup(*NOUNS)
@@ -262,6 +280,10 @@ _CAPTION = re.compile(
 )
 
 
+def _thing(size: str | None, colour: str | None, noun: str | None) -> Thing:
+    return Thing(_COLOUR.get(colour or ""), _NOUN.get(noun or ""), _SIZE.get(size or ""))
+
+
 def parse(caption: str) -> Claim:
     """What a caption says. Case, full stops and repeated blanks do not matter.
 
@@ -271,13 +293,10 @@ def parse(caption: str) -> Claim:
     if match is None:
         raise UserError(f"cannot tell what this caption says about a scene: {caption!r}; expected {GRAMMAR}")
     size, colour, noun, place, relation, size2, colour2, noun2, background = match.groups()
-
-    def thing(size: str | None, colour: str | None, noun: str) -> Thing:
-        return Thing(_COLOUR.get(colour or ""), _NOUN.get(noun), _SIZE.get(size or ""))
-
     row, column = _PLACE[place] if place else (None, None)
+    things = (_thing(size, colour, noun), _thing(size2, colour2, noun2))
     return Claim(
-        things=(thing(size, colour, noun), thing(size2, colour2, noun2)) if noun2 else (thing(size, colour, noun),),
+        things=things if noun2 else things[:1],
         relation=_RELATION.get(relation or ""),
         row=row,
         column=column,

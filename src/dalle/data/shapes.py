@@ -1,22 +1,35 @@
 """The embedded data set `shapes`: endless captioned scenes, no download, drawn as they are needed.
 
-Item i of a split is a pure function of (seed, split, i): every draw is a hash of these three and of its own number,
-so items need no order, no state and no files. Eight colour-shape pairs (HELD_OUT) never occur in train and val; half
-of the scenes of the test split hold one, so that composition of the known into the unseen can be measured.
+Item i of a split is a pure function of (seed, split, i): every draw is a hash of these three and of its own
+number, so items need no order, no state and no files. Eight colour-shape pairs (HELD_OUT) never occur in
+train and val; half of the scenes of the test split hold one, so that composition of the known into the
+unseen can be measured.
 """
 
 import hashlib
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
-from dalle.data.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, THIRDS, Claim, Scenes, Thing, draw, say, tell
+from dalle.data.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    SHAPES,
+    SIZES,
+    THIRDS,
+    Claim,
+    Scenes,
+    Thing,
+    draw,
+    say,
+    tell,
+)
 from dalle.errors import UserError
 
-FORMAT = 1  # part of the fingerprint: raise it whenever the same item may look or read differently than before
+# Part of the fingerprint: raise it whenever the same item may look or read differently than before.
+FORMAT = 1
 
 # Colour k is never seen with shape 5k+2 (mod 6): each colour misses one shape, each shape one or two colours.
 HELD_OUT = frozenset((colour, (5 * colour + 2) % len(SHAPES)) for colour in range(len(COLOURS)))
@@ -26,7 +39,7 @@ _UNSEEN = torch.tensor(sorted(HELD_OUT))
 
 _SPLIT_SIZES = {"train": 1_000_000, "val": 2_000, "test": 10_000}
 _EDGE, _GAP = 0.02, 0.07  # free space around objects, and between two of them; 1 = the picture's side
-_STEEP = 0.4  # two objects are offset across their relation's axis by at most this share of their distance along it
+_STEEP = 0.4  # most offset of two objects across their relation's axis, as a share of their distance along it
 _CLEAR = 0.035  # a single object keeps this far away from the lines between thirds
 
 
@@ -36,7 +49,9 @@ def _shifted(z: Tensor, bits: int) -> Tensor:
 
 
 def _uniforms(stream: str, items: Tensor, n: int) -> Float64[Tensor, "B n"]:
-    """n numbers in [0, 1) for each item: splitmix64 (Steele et al. 2014) of a counter, keyed by the stream's name."""
+    """n numbers in [0, 1) for each item: splitmix64 (Steele et al. 2014) of a counter, keyed by the
+    stream's name.
+    """
     key = int.from_bytes(hashlib.sha256(stream.encode()).digest()[:8], "little", signed=True)
     z = items[:, None] * n + torch.arange(1, n + 1)
     z = z * -0x61C8864680B583EB + key  # 0x9E3779B97F4A7C15, as a signed number
@@ -68,7 +83,7 @@ def _alone(u: Tensor, radius: Tensor) -> Tensor:
 
 
 def _together(u: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
-    """Coordinates (B, 2) of two objects, along the axis of their relation (the first comes first) and across it."""
+    """Coordinates (B, 2) of two objects along the axis of their relation, the first one first, and across."""
     low, high = radius + _EDGE, 1 - radius - _EDGE
     apart = _between(u[:, 0], radius.sum(1) + _GAP, high[:, 1] - low[:, 0])
     start = _between(u[:, 1], low[:, 0], high[:, 1] - apart)
@@ -100,8 +115,8 @@ def _compose(stream: str, items: Tensor, two: float, unseen: float) -> Scenes:
         colour=pairs[:, :, 0].where(there, -1),
         shape=pairs[:, :, 1].where(there, -1),
         size=size.where(there, -1),
-        x=torch.where(both[:, None], x, alone[:, :1] * there).where(there, 0).float(),
-        y=torch.where(both[:, None], y, alone[:, 1:] * there).where(there, 0).float(),
+        x=torch.where(both[:, None], x, alone[:, :1]).where(there, 0).float(),
+        y=torch.where(both[:, None], y, alone[:, 1:]).where(there, 0).float(),
     )
 
 
@@ -125,8 +140,9 @@ def _less(claim: Claim, chance: _Chance, complete: bool) -> Claim:
     first, second = claim.things[0], claim.things[-1]
     two = len(claim.things) == 2
     # What is left unsaid must not make the two objects of a scene sound the same.
-    hush_colour = chance(0.1) and not complete and not (two and first.shape == second.shape)
-    hush_shape = chance(0.05) and not (complete or hush_colour) and not (two and first.colour == second.colour)
+    same_shape, same_colour = two and first.shape == second.shape, two and first.colour == second.colour
+    hush_colour = chance(0.1) and not (complete or same_shape)
+    hush_shape = chance(0.05) and not (complete or same_colour or hush_colour)
     hush_size, hush_place, hush_background = chance(0.4), chance(0.5), chance(0.5)
     hush_relation = chance(0.15) and not complete
     around = chance(0.5)  # the same, seen from the other object: left <-> right, above <-> below
@@ -175,7 +191,12 @@ class Shapes:
     fixed = True
 
     def __init__(
-        self, split: str, image_size: int = 32, size: int | None = None, seed: int = 0, two_objects: float = 0.5
+        self,
+        split: str,
+        image_size: int = 32,
+        size: int | None = None,
+        seed: int = 0,
+        two_objects: float = 0.5,
     ):
         if split not in _SPLIT_SIZES:
             raise UserError(f"shapes has no split {split!r}; it has {', '.join(_SPLIT_SIZES)}")
@@ -194,7 +215,8 @@ class Shapes:
 
     def scenes(self, items: Sequence[int]) -> Scenes:
         """What is in the pictures of these items."""
-        return _compose(self._stream, self._indices(items), self.two_objects, 0.5 if self.split == "test" else 0.0)
+        unseen = 0.5 if self.split == "test" else 0.0
+        return _compose(self._stream, self._indices(items), self.two_objects, unseen)
 
     def images(self, items: Sequence[int], epoch: int = 0) -> Float[Tensor, "B 3 S S"]:
         """Pictures (B, 3, S, S), float32 in [-1, 1]; the same in every epoch."""
@@ -224,11 +246,14 @@ class Shapes:
         return indices
 
 
-def prompts(kind: Literal["one", "two"], seen: bool, n: int, seed: int = 0) -> tuple[list[str], Scenes]:
+def prompts(kind: str, seen: bool, n: int, seed: int = 0) -> tuple[list[str], Scenes]:
     """n captions for evaluation, and the scenes they were made for (`scenes.draw` gives reference pictures).
 
-    Of scenes with one object, or with two and their relation; with colour-shape pairs of train only (`seen`), or with
-    one that never occurs there. Colour, shape and relation are always said; size, place, background now and then.
+    Args:
+        kind: "one" for scenes of one object, "two" for scenes of two.
+        seen: whether all colour-shape pairs occur in train; else each scene has one that never does.
+
+    Colours, shapes and the relation are always said; size, place and background now and then.
     """
     if kind not in ("one", "two"):
         raise UserError(f"there are prompts of one or two objects, not {kind!r}")

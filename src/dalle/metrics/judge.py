@@ -1,9 +1,10 @@
-"""The judge of the data set `shapes`: does a picture show what its caption says? No trained network is involved.
+"""The judge of the data set `shapes`: does a picture show what its caption says? No trained network is
+involved.
 
-Analysis by synthesis. Objects are the connected regions that are not background; each is fitted by all six shapes of
-the renderer itself, with free colour, place and size (Gauss-Newton), and is what fits best. A picture counts as well
-drawn only where the fit explains nearly all of it, so that a shape between two shapes, half a shape, a blur, a third
-object or a colour of its own is wrong whatever the caption says.
+Analysis by synthesis. Objects are the connected regions that are not background; each is fitted by all six
+shapes of the renderer itself, with free colour, place and size (Gauss-Newton), and is what fits best. A
+picture counts as well drawn only where the fit explains nearly all of it, so that a shape between two
+shapes, half a shape, a blur, a third object or a colour of its own is wrong whatever the caption says.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from dalle.data.scenes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Claim, Scenes, coverage, parse, tell
@@ -21,13 +22,14 @@ ATTRIBUTES = ("colour", "shape", "size", "position", "relation", "background")
 
 _SIDE = 32  # larger pictures are judged at this size: everything that captions speak of is still there
 _STEPS = 6  # of Gauss-Newton
-# What is still well drawn, see `_sound`. Chosen between what noise (sigma 0.1), soft edges and small colour errors do
-# to drawings of the data set, and what halving, blurring or mixing them does; `tests/metrics/test_judge.py` has both.
-_COLOUR_ERROR = 0.4  # a colour further than this from all of the palette (Euclidean, in [-1, 1]) is none of it
+# What is still well drawn, see `_sound`. Chosen between what noise (sigma 0.1), soft edges and small colour
+# errors do to drawings of the data set, and what halving, blurring or mixing them does;
+# `tests/metrics/test_judge.py` has both.
+_COLOUR_ERROR = 0.45  # Euclidean, in [-1, 1]: further than this from all of a palette is none of it
 _SIZE_ERROR = 0.17  # relative
-_NEGLIGIBLE = 0.3  # smaller differences of a pixel's colour (Euclidean) are no flaw of the drawing
+_NEGLIGIBLE = 0.25  # smaller differences of a pixel's colour (Euclidean) are no flaw of the drawing
 _MISFIT = 0.02
-_LEAD = 0.02
+_LEAD, _LEAD_PER_MISFIT = 0.02, 0.7
 _PATCH = 0.3
 
 # Of each shape at radius 1: area, length of the outline, how far its centroid lies below its centre.
@@ -49,7 +51,8 @@ def _components(mask: Bool[Tensor, "B S S"]) -> Int[Tensor, "B S S"]:
     labels = torch.arange(1.0, size * size + 1).view(1, size, size) * mask
     while True:
         grown = F.max_pool2d(labels[:, None], 3, 1, 1)[:, 0] * mask
-        # A label names a pixel of the same region, whose own label may already be better: paths halve at each step.
+        # A label names a pixel of the same region, whose own label may already be better: paths halve at
+        # each step.
         flat = F.pad(grown.flatten(1), (1, 0))
         grown = flat.gather(1, flat.long())[:, 1:].view_as(grown)
         if torch.equal(grown, labels):
@@ -58,7 +61,9 @@ def _components(mask: Bool[Tensor, "B S S"]) -> Int[Tensor, "B S S"]:
 
 
 def _shrink(size: int, side: int) -> Float[Tensor, "side size"]:
-    """Rows are the weights of the mean over each of `side` equal intervals, of pixels that are `size` of them."""
+    """Rows are the weights of the mean over each of `side` equal intervals, of pixels that are `size` of
+    them.
+    """
     edges = torch.linspace(0, size, side + 1)[:, None]
     below = (edges - torch.arange(size)).clamp(0, 1)  # share of each pixel that lies before each edge
     return below.diff(dim=0) * side / size
@@ -75,15 +80,17 @@ class _Objects(NamedTuple):
 
 
 def _find(difference: Float[Tensor, "B 3 S S"], background: Float[Tensor, "B 3"]) -> _Objects:
-    """Regions nearer to some colour of the palette than to the background, down to a third of the least shape."""
+    """Regions nearer to some colour of the palette than to the background, down to a third of the least
+    shape.
+    """
     size = difference.shape[-1]
     palette = torch.tensor(list(COLOURS.values())) - background[:, None]  # (B, 8, 3)
     # |d - p|² < |d|²  <=>  2 d.p > |p|²
-    nearer = torch.einsum("bchw,bkc->bkhw", difference, palette) * 2 > palette.square().sum(2)[:, :, None, None]
-    foreground = nearer.any(1)
+    along = torch.einsum("bchw,bkc->bkhw", difference, palette)
+    foreground = (2 * along > palette.square().sum(2)[:, :, None, None]).any(1)
     labels = _components(foreground)
-    areas = torch.zeros(len(labels), size * size + 1).scatter_add_(1, labels.flatten(1), foreground.float().flatten(1))
-    areas, regions = areas.topk(3, dim=1)
+    areas = torch.zeros(len(labels), size * size + 1)
+    areas, regions = areas.scatter_add_(1, labels.flatten(1), foreground.float().flatten(1)).topk(3, dim=1)
     found = areas >= float(_AREA.min()) / 3 * (min(SIZES.values()) * size) ** 2
     image, slot = found[:, :2].nonzero(as_tuple=True)
     mask = labels[image] == regions[image, slot][:, None, None]
@@ -120,7 +127,9 @@ def _fit(difference: Float[Tensor, "B 3 S S"], found: _Objects) -> _Fit:
 def _search(
     difference: Float[Tensor, "N 3 W W"], mask: Float[Tensor, "N W W"], free: Float[Tensor, "N W W"]
 ) -> _Fit:
-    """Fits all shapes to each object, starting from its area and centroid, and takes what explains most of it."""
+    """Fits all shapes to each object, starting from its area and centroid, and takes what explains most
+    of it.
+    """
     n, size, kinds = len(mask), mask.shape[-1], len(SHAPES)
     pixels = torch.arange(size) + 0.5
     area = mask.sum((1, 2))
@@ -135,18 +144,27 @@ def _search(
     for _ in range(_STEPS):
         x, y, radius = _improve(seen, weight, shape, x, y, radius)
 
-    covered = coverage(shape, x / size, y / size, radius / size, size).view(n, kinds, size, size) * free[:, None]
+    covered = coverage(shape, x / size, y / size, radius / size, size)
+    covered = covered.view(n, kinds, size, size) * free[:, None]
     energy = covered.square().sum((2, 3))
     paint = torch.einsum("nkhw,nchw->nkc", covered, difference) / energy.clamp(1e-3)[:, :, None]
-    explained, order = (paint.square().sum(2) * energy).topk(2)  # of the squared difference from the background
+    # What each shape explains of the squared difference from the background.
+    explained, order = (paint.square().sum(2) * energy).topk(2)
     pick = torch.arange(n) * kinds + order[:, 0]
     paint, radius = paint.flatten(0, 1)[pick], radius[pick]
     lead = (explained[:, 0] - explained[:, 1]) / paint.square().sum(1) / radius.square()
     return _Fit(order[:, 0], x[pick], y[pick], radius, paint, lead)
 
 
-def _improve(seen: Tensor, weight: Tensor, shape: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> tuple[Tensor, ...]:
-    """One step of Gauss-Newton in x, y and radius, for seen (M, W, W) ~ gain * coverage, M objects and shapes."""
+def _improve(
+    seen: Float[Tensor, "M W W"],
+    weight: Float[Tensor, "M W W"],
+    shape: Int[Tensor, "M"],
+    x: Float[Tensor, "M"],
+    y: Float[Tensor, "M"],
+    radius: Float[Tensor, "M"],
+) -> tuple[Tensor, ...]:
+    """One step of Gauss-Newton in x, y and radius, for seen ~ gain * coverage by a shape at (x, y)."""
     size = seen.shape[-1]
     pixels = torch.arange(size) + 0.5
     covered = coverage(shape, x / size, y / size, radius / size, size)
@@ -157,47 +175,55 @@ def _improve(seen: Tensor, weight: Tensor, shape: Tensor, x: Tensor, y: Tensor, 
     basis = (torch.stack((covered, -across, -down, -grow), 1) * weight[:, None]).flatten(2)
     normal = basis @ basis.mT + 1e-3 * torch.eye(4)
     gain, *steps = torch.linalg.solve(normal, basis @ seen.flatten(1)[:, :, None])[:, :, 0].unbind(1)
-    x, y, radius = (p + (step / gain.clamp(0.2)).clamp(-1, 1) for p, step in zip((x, y, radius), steps, strict=True))
-    return x.clamp(0, size), y.clamp(0, size), radius.clamp(1, size / 2)
+    dx, dy, dr = ((step / gain.clamp(0.2)).clamp(-1, 1) for step in steps)
+    return (x + dx).clamp(0, size), (y + dy).clamp(0, size), (radius + dr).clamp(1, size / 2)
 
 
 def _sound(difference: Float[Tensor, "B 3 S S"], found: _Objects, fit: _Fit) -> Bool[Tensor, "B"]:
     """Whether the fits explain the pictures: three bounds, each on what the others let pass.
 
-    - Misfit: squared difference of an object and its surroundings from its fit; in units of the squared contrast,
-      radius and outline, so that soft edges weigh alike in all shapes.
-    - Lead: the second best shape must leave at least twice as much unexplained as the best; a mean of two does not.
-    - Patch: mean difference over squares of a sixth of the side, away from the objects; faint or small further ones.
+    - Misfit: squared difference of an object and its surroundings from its fit; in units of the squared
+      contrast, radius and outline, so that soft edges weigh alike in all shapes.
+    - Lead: the second best shape must leave clearly more unexplained; in a mean of two shapes it does not.
+    - Patch: mean difference over squares of a sixth of the side, away from the objects; faint or small
+      further ones.
     """
     size, scale = difference.shape[-1], fit.paint.square().sum(1) * fit.radius.square()
     covered = coverage(fit.shape, fit.x / size, fit.y / size, fit.radius / size, size)
     rest = difference.index_add(0, found.image, -covered[:, None] * fit.paint[:, :, None, None])
     pixels = torch.arange(size) + 0.5
     away = (pixels - fit.x[:, None])[:, None, :].square() + (pixels - fit.y[:, None])[:, :, None].square()
-    near = (away < (1.5 * fit.radius + 1).square()[:, None, None]) & ~found.other  # the box's corners are 1.41 away
+    # A box's corners are 1.41 radii away.
+    near = (away < (1.5 * fit.radius + 1).square()[:, None, None]) & ~found.other
     flaw = rest.square().sum(1)
     flaw = flaw * (flaw > _NEGLIGIBLE**2)
     misfit = (flaw[found.image] * near).sum((1, 2)) / scale
-    good = (misfit < _MISFIT * _OUTLINE[fit.shape]) & (fit.lead > misfit + _LEAD)
+    good = (misfit < _MISFIT * _OUTLINE[fit.shape]) & (fit.lead > _LEAD + _LEAD_PER_MISFIT * misfit)
 
     taken = torch.zeros(len(rest), size, size).index_add(0, found.image, near.float())
     window = 2 * (size // 16) + 1
     patch = F.avg_pool2d(rest * (taken == 0)[:, None], window, 1).square().sum(1).amax((1, 2)).sqrt()
-    batch=len(rest)
-    Judge.debug = (torch.full((batch,), -1.).scatter_reduce_(0, found.image, misfit/_OUTLINE[fit.shape], "amax"), torch.full((batch,), 9.).scatter_reduce_(0, found.image, fit.lead-misfit, "amin"), patch)
     return (patch < _PATCH).index_put((found.image[~good],), torch.tensor(False))
+
+
+def _table(found: _Objects, values: Shaped[Tensor, "N"], empty: float | bool) -> Shaped[Tensor, "B 2"]:
+    """Values of objects, sorted into the pictures that they are in."""
+    table = torch.full((len(found.crowded), 2), empty, dtype=values.dtype)
+    table[found.image, found.slot] = values
+    return table
 
 
 class Judge:
     """Reads pictures of the data set `shapes`, and scores what captions say about them."""
 
-    def read(self, images: Float[Tensor, "B 3 S S"]) -> Reading:
-        """What the pictures (B, 3, S, S) in [-1, 1] show, S >= 16."""
-        if images.shape[-1] < 16:
-            raise UserError(f"the judge needs pictures of at least 16 pixels, not {images.shape[-1]}")
+    def read(self, images: Float[Tensor, "B 3 H W"]) -> Reading:
+        """What the pictures (B, 3, S, S) in [-1, 1] show, S >= 16; on the CPU."""
+        height, width = images.shape[-2:]
+        if height != width or width < 16:
+            raise UserError(f"the judge needs square pictures of at least 16 pixels, not {height} by {width}")
         parts = [self._read(part) for part in images.detach().float().cpu().split(64)]
-        scenes = Scenes(*(torch.cat(column) for column in zip(*(vars(p.scenes).values() for p in parts), strict=True)))
-        return Reading(scenes, torch.cat([part.sound for part in parts]))
+        columns = zip(*(vars(part.scenes).values() for part in parts), strict=True)
+        return Reading(Scenes(*map(torch.cat, columns)), torch.cat([part.sound for part in parts]))
 
     def _read(self, images: Float[Tensor, "B 3 S S"]) -> Reading:
         if images.shape[-1] > _SIDE:
@@ -216,41 +242,38 @@ class Judge:
         colour_error, colour = torch.cdist(background[found.image] + fit.paint, palette).min(1)
         size_error, kind = (fit.radius[:, None] / sizes).log().abs().min(1)
 
-        def spread(values: Tensor, empty: float) -> Tensor:
-            table = torch.full((len(images), 2), empty, dtype=values.dtype)
-            table[found.image, found.slot] = values
-            return table
-
-        bad = spread(((colour_error > _COLOUR_ERROR) | (size_error > _SIZE_ERROR)).float(), 0).any(1)
+        bad = _table(found, (colour_error > _COLOUR_ERROR) | (size_error > _SIZE_ERROR), False).any(1)
         scenes = Scenes(
             background=ground,
-            colour=spread(colour, -1),
-            shape=spread(fit.shape, -1),
-            size=spread(kind, -1),
-            x=spread(fit.x / size, 0),
-            y=spread(fit.y / size, 0),
+            colour=_table(found, colour, -1),
+            shape=_table(found, fit.shape, -1),
+            size=_table(found, kind, -1),
+            x=_table(found, fit.x / size, 0),
+            y=_table(found, fit.y / size, 0),
         )
         sound = _sound(difference, found, fit) & ~bad & ~found.crowded
         return Reading(scenes, sound & (ground_error < _COLOUR_ERROR) & (scenes.count > 0))
 
-    def __call__(self, images: Float[Tensor, "B 3 S S"], captions: Sequence[str]) -> dict[str, Float[Tensor, "B"]]:
+    def __call__(
+        self, images: Float[Tensor, "B 3 H W"], captions: Sequence[str]
+    ) -> dict[str, Float[Tensor, "B"]]:
         """Scores 1 (right) or 0 (wrong), each (B,), nan where a caption says nothing about an attribute.
 
-        Keys: ATTRIBUTES; `count`, the number of objects; `sound`, see `Reading`; `all`: everything above is right.
-        Where the number of objects is wrong, so is whatever the caption says about them. Where two objects are spoken
-        of, they are the picture's two in the order that fits best.
+        Keys: ATTRIBUTES; `count`, the number of objects; `sound`, see `Reading`; `all`: everything above is
+        right. Where the number of objects is wrong, so is whatever the caption says about them. Where two
+        objects are spoken of, they are the picture's two in the order that fits best.
 
         Raises UserError for captions that are not of the grammar of `scenes`.
         """
         if len(captions) != len(images):
-            raise UserError(f"{len(images)} pictures cannot be judged by {len(captions)} captions: give one for each")
+            raise UserError(
+                f"the judge needs a caption for each of {len(images)} pictures, got {len(captions)}"
+            )
         claims = [parse(caption) for caption in captions]
         reading = self.read(images)
         marks = [_mark(claim, shown) for claim, shown in zip(claims, tell(reading.scenes), strict=True)]
-        scores = {
-            key: torch.tensor([torch.nan if mark[key] is None else float(mark[key]) for mark in marks])
-            for key in (*ATTRIBUTES, "count")
-        }
+        worth = {None: torch.nan, False: 0.0, True: 1.0}
+        scores = {key: torch.tensor([worth[mark[key]] for mark in marks]) for key in (*ATTRIBUTES, "count")}
         scores["sound"] = reading.sound.float()
         scores["all"] = torch.stack([score.nan_to_num(1.0) for score in scores.values()]).amin(0)
         return scores
@@ -270,20 +293,19 @@ def _orders(claim: Claim) -> list[Claim]:
     return [claim, Claim(claim.things[::-1], relation, background=claim.background)]
 
 
+def _agree(said: Sequence, seen: Sequence) -> bool | None:
+    """None where nothing is said; else whether all that is said is seen."""
+    if all(value is None for value in said):
+        return None
+    return len(said) == len(seen) and all(a is None or a == b for a, b in zip(said, seen, strict=True))
+
+
 def _compare(claim: Claim, shown: Claim) -> dict[str, bool | None]:
-    same = len(claim.things) == len(shown.things)
-
-    def agree(said: list, seen: list) -> bool | None:
-        """None where nothing is said; else whether all that is said is seen."""
-        if all(value is None for value in said):
-            return None
-        return same and all(a is None or a == b for a, b in zip(said, seen, strict=True))
-
     marks = {
-        key: agree([getattr(thing, key) for thing in claim.things], [getattr(thing, key) for thing in shown.things])
+        key: _agree([getattr(a, key) for a in claim.things], [getattr(b, key) for b in shown.things])
         for key in ("colour", "shape", "size")
     }
-    marks["position"] = agree([claim.row, claim.column], [shown.row, shown.column])
-    marks["relation"] = agree([claim.relation], [shown.relation])
-    marks["background"] = None if claim.background is None else claim.background == shown.background
-    return {**marks, "count": same}
+    marks["position"] = _agree((claim.row, claim.column), (shown.row, shown.column))
+    marks["relation"] = _agree((claim.relation,), (shown.relation,))
+    marks["background"] = _agree((claim.background,), (shown.background,))
+    return {**marks, "count": len(claim.things) == len(shown.things)}
