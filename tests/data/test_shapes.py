@@ -82,7 +82,7 @@ def test_items_stay_what_they_are():
 
 
 def test_draws_are_splitmix64():
-    """First outputs of the published generator for the state 1234567, which are also the draws of an item 0."""
+    """First outputs of the published generator for the state 1234567, the draws of item 0 under that key."""
     from unittest.mock import patch
 
     class Key:

@@ -206,7 +206,7 @@ def _sound(difference: Float[Tensor, "B 3 S S"], found: _Objects, fit: _Fit) -> 
     return (patch < _PATCH).index_put((found.image[~good],), torch.tensor(False))
 
 
-def _table(found: _Objects, values: Shaped[Tensor, "N"], empty: float | bool) -> Shaped[Tensor, "B 2"]:
+def _table(found: _Objects, values: Shaped[Tensor, "N"], empty: int | float) -> Shaped[Tensor, "B 2"]:
     """Values of objects, sorted into the pictures that they are in."""
     table = torch.full((len(found.crowded), 2), empty, dtype=values.dtype)
     table[found.image, found.slot] = values
