@@ -16,8 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 from dalle import cli
 
 # What is about one stage alone; everything else also holds for a CLIP that has to be trained first.
-OWN = ("model", "optimizer", "sampler", "callbacks", "datamodule", "batch_size", "stage", "debug", "resume", "overwrite",
-       "paths.run", "hydra")  # fmt: skip
+OWN = ("model", "optimizer", "sampler", "callbacks", "datamodule", "batch_size", "stage", "debug", "resume",
+       "overwrite", "paths.run", "hydra")  # fmt: skip
 
 
 def main() -> None:
@@ -52,10 +52,10 @@ def train(config: dict, overrides: list[str]) -> None:
 def run_job(overrides: list[str]) -> None:
     """Runs this script in a process of its own: no process group, environment or memory leaks into the next job."""
     job = subprocess.Popen([sys.executable, __file__, *overrides])
+    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the job itself: wait till it has saved
     signal.signal(signal.SIGTERM, lambda *_: job.terminate())
-    previous = signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the job itself; wait till it has saved
     code = job.wait()
-    signal.signal(signal.SIGINT, previous)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if code:
         sys.exit(code)

@@ -33,16 +33,16 @@ NETS = {
 }  # fmt: skip
 
 
-def overrides(model: str, logs: Path, *more: str) -> list[str]:
-    """The command line of a tiny stage; `model` is a key of NETS."""
+def overrides(model: str, logs: Path, *more: str, net: bool = True) -> list[str]:
+    """The command line of a tiny stage; `model` is a key of NETS, whose network it has unless `net` is False."""
     name = {"dit": "decoder"}.get(model, model)
-    return [f"model={name}", f"paths.logs='{logs}'", *COMMON, *NETS[model], *more]
+    return [f"model={name}", *COMMON, f"paths.logs='{logs}'", *(NETS[model] if net else ()), *more]
 
 
-def configure(model: str, logs: Path, *more: str) -> dict[str, Any]:
+def configure(model: str, logs: Path, *more: str, net: bool = True) -> dict[str, Any]:
     """The resolved configuration that train.py would hand to `training.train`."""
     with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
-        config = OmegaConf.to_container(compose("train", overrides(model, logs, *more)), resolve=True)
+        config = OmegaConf.to_container(compose("train", overrides(model, logs, *more, net=net)), resolve=True)
     assert isinstance(config, dict)
     return config
 
