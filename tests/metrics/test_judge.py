@@ -200,7 +200,7 @@ def test_unsaid_is_nan_and_never_counts():
 
 
 def test_number_of_objects():
-    captions, scenes = prompts("one", True, 100)
+    captions, _ = prompts("one", True, 100)
     _, others = prompts("two", True, 100)
     scores = judge(draw(others, 32), captions)
     assert scores["count"].max() == scores["all"].max() == scores["shape"].max() == 0
@@ -213,9 +213,6 @@ def test_number_of_objects():
 def test_third_object():
     captions, scenes = prompts("two", True, 60)
     images = draw(scenes, 32)
-    third = (
-        draw(alone(60), 32) - torch.tensor(list(BACKGROUNDS.values()))[alone(60).background][:, :, None, None]
-    )
     for slot in ((0.2, 0.2), (0.8, 0.8), (0.2, 0.8), (0.8, 0.2)):
         distance = torch.stack([(scenes.x - slot[0]).abs(), (scenes.y - slot[1]).abs()]).amax(0).amin(1)
         free = (distance > 0.36).nonzero()[:, 0]
@@ -258,9 +255,10 @@ def test_means_of_two_shapes():
     accepted = []
     for a in range(6):
         for b in range(a):
-            images = (draw(alone(shape=a), 32) + draw(alone(shape=b), 32)) / 2
-            for shape in (a, b):
-                accepted.append(judge(images, captions_of(alone(shape=shape)))["all"].mean())
+            one, other = alone(48, shape=a), alone(48, shape=b)
+            images = (draw(one, 32) + draw(other, 32)) / 2
+            scores = judge(torch.cat((images, images)), captions_of(one) + captions_of(other))
+            accepted.append(scores["all"].mean())
     accepted = torch.stack(accepted)
     assert accepted.mean() < 0.02
     assert accepted.max() < 0.15
@@ -316,9 +314,9 @@ def test_scores_contract():
 def test_a_picture_does_not_depend_on_its_batch():
     images = Shapes("test").images(range(80))
     images = images + 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    whole, single = judge.read(images), [judge.read(images[i : i + 1]) for i in range(80)]
-    assert torch.equal(whole.sound, torch.cat([one.sound for one in single]))
-    assert torch.equal(whole.scenes.shape, torch.cat([one.scenes.shape for one in single]))
+    whole, single = judge.read(images), [judge.read(images[i : i + 1]) for i in range(20)]
+    assert torch.equal(whole.sound[:20], torch.cat([one.sound for one in single]))
+    assert torch.equal(whole.scenes.shape[:20], torch.cat([one.scenes.shape for one in single]))
 
 
 def test_bad_input():
