@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from tiny import wandb_records, without_account
 
 from dalle import loggers
 from dalle.errors import UserError
@@ -59,14 +60,7 @@ def test_numbers_keep_their_digits(tmp_path):
 @pytest.fixture
 def no_account(monkeypatch, tmp_path):
     pytest.importorskip("wandb")
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
-    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "data"))
-    monkeypatch.setenv("WANDB_SILENT", "true")
+    without_account(monkeypatch, tmp_path)
 
 
 def test_wandb_is_offline_without_an_account(no_account, tmp_path):
@@ -81,7 +75,7 @@ def test_wandb_is_offline_without_an_account(no_account, tmp_path):
     finally:
         wandb.finish()
     (offline,) = (run / "wandb").glob("offline-run-*")
-    assert list(offline.glob("run-*.wandb"))[0].stat().st_size > 0
+    assert b"train/loss" in wandb_records(offline)
     assert len(list(offline.glob("files/media/images/samples_*.png"))) == 1
 
 
@@ -89,3 +83,25 @@ def test_wandb_missing_is_said(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"pip install 'dalle\[wandb\]'"):
         loggers.wandb(tmp_path)
+
+
+def test_wandb_is_online_with_a_key(no_account, monkeypatch, tmp_path):
+    def mode() -> str:
+        return loggers.wandb(tmp_path)._wandb_init["mode"]
+
+    assert mode() == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert mode() == "online"
+    monkeypatch.setenv("WANDB_MODE", "offline")  # what is asked for wins
+    assert mode() == "offline"
+
+
+def test_wandb_login_is_found(no_account, monkeypatch, tmp_path):
+    netrc = tmp_path / "netrc"
+    monkeypatch.setenv("NETRC", str(netrc))
+    netrc.write_text("machine api.wandb.ai login user password secret\n")
+    assert loggers.has_account()
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert not loggers.has_account()
+    netrc.write_text("nonsense\n")
+    assert not loggers.has_account()

@@ -12,7 +12,7 @@ import lightning
 import pytest
 import torch
 import yaml
-from tiny import column, configure, train, weights
+from tiny import column, configure, train, wandb_records, weights, without_account
 from torch import Tensor
 
 from dalle import training
@@ -341,6 +341,19 @@ def test_several_loggers(logs):
     assert {"train/loss", "val/loss", "test/judge/all"} <= set(events.Tags()["scalars"])
     assert events.Tags()["images"] == ["samples"]
     assert [round(e.value, 5) for e in events.Scalars("train/loss")] == [round(v, 5) for v in column(run, "train/loss").values()]
+
+
+def test_wandb_offline(logs, monkeypatch, tmp_path):
+    wandb = pytest.importorskip("wandb")
+    without_account(monkeypatch, tmp_path)
+    try:
+        run = train("decoder", logs, "logger=[csv,wandb]", "trainer.val_check_interval=2", "name=default")
+    finally:
+        wandb.finish()
+    (offline,) = (run.path / "wandb").glob("offline-run-*")
+    records = wandb_records(offline)
+    assert all(key in records for key in (b"train/loss", b"val/loss", b"test/judge/all", b"default-decoder"))
+    assert len(list(offline.glob("files/media/images/samples_*.png"))) == 1
 
 
 def test_metrics_csv_is_written_whatever_the_loggers(logs):

@@ -1,9 +1,11 @@
 """Stages small enough to train in a test: what the real configuration needs on top to become tiny."""
 
 import csv
+import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
@@ -62,3 +64,22 @@ def column(run: Run, name: str) -> dict[int, float]:
     """A column of metrics.csv by step."""
     with (run.path / "metrics.csv").open(newline="") as file:
         return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row.get(name)}
+
+
+def without_account(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
+    """A machine on which nobody has ever logged in to W&B."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HOME", "NETRC", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(home / "home" / name.lower()))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+
+def wandb_records(run: Path, seconds: float | int = 60) -> bytes:
+    """What an offline W&B run has on disk; its own process writes that some time after the run has ended."""
+    (path,) = run.glob("run-*.wandb")
+    for _ in range(10 * int(seconds)):
+        if len(records := path.read_bytes()) > 100:
+            return records
+        time.sleep(0.1)
+    raise TimeoutError(path)

@@ -4,8 +4,10 @@ import csv
 import io
 import os
 from argparse import Namespace
+from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -75,10 +77,20 @@ class MetricsCsv(Logger):
 def wandb(directory: str | Path, project: str = "dalle", name: str | None = None, group: str | None = None) -> WandbLogger:
     """A W&B logger; offline where no account is set up on this machine (``wandb sync`` uploads such a run later)."""
     try:
-        import wandb
+        import wandb  # noqa: F401
     except ImportError:
         raise UserError("logger=wandb needs the wandb package: pip install 'dalle[wandb]'") from None
-    key = os.environ.get("WANDB_API_KEY") or wandb.api.api_key
-    mode = os.environ.get("WANDB_MODE", "online" if key else "offline")
+    mode = os.environ.get("WANDB_MODE", "online" if has_account() else "offline")
     Path(directory).mkdir(parents=True, exist_ok=True)
     return WandbLogger(project=project, name=name, group=group, save_dir=directory, mode=mode)
+
+
+def has_account() -> bool:
+    """Whether W&B would find a key without asking for one: in the environment, or where `wandb login` keeps it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        return netrc(os.environ.get("NETRC", Path.home() / ".netrc")).authenticators(host) is not None
+    except (OSError, NetrcParseError):
+        return False

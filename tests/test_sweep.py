@@ -1,0 +1,75 @@
+"""What train.py does with `-m`: which jobs it would start, with which directories. Nothing is trained here."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf.errors import OmegaConfBaseException
+from tiny import ROOT
+
+
+@pytest.fixture
+def jobs(monkeypatch, tmp_path):
+    """Runs train.py with a command line and gives the jobs' overrides instead of starting them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+
+    def run(*arguments: str) -> list[list[str]]:
+        spec = importlib.util.spec_from_file_location("train_script", ROOT / "train.py")
+        assert spec is not None
+        assert spec.loader is not None
+        script = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(script)
+        script.__name__ = "__main__"  # Hydra then looks for conf/ beside the file
+        started: list[list[str]] = []
+        monkeypatch.setattr(script, "run_job", started.append)
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), *arguments])
+        script.main()
+        return started
+
+    return run
+
+
+def directories(jobs: list[list[str]]) -> list[str]:
+    return [job[-1].split("=", 1)[1].strip("'") for job in jobs]
+
+
+def test_stages_in_order(jobs):
+    started = jobs("-m", "model=clip,prior,decoder", "name=mine")
+    assert [job[0] for job in started] == ["model=clip", "model=prior", "model=decoder"]
+    assert directories(started) == ["logs/mine/clip", "logs/mine/prior", "logs/mine/decoder"]
+    assert all("name=mine" in job for job in started)
+
+
+def test_a_sweep_gives_every_job_its_own_directory(jobs):
+    started = jobs("-m", "hydra=sweep", "model=prior", "optimizer.lr=1e-4,3e-4", "seed=0,1")
+    assert len(started) == 4
+    assert len(set(directories(started))) == 4
+    assert directories(started)[1] == "logs/default/prior/optimizer.lr=0.0001,seed=1"
+    assert started[1][1:4] == ["model=prior", "optimizer.lr=0.0001", "seed=1"]
+
+
+def test_jobs_of_a_sweep_are_told_apart_by_what_differs(jobs):
+    started = jobs("-m", "hydra=sweep", "model=prior", "name=lr", "data=shapes", "precision=fp32", "optimizer.lr=1e-4,3e-4")
+    assert directories(started) == ["logs/lr/prior/optimizer.lr=0.0001", "logs/lr/prior/optimizer.lr=0.0003"]
+
+
+def test_nothing_lands_in_a_run_directory_or_beside_the_project(jobs, tmp_path):
+    jobs("-m", "model=clip,prior", "paths.logs=here")
+    assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == [
+        "here", "here/.multirun", "here/.multirun/multirun.yaml",
+    ]  # fmt: skip
+
+
+def test_one_mistake_and_no_job_starts(jobs):
+    with pytest.raises(OmegaConfBaseException, match="nonsense"):
+        jobs("-m", "model=clip,prior", "optimizer.lr=${nonsense}")
+
+
+def test_the_overrides_of_a_job_are_those_it_was_given(jobs):
+    """They go to another process as they are: quoted values must survive."""
+    (job,) = jobs("-m", "model=clip", "paths.logs='some where'", "+data.note='a, b'")
+    assert "paths.logs='some where'" in job
+    assert job[-1] == "paths.run='some where/default/clip'"
+    assert Path(directories([job])[0]) == Path("some where/default/clip")
