@@ -1,7 +1,7 @@
-"""Trains one stage: `python train.py model=prior data=folder data.root=PICTURES`; several in order: `-m model=clip,prior`.
+"""Trains one stage: `train.py model=prior data=folder data.root=PICTURES`; several: `-m model=clip,prior`.
 
-Hydra only puts the configuration together, from conf/train.yaml and the command line, and all of it before any work
-starts; what happens then is dalle.training.
+Hydra only puts the configuration together, from conf/train.yaml and the command line, and all of it before
+any work starts; what happens then is dalle.training.
 """
 
 import signal
@@ -50,7 +50,7 @@ def train(config: dict, overrides: list[str]) -> None:
 
 
 def run_job(overrides: list[str]) -> None:
-    """Runs this script in a process of its own: no process group, environment or memory leaks into the next job."""
+    """Runs this script in a process of its own: no process group or environment leaks into the next job."""
     job = subprocess.Popen([sys.executable, __file__, *overrides])
     signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the job itself: wait till it has saved
     signal.signal(signal.SIGTERM, lambda *_: job.terminate())

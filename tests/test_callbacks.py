@@ -1,4 +1,4 @@
-"""Callbacks on a stage small enough to follow by hand: moving average, pictures, loss by time, checkpoints."""
+"""Callbacks on a stage to follow by hand: moving average, pictures, loss by time, checkpoints."""
 
 import math
 import os
@@ -53,10 +53,15 @@ class Line(Stage):
 
 def batches(number: int = 8) -> DataLoader:
     """Samples of x = 1 at times 0, 1/4, 2/4, 3/4."""
-    data = [{"image_embed": torch.tensor([1.0, i % 4 / 4]), "caption": f"picture {i}"} for i in range(4 * number)]
+    data = [
+        {"image_embed": torch.tensor([1.0, i % 4 / 4]), "caption": f"picture {i}"} for i in range(4 * number)
+    ]
 
     def collate(rows):
-        return {"image_embed": torch.stack([r["image_embed"] for r in rows]), "caption": [r["caption"] for r in rows]}
+        return {
+            "image_embed": torch.stack([r["image_embed"] for r in rows]),
+            "caption": [r["caption"] for r in rows],
+        }
 
     return DataLoader(data, batch_size=4, collate_fn=collate)
 
@@ -83,7 +88,8 @@ def fit(stage: Stage, *callbacks, steps: int = 4, ckpt: Path | None = None, **op
     options = {"val_check_interval": 1000, "limit_val_batches": 0, "log_every_n_steps": 1, **options}
     trainer = lightning.Trainer(
         accelerator="cpu", devices=1, max_steps=steps, max_epochs=-1, callbacks=list(callbacks), logger=Log(),
-        check_val_every_n_epoch=None, num_sanity_val_steps=0, enable_progress_bar=False, enable_model_summary=False,
+        check_val_every_n_epoch=None, num_sanity_val_steps=0, enable_progress_bar=False,
+        enable_model_summary=False,
         enable_checkpointing=any(isinstance(c, LastCheckpoint) for c in callbacks), **options,
     )  # fmt: skip
     trainer.fit(stage, batches(), batches(1), ckpt_path=ckpt, weights_only=True)
@@ -126,7 +132,9 @@ class TestEma:
         fit(stage, ema, steps=3, accumulate_grad_batches=2)
         assert ema.updates == 3
 
-    def test_validation_and_samples_see_the_average_and_training_goes_on_with_the_live_weights(self, tmp_path):
+    def test_validation_and_samples_see_the_average_and_training_goes_on_with_the_live_weights(
+        self, tmp_path
+    ):
         stage, ema = Line(), Ema(0.999)
         fit(stage, ema, SampleGrid(tmp_path, every=1), steps=4, val_check_interval=2, limit_val_batches=1)
         two, four = averages(4, 0.999)[1::2]
@@ -188,10 +196,14 @@ class TestLossByTime:
         stage, trainer = Line(), fake_trainer(global_step=1, log_every_n_steps=2)
         stage.log_dict = logged.update
         t = torch.tensor([0.01, 0.25, 0.26, 0.99, 1.0])
-        callback.on_train_batch_end(trainer, stage, {"per_sample": torch.tensor([1.0, 2, 4, 8, 16]), "t": t}, {}, 0)
+        callback.on_train_batch_end(
+            trainer, stage, {"per_sample": torch.tensor([1.0, 2, 4, 8, 16]), "t": t}, {}, 0
+        )
         assert logged == {}
         trainer.global_step = 2
-        callback.on_train_batch_end(trainer, stage, {"per_sample": torch.tensor([3.0]), "t": torch.tensor([0.0])}, {}, 1)
+        callback.on_train_batch_end(
+            trainer, stage, {"per_sample": torch.tensor([3.0]), "t": torch.tensor([0.0])}, {}, 1
+        )
         means = {k: v.item() for k, v in logged.items()}
         assert means["train/loss_t0.00-0.25"] == 2  # (1 + 3) / 2
         assert means["train/loss_t0.25-0.50"] == 3
@@ -199,7 +211,9 @@ class TestLossByTime:
         assert math.isnan(means["train/loss_t0.50-0.75"])  # nothing was there
         logged.clear()
         trainer.global_step = 4
-        callback.on_train_batch_end(trainer, stage, {"per_sample": torch.tensor([5.0]), "t": torch.tensor([0.0])}, {}, 2)
+        callback.on_train_batch_end(
+            trainer, stage, {"per_sample": torch.tensor([5.0]), "t": torch.tensor([0.0])}, {}, 2
+        )
         assert logged["train/loss_t0.00-0.25"] == 5  # the sums start again
 
     def test_in_a_run(self):
@@ -273,7 +287,13 @@ class TestLastCheckpoint:
     def test_a_signal_takes_effect_when_the_step_is_done(self, tmp_path, capfd, number):
         stage, handlers = Line(), [signal.getsignal(s) for s in LastCheckpoint.SIGNALS]
         with pytest.raises(SystemExit) as exit:
-            fit(stage, Ema(), LastCheckpoint(tmp_path), Ender(3, lambda: os.kill(os.getpid(), number)), steps=6)
+            fit(
+                stage,
+                Ema(),
+                LastCheckpoint(tmp_path),
+                Ender(3, lambda: os.kill(os.getpid(), number)),
+                steps=6,
+            )
         assert exit.value.code == 1
         assert stage.w == -4  # step 4 was under way
         state = torch.load(tmp_path / "last.ckpt", weights_only=True)
@@ -333,7 +353,11 @@ class Clip(nn.Module):
 class TestGenerationTest:
     def run(self, items: int, world: int = 1):
         source = Shapes("test", image_size=32, size=64)
-        batch = {"index": torch.arange(16), "caption": [source.captions(i)[0] for i in range(16)], "image": source.images(range(16))}
+        batch = {
+            "index": torch.arange(16),
+            "caption": [source.captions(i)[0] for i in range(16)],
+            "image": source.images(range(16)),
+        }
         datamodule = SimpleNamespace(split=lambda name: source, clip=Clip())
         trainer, stage, logged = fake_trainer(datamodule=datamodule, world_size=world), Copyist(), {}
         stage.log_dict = lambda table, **_: logged.update(table)
@@ -349,7 +373,9 @@ class TestGenerationTest:
         logged, stage, source = self.run(items=12)
         assert logged["test/pictures"] == 12
         assert [items for items, _ in stage.seen] == [list(range(8)), list(range(8, 12))]
-        assert logged["test/judge/all"] == logged["test/judge/seen/all"] == logged["test/judge/unseen/all"] == 1
+        assert (
+            logged["test/judge/all"] == logged["test/judge/seen/all"] == logged["test/judge/unseen/all"] == 1
+        )
         assert 0 < source.unseen(range(12)).sum() < 12
         assert logged[next(k for k in logged if k.startswith("test/fid"))] == pytest.approx(0, abs=1e-3)
 

@@ -1,4 +1,4 @@
-"""Two processes on the CPU, through train.py itself: jobs in order, ranks that agree, figures counted once, Ctrl-C."""
+"""Two processes on the CPU through train.py: jobs in order, ranks that agree, figures once, Ctrl-C."""
 
 import os
 import signal
@@ -25,7 +25,13 @@ def start(cwd: Path, *overrides: str) -> subprocess.Popen:
     """train.py in a process group of its own, as a shell starts it."""
     command = [sys.executable, str(ROOT / "train.py"), *overrides, *COMMON, "trainer=ddp_cpu", "batch_size=4"]
     return subprocess.Popen(
-        command, cwd=cwd, env=ENVIRONMENT, start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command,
+        cwd=cwd,
+        env=ENVIRONMENT,
+        start_new_session=True,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
 
 
@@ -104,7 +110,7 @@ training.train(configure("decoder", Path(sys.argv[2]), *options))
 
 
 def test_ranks_agree_and_test_pictures_are_counted_once(work, tmp_path):
-    """Each rank draws noise of its own, and yet all hold the same weights; six pictures on two ranks are six."""
+    """Each rank draws noise of its own, yet all hold the same weights; six pictures on two ranks are six."""
     (tmp_path / "default").mkdir()
     (tmp_path / "default" / "clip").symlink_to(work / "logs" / "default" / "clip")
     script = tmp_path / "probe.py"
@@ -126,7 +132,8 @@ def test_interrupted_on_all_ranks_and_resumed(work):
     job = start(work, "-m", "model=clip,prior", "name=stopped", "optimizer=sgd", "trainer.max_steps=100000")
     deadline = time.monotonic() + SECONDS
     while not (run.path / "metrics.csv").exists():
-        assert job.poll() is None and time.monotonic() < deadline
+        assert job.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.2)
     os.killpg(job.pid, signal.SIGINT)
     code, output = finish(job)
@@ -137,7 +144,14 @@ def test_interrupted_on_all_ranks_and_resumed(work):
     step = torch.load(run.checkpoint, weights_only=True)["global_step"]
     assert step > 0
     code, output = finish(
-        start(work, "model=clip", "name=stopped", "optimizer=sgd", f"trainer.max_steps={step + 2}", "resume=true")
+        start(
+            work,
+            "model=clip",
+            "name=stopped",
+            "optimizer=sgd",
+            f"trainer.max_steps={step + 2}",
+            "resume=true",
+        )
     )
     assert code == 0, output
     assert run.manifest()["steps"] == step + 2

@@ -1,4 +1,5 @@
-"""The first training losses of every stage. A change that only tidies up may not move them; one that is meant to says so:
+"""The first training losses of every stage. A change that only tidies up may not move them; one that is
+meant to says so:
 
 ``GOLDEN=write pytest tests/test_golden.py`` writes them anew.
 """

@@ -43,7 +43,13 @@ def test_a_resumed_run_drops_what_it_writes_again(tmp_path):
     second.log_metrics({"train/loss": 40.0}, step=4)
     second.finalize("success")
     rows = read(tmp_path)
-    assert [(row["step"], row["train/loss"]) for row in rows] == [("0", "0.0"), ("1", "1.0"), ("2", "2.0"), ("3", "30.0"), ("4", "40.0")]
+    assert [(row["step"], row["train/loss"]) for row in rows] == [
+        ("0", "0.0"),
+        ("1", "1.0"),
+        ("2", "2.0"),
+        ("3", "30.0"),
+        ("4", "40.0"),
+    ]
     assert [row["new"] for row in rows] == ["", "", "", "1", ""]
 
 

@@ -1,4 +1,4 @@
-"""What train.py does with `-m`: which jobs it would start, with which directories. Nothing is trained here."""
+"""What train.py does with `-m`: which jobs it starts, in which directories. Nothing is trained here."""
 
 import importlib.util
 import sys
@@ -51,7 +51,15 @@ def test_a_sweep_gives_every_job_its_own_directory(jobs):
 
 
 def test_jobs_of_a_sweep_are_told_apart_by_what_differs(jobs):
-    started = jobs("-m", "hydra=sweep", "model=prior", "name=lr", "data=shapes", "precision=fp32", "optimizer.lr=1e-4,3e-4")
+    started = jobs(
+        "-m",
+        "hydra=sweep",
+        "model=prior",
+        "name=lr",
+        "data=shapes",
+        "precision=fp32",
+        "optimizer.lr=1e-4,3e-4",
+    )
     assert directories(started) == ["logs/lr/prior/optimizer.lr=0.0001", "logs/lr/prior/optimizer.lr=0.0003"]
 
 

@@ -1,4 +1,4 @@
-"""Training as train.py does it, on the real configuration made tiny: what a run leaves behind, and that it can be stopped."""
+"""Training on the real configuration made tiny: what a run leaves behind, stopping, choices, loggers."""
 
 import importlib.util
 import json
@@ -39,7 +39,7 @@ def logs(trained: Path, tmp_path: Path) -> Path:
 
 
 class Probe(lightning.Callback):
-    """Sees what happens in a run, and may end it: `stop` is called with the trainer at the end of each batch."""
+    """Sees what happens in a run, and may end it: `hook` calls `stop` with the trainer."""
 
     def __init__(self, stop=None, hook: str = "on_train_batch_end"):
         if stop is not None:
@@ -120,7 +120,9 @@ def test_stages_name_the_clip_they_belong_to(trained):
 def test_metrics_of_each_stage(trained):
     metrics = {stage: Run(trained / "default" / stage).manifest()["metrics"] for stage in STAGES}
     assert {"test/text_to_image_r1", "test/image_to_text_r5"} <= metrics["clip"].keys()
-    assert {"test/cosine_image", "test/cosine_caption", "test/cosine_other_caption"} <= metrics["prior"].keys()
+    assert {"test/cosine_image", "test/cosine_caption", "test/cosine_other_caption"} <= metrics[
+        "prior"
+    ].keys()
     assert {"test/clip_score", "test/judge/all"} <= metrics["decoder"].keys()
     assert metrics["decoder"]["test/pictures"] == 4
     assert any(name.startswith("test/fid") for name in metrics["decoder"])
@@ -170,7 +172,7 @@ def test_overwrite_starts_again(trained, logs):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stopped_and_resumed_is_as_never_stopped(logs, probe, capsys, stage):
-    """The same losses and averages, though new epochs begin at steps 4 and 8, and a validation has run at step 4."""
+    """The same losses and averages, though epochs begin at steps 4 and 8, and a validation runs at step 4."""
     options = ("trainer.val_check_interval=4",)
     if stage == "clip":
         shutil.rmtree(logs)
@@ -215,7 +217,7 @@ def test_killed_and_resumed_goes_on_from_the_last_checkpoint(logs, probe):
 
 
 def test_stopped_amid_a_validation(logs, probe):
-    """The checkpoint holds the live weights, not the average that the validation looks at; that validation is lost."""
+    """The checkpoint holds the live weights, not the average that is validated; that validation is lost."""
     options = ("trainer.val_check_interval=3",)
     whole = train("prior", logs, f"paths.run='{logs}/whole'", *options, steps=6)
     probe(Probe(stop_at(3), "on_validation_batch_start"))
@@ -264,13 +266,14 @@ def test_a_truncated_checkpoint_is_named(logs, probe):
         ("dit", ("model.net.checkpoint=true", "precision=bf16")),
         ("decoder", ("model.net.checkpoint=true",)),
         ("decoder", ("precision=bf16", "optimizer=adam", "optimizer.warmup=2")),
-        ("prior", ("precision=bf16", "optimizer=sgd", "optimizer.warmup=2", "datamodule.image_embed_norm=standardized")),
+        ("prior", ("precision=bf16", "optimizer=sgd", "datamodule.image_embed_norm=standardized")),
         ("clip", ("precision=bf16", "model.net.checkpoint=true", "optimizer=adam")),
-        ("prior", ("trainer.accumulate_grad_batches=2", "datamodule.cache_items=0", "sampler=dpmpp", "sampler.steps=2")),
+        ("prior", ("trainer.accumulate_grad_batches=2", "datamodule.cache_items=0", "sampler=dpmpp")),
         (
             "decoder",
-            ("model.denoiser.learned_variance=true", "model.denoiser.prediction=eps", "model.denoiser.schedule.name=cosine",
-             "model.denoiser.time_sampling=uniform", "model.net.out_channels=6",
+            ("model.denoiser.learned_variance=true", "model.denoiser.prediction=eps",
+             "model.denoiser.schedule.name=cosine", "model.denoiser.time_sampling=uniform",
+             "model.net.out_channels=6",
              "sampler=ddpm", "sampler.steps=2", "sampler.variance=learned"),
         ),
     ],
@@ -284,7 +287,10 @@ def test_choices_train(logs, stage, options):
 
 
 def test_gradient_checkpointing_changes_nothing(logs):
-    runs = [train("decoder", logs, f"paths.run='{logs}/{on}'", f"model.net.checkpoint={on}") for on in ("true", "false")]
+    runs = [
+        train("decoder", logs, f"paths.run='{logs}/{on}'", f"model.net.checkpoint={on}")
+        for on in ("true", "false")
+    ]
     assert column(runs[0], "train/loss") == column(runs[1], "train/loss")
 
 
@@ -340,7 +346,9 @@ def test_several_loggers(logs):
     events = EventAccumulator(str(run.path / "tensorboard"), size_guidance={"images": 0}).Reload()
     assert {"train/loss", "val/loss", "test/judge/all"} <= set(events.Tags()["scalars"])
     assert events.Tags()["images"] == ["samples"]
-    assert [round(e.value, 5) for e in events.Scalars("train/loss")] == [round(v, 5) for v in column(run, "train/loss").values()]
+    assert [round(e.value, 5) for e in events.Scalars("train/loss")] == [
+        round(v, 5) for v in column(run, "train/loss").values()
+    ]
 
 
 def test_wandb_offline(logs, monkeypatch, tmp_path):
@@ -362,8 +370,17 @@ def test_metrics_csv_is_written_whatever_the_loggers(logs):
 
 
 def test_samples_are_drawn_in_validation(logs):
-    run = train("decoder", logs, "trainer.val_check_interval=2", "callbacks.grid.every=4", "callbacks.grid.count=3", steps=8)
-    assert sorted(p.name for p in (run.path / "samples").iterdir()) == [f"step-000000{n}.png" for n in (2, 4, 8)]
+    run = train(
+        "decoder",
+        logs,
+        "trainer.val_check_interval=2",
+        "callbacks.grid.every=4",
+        "callbacks.grid.count=3",
+        steps=8,
+    )
+    assert sorted(p.name for p in (run.path / "samples").iterdir()) == [
+        f"step-000000{n}.png" for n in (2, 4, 8)
+    ]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -375,7 +392,8 @@ def test_the_console_is_quiet(logs, capfd, stage):
         train(stage, logs, f"paths.run='{logs}/run'", *options, steps=3)
     assert [str(w.message) for w in caught if not issubclass(w.category, DeprecationWarning)] == []
     out, err = capfd.readouterr()
-    assert out.strip() == "" and "arning" not in err
+    assert out.strip() == ""
+    assert "arning" not in err
 
 
 def test_a_size_that_does_not_fit_is_named(logs):

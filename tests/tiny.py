@@ -23,20 +23,24 @@ COMMON = (
 )  # fmt: skip
 NETS = {
     "clip": (
-        "model.net.vision_width=16", "model.net.vision_layers=1", "model.net.vision_heads=2", "model.net.embed_dim=8",
+        "model.net.vision_width=16", "model.net.vision_layers=1",
+        "model.net.vision_heads=2", "model.net.embed_dim=8",
         "model.net.text_width=16", "model.net.text_layers=1", "model.net.text_heads=2",
     ),
     "prior": ("model.net.width=16", "model.net.depth=1", "model.net.heads=2"),
     "decoder": (
-        "model.net.width=16", "model.net.multipliers=[1,1]", "model.net.attention=[4]", "model.net.head_dim=8",
+        "model.net.width=16", "model.net.multipliers=[1,1]", "model.net.attention=[4]",
+        "model.net.head_dim=8", "callbacks.generation.items=4",
+    ),
+    "dit": (
+        "model/net=dit", "model.net.width=16", "model.net.depth=1", "model.net.heads=2",
         "callbacks.generation.items=4",
     ),
-    "dit": ("model/net=dit", "model.net.width=16", "model.net.depth=1", "model.net.heads=2", "callbacks.generation.items=4"),
 }  # fmt: skip
 
 
 def overrides(model: str, logs: Path, *more: str, net: bool = True) -> list[str]:
-    """The command line of a tiny stage; `model` is a key of NETS, whose network it has unless `net` is False."""
+    """The command line of a tiny stage; `model` is a key of NETS; without `net` the preset's own network."""
     name = {"dit": "decoder"}.get(model, model)
     return [f"model={name}", *COMMON, f"paths.logs='{logs}'", *(NETS[model] if net else ()), *more]
 
@@ -44,7 +48,9 @@ def overrides(model: str, logs: Path, *more: str, net: bool = True) -> list[str]
 def configure(model: str, logs: Path, *more: str, net: bool = True) -> dict[str, Any]:
     """The resolved configuration that train.py would hand to `training.train`."""
     with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
-        config = OmegaConf.to_container(compose("train", overrides(model, logs, *more, net=net)), resolve=True)
+        config = OmegaConf.to_container(
+            compose("train", overrides(model, logs, *more, net=net)), resolve=True
+        )
     assert isinstance(config, dict)
     return config
 

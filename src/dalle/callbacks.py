@@ -24,14 +24,16 @@ from dalle.metrics.judge import Judge
 from dalle.pictures import grid, save_png
 from dalle.stages.base import Stage
 
-STOP_EVERY = 10  # steps between the questions to all ranks whether one was told to stop: each costs a device sync
+STOP_EVERY = (
+    10  # steps between the questions to all ranks whether one was told to stop: each costs a device sync
+)
 
 
 class Ema(lightning.Callback):
     """Exponential moving average of the trained network only; validation, tests and samples use it.
 
-    The decay warms up as min(decay, (1 + n) / (10 + n)) after n updates, so that the first weights are forgotten soon.
-    Integer and boolean buffers are copied.
+    The decay warms up as min(decay, (1 + n) / (10 + n)) after n updates, so that the first weights are
+    forgotten soon. Integer and boolean buffers are copied.
     """
 
     def __init__(self, decay: float | int = 0.999, every: int = 1) -> None:
@@ -44,7 +46,9 @@ class Ema(lightning.Callback):
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
         state = _tensors(pl_module)
         old = self.average
-        self.average = {k: (old[k].to(v.device) if k in old else v.detach().clone()) for k, v in state.items()}
+        self.average = {
+            k: (old[k].to(v.device) if k in old else v.detach().clone()) for k, v in state.items()
+        }
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
         self.seen = trainer.global_step
@@ -106,7 +110,8 @@ def _tensors(stage: Stage) -> dict[str, Tensor]:
 
 
 class SampleGrid(lightning.Callback):
-    """Samples the same captions with the same noise every `every` steps, as a labelled grid into ``samples/``.
+    """Samples the same captions with the same noise every `every` steps, as a labelled grid into
+    ``samples/``.
 
     Only for stages that make images. The captions and conditions are those of the first validation batch.
     """
@@ -117,7 +122,12 @@ class SampleGrid(lightning.Callback):
         self.due = 0
 
     def on_validation_batch_start(
-        self, trainer: lightning.Trainer, pl_module: Stage, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+        self,
+        trainer: lightning.Trainer,
+        pl_module: Stage,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         if self.batch is None and batch_idx == 0:
             self.batch = take(batch, self.count)
@@ -128,7 +138,9 @@ class SampleGrid(lightning.Callback):
             return
         self.due = (trainer.global_step // self.every + 1) * self.every
         seeds = [self.seed + i for i in range(len(self.batch["caption"]))]
-        images = pl_module.sample(self.batch, randn=per_sample(seeds, pl_module.device))  # on all ranks: may be sharded
+        images = pl_module.sample(
+            self.batch, randn=per_sample(seeds, pl_module.device)
+        )  # on all ranks: may be sharded
         if trainer.is_global_zero:
             picture = grid(images, self.batch["caption"])
             save_png(picture, self.directory / f"step-{trainer.global_step:07d}.png")
@@ -142,7 +154,8 @@ class GenerationTest(lightning.Callback):
 
     Args:
         items: how many pictures, over all ranks.
-        inception: local weights of the FID Inception; without them (and none in torch's cache) it is `fid_clip`.
+        inception: local weights of the FID Inception; without them (and none in torch's cache) it is
+            `fid_clip`.
     """
 
     def __init__(self, items: int = 256, seed: int = 0, inception: str | None = None) -> None:
@@ -174,7 +187,9 @@ class GenerationTest(lightning.Callback):
         batch = take(batch, room)
         items = batch["index"].tolist()
         made = pl_module.sample(batch, randn=per_sample([self.seed + i for i in items], pl_module.device))
-        groups = None if self.unseen is None else ["unseen" if u else "seen" for u in self.unseen(items).tolist()]
+        groups = (
+            None if self.unseen is None else ["unseen" if u else "seen" for u in self.unseen(items).tolist()]
+        )
         self.metrics.update(made, batch["image"], batch["caption"], groups)
 
     def on_test_epoch_end(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
@@ -200,9 +215,11 @@ def log_picture(trainer: lightning.Trainer, key: str, picture: Any) -> None:
 
 
 class LossByTime(lightning.Callback):
-    """Logs the loss in equal bins of diffusion time: where in the noise a model fails, one number does not say.
+    """Logs the loss in equal bins of diffusion time: where in the noise a model fails, one number does not
+    say.
 
-    Reads ``per_sample`` (B,) and ``t`` (B,) of the step's output; sums stay on the device until they are logged.
+    Reads ``per_sample`` (B,) and ``t`` (B,) of the step's output; sums stay on the device until they are
+    logged.
     """
 
     def __init__(self, bins: int = 4) -> None:
@@ -256,10 +273,11 @@ class Progress(TQDMProgressBar):
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps ``last.ckpt`` current: every `every` steps, at the end, and when training is stopped (Ctrl-C, SIGTERM).
+    """Keeps ``last.ckpt`` current: every `every` steps, at the end, and when training is stopped (Ctrl-C,
+    SIGTERM).
 
-    The signal only takes effect at the end of a training batch, where the state is whole, and on all ranks at the
-    same one; a second signal stops at once.
+    The signal only takes effect at the end of a training batch, where the state is whole, and on all ranks
+    at the same one; a second signal stops at once.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -284,7 +302,9 @@ class LastCheckpoint(Checkpoint):
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        os.write(2, b"\nstopping after this step; once more stops at once\n")  # print may not be entered twice
+        os.write(
+            2, b"\nstopping after this step; once more stops at once\n"
+        )  # print may not be entered twice
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
         if trainer.world_size == 1:
@@ -310,7 +330,10 @@ class LastCheckpoint(Checkpoint):
         if trainer.state.fn == "fit" and (self.agreed or trainer.world_size == 1):
             self.save(trainer)
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero and self.path.exists():
-            print(f"\nstopped; the same command with resume=true goes on from step {self.saved_step}", flush=True)
+            print(
+                f"\nstopped; the same command with resume=true goes on from step {self.saved_step}",
+                flush=True,
+            )
 
     def restore_handlers(self) -> None:
         for number, handler in self.handlers.items():

@@ -1,4 +1,4 @@
-"""Loggers: one CSV file per run, always there; W&B that works without an account; TensorBoard is Lightning's own."""
+"""Loggers: a CSV file per run, always; W&B that works without an account; TensorBoard is Lightning's."""
 
 import csv
 import io
@@ -74,8 +74,10 @@ class MetricsCsv(Logger):
             return [{k: v for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
 
 
-def wandb(directory: str | Path, project: str = "dalle", name: str | None = None, group: str | None = None) -> WandbLogger:
-    """A W&B logger; offline where no account is set up on this machine (``wandb sync`` uploads such a run later)."""
+def wandb(
+    directory: str | Path, project: str = "dalle", name: str | None = None, group: str | None = None
+) -> WandbLogger:
+    """A W&B logger; offline where no account is set up here (``wandb sync`` uploads such a run later)."""
     try:
         import wandb  # noqa: F401
     except ImportError:
@@ -86,7 +88,7 @@ def wandb(directory: str | Path, project: str = "dalle", name: str | None = None
 
 
 def has_account() -> bool:
-    """Whether W&B would find a key without asking for one: in the environment, or where `wandb login` keeps it."""
+    """Whether W&B finds a key without asking for one: in the environment or where `wandb login` keeps it."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""

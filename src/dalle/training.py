@@ -56,7 +56,7 @@ def train(config: Config) -> dict[str, float]:
         stage.net.compile()
     trainer = make_trainer(config, run)
     datamodule.trainer = trainer
-    datamodule.train_dataloader()  # refuses a batch that is larger than the data, while nothing has been touched
+    datamodule.train_dataloader()  # refuses a batch larger than the data, while nothing has been touched
     if is_main_process():
         claim(run, config)
         if config["stage"] == "clip":
@@ -66,7 +66,9 @@ def train(config: Config) -> dict[str, float]:
             logger.log_hyperparams({**config, "parameters": count(stage.net)})
 
     started = time.perf_counter()
-    trainer.fit(stage, datamodule=datamodule, ckpt_path=run.checkpoint if resuming else None, weights_only=True)
+    trainer.fit(
+        stage, datamodule=datamodule, ckpt_path=run.checkpoint if resuming else None, weights_only=True
+    )
     seconds = time.perf_counter() - started
     trainer.test(stage, datamodule=datamodule, verbose=False)
     metrics = {k: round(float(v), 6) for k, v in trainer.callback_metrics.items() if k.startswith("test/")}
@@ -86,17 +88,25 @@ def quiet() -> None:
 
 
 def missing_clip(config: Config) -> Run | None:
-    """The run in which this stage's CLIP still has to be trained; None where it is there or comes from elsewhere.
+    """The run in which this stage's CLIP still has to be trained; None where it is there or comes from
+    elsewhere.
 
     Raises:
         UserError: another place was named, and there is no CLIP.
     """
     node = config["clip"]
-    if config["stage"] == "clip" or node["_target_"] != "dalle.runs.load_clip" or Run(Path(node["path"])).finished:
+    if (
+        config["stage"] == "clip"
+        or node["_target_"] != "dalle.runs.load_clip"
+        or Run(Path(node["path"])).finished
+    ):
         return None
     usual = Path(config["paths"]["logs"], config["name"], "clip")
     if Path(node["path"]) != usual:
-        raise UserError(f"upstream.clip={node['path']} holds no finished CLIP run; train one with model=clip, or leave it out")
+        raise UserError(
+            f"upstream.clip={node['path']} holds no finished CLIP run; train one with model=clip, "
+            "or leave it out"
+        )
     return Run(usual)
 
 
@@ -104,9 +114,15 @@ def check_machine(config: Config) -> None:
     """What this machine cannot do is refused before anything is read or written."""
     trainer = config["trainer"]
     if trainer.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise UserError("a GPU was asked for (trainer.accelerator=gpu) but PyTorch sees none; use trainer=cpu, or trainer=auto")
+        raise UserError(
+            "a GPU was asked for (trainer.accelerator=gpu) but PyTorch sees none; "
+            "use trainer=cpu, or trainer=auto"
+        )
     if trainer.get("strategy") == "fsdp" and not torch.cuda.is_available():
-        raise UserError("trainer=fsdp shards over GPUs and PyTorch sees none; use trainer=ddp_cpu to try two processes here")
+        raise UserError(
+            "trainer=fsdp shards over GPUs and PyTorch sees none; "
+            "use trainer=ddp_cpu to try two processes here"
+        )
     if trainer.get("precision") == "auto":
         trainer["precision"] = "bf16-mixed" if fast_in_bf16() else "32-true"
 
@@ -119,11 +135,12 @@ def fast_in_bf16() -> bool:
 
 
 def may_start(config: Config) -> bool:
-    """Refuses, before anything is read or written, what cannot work; False when a finished run needs nothing more.
+    """Refuses, before anything is read or written, what cannot work; False when a finished run needs nothing
+    more.
 
     Raises:
-        UserError: a wrong type, a machine without what is asked for, or a directory that holds a run although neither
-            resume nor overwrite was asked for.
+        UserError: a wrong type, a machine without what is asked for, or a directory that holds a run
+            although neither resume nor overwrite was asked for.
     """
     check_machine(config)
     if not is_main_process():
@@ -148,13 +165,14 @@ def may_start(config: Config) -> bool:
     elif run.occupied and not config["overwrite"]:
         raise UserError(
             f"{run} already holds a run; resume=true goes on with it, name=other trains beside it, "
-            "overwrite=true deletes it and starts again (in a sweep, hydra=sweep gives every job its own directory)"
+            "overwrite=true deletes it and starts again "
+            "(in a sweep, hydra=sweep gives every job its own directory)"
         )
     return True
 
 
 def claim(run: Run, config: Config) -> None:
-    """Makes the run directory ours; what was there is deleted only now, when everything else has been built."""
+    """Makes the run directory ours; what was there is deleted only now, when all else has been built."""
     if config["overwrite"]:
         shutil.rmtree(run.path, ignore_errors=True)
     run.path.mkdir(parents=True, exist_ok=True)
@@ -165,7 +183,8 @@ def check_readable(checkpoint: Path) -> None:
         torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise UserError(
-            f"{checkpoint} cannot be read ({str(error).splitlines()[0]}); delete it, or start again with overwrite=true"
+            f"{checkpoint} cannot be read ({str(error).splitlines()[0]}); "
+            "delete it, or start again with overwrite=true"
         ) from None
 
 
@@ -176,7 +195,7 @@ def kept_tokenizer(config: Config, run: Run) -> Config:
 
 
 def fill_sizes(config: Config, sizes: Mapping[str, int]) -> None:
-    """Replaces every ``auto`` in the network's config by the size that the data and its frozen networks have."""
+    """Replaces every ``auto`` in the network's config by the size that the data and its CLIP have."""
     net = config["model"]["net"]
     for key, value in net.items():
         if value == "auto":

@@ -19,8 +19,9 @@ EMBED, TEXT, LENGTH = 8, 12, 5
 def make_net(channels: int = 3) -> UNet:
     torch.manual_seed(0)
     net = UNet(
-        image_size=16, channels=3, out_channels=channels, width=16, multipliers=[1, 1], blocks=1, attention=[4], head_dim=8,
-        embed_dim=EMBED, text_width=TEXT, image_tokens=2, patch=2, dropout=0.0, resample="conv",
+        image_size=16, channels=3, out_channels=channels, width=16, multipliers=[1, 1], blocks=1,
+        attention=[4], head_dim=8, embed_dim=EMBED, text_width=TEXT, image_tokens=2,
+        patch=2, dropout=0.0, resample="conv",
     )  # fmt: skip
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():  # zero-initialised outputs would make every condition the same
@@ -29,8 +30,12 @@ def make_net(channels: int = 3) -> UNet:
     return net.eval()
 
 
-def make_stage(schedule: str = "flow", prediction: str = "velocity", learned: bool = False, **options) -> DecoderStage:
-    denoiser = partial(Denoiser, schedule=Schedule(schedule, 1000), prediction=prediction, learned_variance=learned)
+def make_stage(
+    schedule: str = "flow", prediction: str = "velocity", learned: bool = False, **options
+) -> DecoderStage:
+    denoiser = partial(
+        Denoiser, schedule=Schedule(schedule, 1000), prediction=prediction, learned_variance=learned
+    )
     options = {"guidance": 1.0, "sampler": Sampler("ddim", 3), **options}
     return DecoderStage(make_net(6 if learned else 3), denoiser, **options).eval()
 
@@ -42,7 +47,8 @@ def make_batch(size: int = 3) -> dict:
         "image_embed": torch.randn(size, EMBED, generator=generator),
         "text_embed": torch.randn(size, EMBED, generator=generator),
         "text_hidden": torch.randn(size, LENGTH, TEXT, generator=generator),
-        "text_mask": torch.arange(LENGTH)[None] < torch.randint(2, LENGTH + 1, (size, 1), generator=generator),
+        "text_mask": torch.arange(LENGTH)[None]
+        < torch.randint(2, LENGTH + 1, (size, 1), generator=generator),
     }
 
 
@@ -89,7 +95,10 @@ class TestBranches:
         return [(w, c["keep_image"].all().item(), c["keep_text"].all().item()) for w, c in branches]
 
     def test_one_scale(self):
-        assert self.kept(make_stage().branches(make_batch(), 3.0, None)) == [(-2.0, False, False), (3.0, True, True)]
+        assert self.kept(make_stage().branches(make_batch(), 3.0, None)) == [
+            (-2.0, False, False),
+            (3.0, True, True),
+        ]
 
     def test_two_scales(self):
         branches = self.kept(make_stage().branches(make_batch(), 3.0, 5.0))
@@ -112,11 +121,14 @@ class TestSample:
 
         def denoise(x, t):
             parts = [
-                w * stage.denoiser(x, t, **conditions(batch), keep_image=flags(n, i), keep_text=flags(n, k)) for w, i, k in weights
+                w * stage.denoiser(x, t, **conditions(batch), keep_image=flags(n, i), keep_text=flags(n, k))
+                for w, i, k in weights
             ]
             return sum(parts).clamp(-1, 1)
 
-        return stage.sampler(denoise, per_sample(range(n))(torch.empty(n, 3, 16, 16)), stage.denoiser.schedule).clamp(-1, 1)
+        return stage.sampler(
+            denoise, per_sample(range(n))(torch.empty(n, 3, 16, 16)), stage.denoiser.schedule
+        ).clamp(-1, 1)
 
     @pytest.mark.parametrize(
         ("guidance", "text_guidance", "weights"),
@@ -156,7 +168,9 @@ class TestSample:
 
     def test_pictures_are_in_range_and_every_step_is_shown(self):
         stage, seen = make_stage(thresholding="none", guidance=8.0), []
-        made = self.sample(stage, make_batch(), on_step=lambda i, n, x0: seen.append((i, n, x0.abs().max().item())))
+        made = self.sample(
+            stage, make_batch(), on_step=lambda i, n, x0: seen.append((i, n, x0.abs().max().item()))
+        )
         assert made.abs().max() <= 1
         assert [(i, n) for i, n, _ in seen] == [(0, 3), (1, 3), (2, 3)]
         assert max(m for *_, m in seen) > 1  # nothing held them
@@ -178,13 +192,16 @@ class TestLearnedVariance:
     def test_samples_with_it(self):
         stage, batch = make_stage("cosine", "eps", learned=True, guidance=2.0), make_batch()
         randn = partial(per_sample, range(3))
-        learned, small = (stage.sample(batch, sampler=Sampler("ddpm", 4, variance=v), randn=randn()) for v in ("learned", "small"))
+        learned, small = (
+            stage.sample(batch, sampler=Sampler("ddpm", 4, variance=v), randn=randn())
+            for v in ("learned", "small")
+        )
         assert learned.shape == (3, 3, 16, 16)
         assert torch.isfinite(learned).all()
         assert not torch.allclose(learned, small)
 
     def test_between_the_two_fixed_ones(self):
-        """A network that says 1 everywhere has variance beta, one that says -1 the posterior's (Nichol & Dhariwal, eq. 15)."""
+        """1 everywhere is variance beta, -1 the posterior's (Nichol & Dhariwal 2021, eq. 15)."""
         for value, name in ((1.0, "large"), (-1.0, "small")):
             stage = make_stage("cosine", "eps", learned=True)
             net = stage.net
@@ -203,7 +220,8 @@ class TestLearnedVariance:
             stage.denoiser.net = Fixed(net, value)
             batch = make_batch()
             learned, fixed = (
-                stage.sample(batch, sampler=Sampler("ddpm", 4, variance=v), randn=per_sample(range(3))) for v in ("learned", name)
+                stage.sample(batch, sampler=Sampler("ddpm", 4, variance=v), randn=per_sample(range(3)))
+                for v in ("learned", name)
             )
             torch.testing.assert_close(learned, fixed, rtol=1e-4, atol=1e-4)
 

@@ -52,8 +52,8 @@ def test_without_an_end_nothing_falls():
 
 
 @given(
-    decay=st.sampled_from(["constant", "linear", "cosine"]), warmup=st.integers(0, 200), total=st.integers(1, 200),
-    start=st.floats(0, 1), final=st.floats(0, 1), step=st.integers(0, 400),
+    decay=st.sampled_from(["constant", "linear", "cosine"]), warmup=st.integers(0, 200),
+    total=st.integers(1, 200), start=st.floats(0, 1), final=st.floats(0, 1), step=st.integers(0, 400),
 )  # fmt: skip
 def test_factors_lie_between_zero_and_one(decay, warmup, total, start, final, step):
     made = recipe(decay=decay, warmup=warmup, decay_start=start, final=final)
@@ -70,7 +70,9 @@ def test_only_matrices_and_kernels_are_decayed():
     assert decayed["weight_decay"] == 0.1
     assert free["weight_decay"] == 0
     assert [p is net[0].weight for p in decayed["params"]] == [True]
-    assert {id(p) for p in free["params"]} == {id(p) for p in (net[0].bias, net[1].weight, net[1].bias, net[2].bias)}
+    assert {id(p) for p in free["params"]} == {
+        id(p) for p in (net[0].bias, net[1].weight, net[1].bias, net[2].bias)
+    }
     assert decayed["betas"] == (0.8, 0.9)
     assert schedule.get_last_lr() == [0.5, 0.5]
 

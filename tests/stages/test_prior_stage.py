@@ -61,7 +61,9 @@ class TestStep:
     @pytest.mark.parametrize(("share", "kept"), [(0.0, 1.0), (0.1, 0.9), (1.0, 0.0)])
     def test_drops_captions_as_often_as_asked(self, share, kept):
         stage, seen = make_stage(text_dropout=share), []
-        stage.denoiser.losses = lambda x, **cond: (seen.append(cond["keep_text"]), (torch.ones(len(x)),) * 2)[1]
+        stage.denoiser.losses = lambda x, **cond: (seen.append(cond["keep_text"]), (torch.ones(len(x)),) * 2)[
+            1
+        ]
         torch.manual_seed(0)
         batch = make_batch(4000)
         stage.step(batch)
@@ -84,7 +86,9 @@ class TestSample:
         stage, batch = make_stage(), make_batch()
         made = stage.sample(batch, randn=self.randn())
         uncached = stage.sampler(
-            lambda x, t: stage.denoiser(x, t, **text_of(batch)), self.randn()(torch.empty(4, EMBED)), stage.denoiser.schedule
+            lambda x, t: stage.denoiser(x, t, **text_of(batch)),
+            self.randn()(torch.empty(4, EMBED)),
+            stage.denoiser.schedule,
         )
         torch.testing.assert_close(made, uncached, rtol=1e-4, atol=1e-5)
 
@@ -106,7 +110,10 @@ class TestSample:
         batch = make_batch()
         own = make_stage(guidance=3.0).sample(batch, randn=self.randn())
         assert torch.equal(own, make_stage().sample(batch, guidance=3.0, randn=self.randn()))
-        assert torch.equal(make_stage(guidance=3.0).sample(batch, guidance=1, randn=self.randn()), make_stage().sample(batch, randn=self.randn()))
+        assert torch.equal(
+            make_stage(guidance=3.0).sample(batch, guidance=1, randn=self.randn()),
+            make_stage().sample(batch, randn=self.randn()),
+        )
 
     def test_a_sample_does_not_depend_on_its_batch(self):
         stage, batch = make_stage(guidance=2.0, candidates=2), make_batch()
@@ -117,11 +124,15 @@ class TestSample:
     @pytest.mark.parametrize("kind", ["none", "unit", "unit_times_sqrt_dim", "standardized"])
     def test_keeps_the_candidate_nearest_to_the_caption(self, kind):
         stage, batch = make_stage(), make_batch(8)
-        stage.norm = EmbedNorm(kind).fit(torch.randn(50, EMBED, generator=torch.Generator().manual_seed(0)) + 1)
+        stage.norm = EmbedNorm(kind).fit(
+            torch.randn(50, EMBED, generator=torch.Generator().manual_seed(0)) + 1
+        )
         randn = self.randn(8)
         one_by_one = torch.stack([stage.sample(batch, randn=randn) for _ in range(3)])
         kept = stage.sample(batch, candidates=3, randn=self.randn(8))
-        score = F.cosine_similarity(torch.stack([stage.norm.decode(z) for z in one_by_one]), batch["text_embed"], dim=-1)
+        score = F.cosine_similarity(
+            torch.stack([stage.norm.decode(z) for z in one_by_one]), batch["text_embed"], dim=-1
+        )
         assert torch.equal(kept, one_by_one[score.argmax(0), torch.arange(8)])
         assert len(set(score.argmax(0).tolist())) > 1
 
@@ -149,7 +160,9 @@ class TestCosines:
         cosines = self.logged(stage, batch)
         text = batch["text_embed"]
         assert cosines["val/cosine_image"] == pytest.approx(1)
-        assert cosines["val/cosine_caption"] == pytest.approx(F.cosine_similarity(batch["image_embed"], text).mean().item(), abs=1e-6)
+        assert cosines["val/cosine_caption"] == pytest.approx(
+            F.cosine_similarity(batch["image_embed"], text).mean().item(), abs=1e-6
+        )
         assert cosines["val/cosine_caption_of_data"] == pytest.approx(cosines["val/cosine_caption"], abs=1e-6)
         other = F.cosine_similarity(batch["image_embed"], text.roll(1, 0)).mean().item()
         assert cosines["val/cosine_other_caption"] == pytest.approx(other, abs=1e-6)

@@ -1,6 +1,7 @@
 """What all stages share: a step that gives the loss, its logging, and the optimizer.
 
-A stage is the system around a network (loss, conditioning, sampling), never the network itself, and holds nothing
+A stage is the system around a network (loss, conditioning, sampling), never the network itself, and holds
+nothing
 frozen: its checkpoint, its moving average and its gradients see only what is trained.
 """
 
@@ -19,7 +20,7 @@ VALIDATION_SEED = 20240229  # noise, times and dropped conditions are the same i
 
 
 class Stage(lightning.LightningModule):
-    """A trained thing. A subclass sets `net` and implements `step`, and `sample` where it can make something."""
+    """A trained thing. A subclass sets `net`, implements `step`, and `sample` where it can make something."""
 
     net: nn.Module
     makes_images = False  # whether `sample` gives pictures
@@ -59,7 +60,7 @@ class Stage(lightning.LightningModule):
         return out
 
     def log_scalars(self, split: str, values: dict[str, Tensor], batch: Batch) -> None:
-        """Logs every zero-dimensional value as ``<split>/<key>``; tensors go in as they are, without a host sync."""
+        """Logs every zero-dimensional value as ``<split>/<key>``; tensors as they are: no host sync."""
         size = next(len(v) for v in batch.values() if isinstance(v, Tensor | list))
         self.log_dict(
             {f"{split}/{key}": value.detach() for key, value in values.items() if value.ndim == 0},
@@ -71,11 +72,15 @@ class Stage(lightning.LightningModule):
         )
 
     def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: float | int | None = None, gradient_clip_algorithm: str | None = None
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | int | None = None,
+        gradient_clip_algorithm: str | None = None,
     ) -> None:
         plugin = self.trainer.precision_plugin
         if isinstance(plugin, MixedPrecision) and plugin.scaler is None and gradient_clip_algorithm == "norm":
-            # Lightning refuses fused optimizers under any autocast; only fp16, which scales its losses, is at odds with them
+            # Lightning refuses fused optimizers under any autocast; only fp16, which scales its losses, is at
+            # odds with them
             if gradient_clip_val:
                 norm = clip_grad_norm_(self.net.parameters(), gradient_clip_val)
                 self.log("train/grad_norm", norm)
@@ -84,6 +89,8 @@ class Stage(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         if self.recipe is None:
-            raise RuntimeError("this stage was loaded for use, without an optimizer; train it through train.py")
+            raise RuntimeError(
+                "this stage was loaded for use, without an optimizer; train it through train.py"
+            )
         optimizer, schedule = self.recipe.build(self.net, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

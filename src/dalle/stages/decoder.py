@@ -1,7 +1,8 @@
-"""The decoder: a picture from a CLIP image embedding and, optionally, the caption (DALL-E 2, sec. 2.1 and App. C).
+"""The decoder: a picture from a CLIP image embedding and, optionally, the caption (DALL-E 2, sec. 2.1 and
+App. C).
 
-A diffusion model on pixels. The image embedding is dropped for 10 % of the training pictures and the caption for 50 %,
-independently, so that each can be guided by a scale of its own.
+A diffusion model on pixels. The image embedding is dropped for 10 % of the training pictures and the caption
+for 50 %, independently, so that each can be guided by a scale of its own.
 """
 
 from collections.abc import Callable
@@ -77,7 +78,7 @@ class DecoderStage(Stage):
         randn: Randn = torch.randn_like,
         on_step: OnStep | None = None,
     ) -> Float[Tensor, "B 3 H W"]:
-        """Images in [-1, 1] for the embeddings and captions in `batch`; without `image_embed`, for captions alone."""
+        """Images in [-1, 1] for the embeddings and captions in `batch`; without the former, for captions."""
         guidance = self.guidance if guidance is None else guidance
         text_guidance = self.text_guidance if text_guidance is None else text_guidance
         denoise = self.denoiser.with_variance if self.denoiser.learned_variance else self.denoiser
@@ -89,7 +90,9 @@ class DecoderStage(Stage):
         run = sampler or self.sampler
         return run(guided, noise, self.denoiser.schedule, randn=randn, on_step=on_step).clamp(-1, 1)
 
-    def branches(self, batch: Batch, guidance: float | int, text_guidance: float | int | None) -> list[Branch]:
+    def branches(
+        self, batch: Batch, guidance: float | int, text_guidance: float | int | None
+    ) -> list[Branch]:
         """The conditions under which estimates are made, and their weights."""
         text = batch["text_embed"]
         yes = torch.ones(len(text), dtype=torch.bool, device=text.device)

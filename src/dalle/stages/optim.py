@@ -15,7 +15,8 @@ class Recipe:
     Args:
         algorithm: makes the optimizer from parameter groups, e.g. ``torch.optim.AdamW``.
         lr: peak learning rate.
-        weight_decay: applied to matrices and kernels only, never to gains, biases or one-dimensional embeddings.
+        weight_decay: applied to matrices and kernels only, never to gains, biases or one-dimensional
+            embeddings.
         warmup: optimizer steps of linear warm-up from zero.
         decay: shape of the way down to ``final * lr``; it fills the steps after ``decay_start``.
         decay_start: fraction of all steps after which the learning rate begins to fall.
@@ -37,7 +38,7 @@ class Recipe:
         self.warmup, self.decay, self.decay_start, self.final = warmup, decay, decay_start, final
 
     def build(self, net: nn.Module, total_steps: float | int) -> tuple[Optimizer, LambdaLR]:
-        """The optimizer of `net`'s trainable parameters and its schedule over `total_steps` (may be infinite)."""
+        """The optimizer of `net`'s trainable parameters and its schedule over `total_steps` (or inf)."""
         trainable = [p for p in net.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": self.weight_decay},

@@ -1,8 +1,10 @@
-"""The diffusion prior: a CLIP image embedding from a caption (Ramesh et al. 2022, DALL-E 2, sec. 2.2 and App. C).
+"""The diffusion prior: a CLIP image embedding from a caption (Ramesh et al. 2022, DALL-E 2, sec. 2.2 and
+App. C).
 
-Predicts the clean embedding itself, drops the text of 10 % of the training pairs, and at sampling draws several
-embeddings per caption and keeps the one with the largest dot product with the caption's embedding.
-The text part of the network's sequence does not change while sampling, so its keys and values are computed once.
+Predicts the clean embedding itself, drops the text of 10 % of the training pairs, and at sampling draws
+several embeddings per caption and keeps the one with the largest dot product with the caption's embedding.
+The text part of the network's sequence does not change while sampling, so its keys and values are computed
+once.
 """
 
 from collections.abc import Callable
@@ -73,7 +75,7 @@ class PriorStage(Stage):
         return {**super().test_step(batch, batch_idx), **self.log_cosines("test", batch, batch_idx)}
 
     def log_cosines(self, split: str, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Cosines of sampled embeddings with the true image's, with its caption's, and with another caption's."""
+        """Cosines of sampled embeddings with the true image's, its caption's, and another caption's."""
         if batch_idx * len(batch["text_embed"]) >= self.val_samples:
             return {}
         generator = torch.Generator().manual_seed(batch_idx)
@@ -84,7 +86,9 @@ class PriorStage(Stage):
             "cosine_image": F.cosine_similarity(made, batch["image_embed"]).mean(),
             "cosine_caption": F.cosine_similarity(self.norm.decode(made), text).mean(),
             "cosine_other_caption": F.cosine_similarity(self.norm.decode(made), text.roll(1, 0)).mean(),
-            "cosine_caption_of_data": F.cosine_similarity(self.norm.decode(batch["image_embed"]), text).mean(),
+            "cosine_caption_of_data": F.cosine_similarity(
+                self.norm.decode(batch["image_embed"]), text
+            ).mean(),
         }
         self.log_scalars(split, cosines, batch)
         return cosines
@@ -118,7 +122,7 @@ class PriorStage(Stage):
 
 
 def best(drawn: list[Tensor], text_embed: Float[Tensor, "B E"], norm: EmbedNorm) -> Float[Tensor, "B E"]:
-    """Of several embeddings per caption the one with the largest dot product with the caption's, both of length 1."""
+    """Of several embeddings per caption the one nearest to the caption's: the largest cosine."""
     if len(drawn) == 1:
         return drawn[0]
     scores = torch.stack([F.cosine_similarity(norm.decode(z), text_embed) for z in drawn])
