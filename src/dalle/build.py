@@ -83,7 +83,10 @@ def check_arguments(
     target: Callable[..., Any], arguments: dict[str, Any], where: str, partial_call: bool
 ) -> None:
     """Raises a `UserError` for unknown, missing and wrongly typed arguments."""
-    parameters = inspect.signature(target).parameters
+    try:
+        parameters = inspect.signature(target).parameters
+    except ValueError:  # a function written in C says nothing of its arguments
+        return
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     named = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     place = f"{where}." if where else ""

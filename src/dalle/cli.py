@@ -38,9 +38,10 @@ def quoted(argument: str) -> str:
         return argument
     if len(value) > 1 and value[0] + value[-1] in ("[]", "''", '""'):
         return argument
-    # In Hydra's strings backslashes count only before a quote; "${" would be a reference to another setting
-    text = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), value)
-    return f"{key}='{text.replace('${', chr(92) + '${')}'"
+    # Backslashes count before what they escape, and only there: "${", a reference to a setting; then the quotes
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    text = re.sub(r"(\\*)('|\Z)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), text)
+    return f"{key}='{text}'"
 
 
 def _is_users(error: Exception) -> bool:

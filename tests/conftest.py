@@ -1,0 +1,109 @@
+"""What tests of the command line share: entry points in this process, and tiny stages that have never been trained."""
+
+import json
+import os
+import runpy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+from tiny import ROOT, configure
+
+from dalle.build import build
+from dalle.runs import Run
+from dalle.training import fill_sizes
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line on stderr of a command that failed as it should."""
+        assert self.code == 1, self
+        assert "Traceback" not in self.err
+        line, nothing = self.err.split("\n")
+        assert line.startswith("error: "), self.err
+        assert not nothing
+        return line
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path, capfd) -> Callable[..., Ended]:
+    """`command("train.py", "model=prior")` in an empty folder, as from a shell but without a new process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+
+    def run(script: str, *arguments: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", [str(ROOT / script), *arguments])
+        GlobalHydra.instance().clear()
+        capfd.readouterr()
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+            if isinstance(ended.code, str):
+                print(ended.code, file=sys.stderr)  # as the interpreter does
+        return Ended(code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    """Nothing may begin to train, in this process or another: what is wrong must be found before."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("training has begun")
+
+    monkeypatch.setattr(lightning.Trainer, "fit", refuse)
+    monkeypatch.setattr("subprocess.Popen", refuse)
+
+
+def untrained(model: str, logs: Path, *more: str, seed: int = 0) -> Run:
+    """A finished run of a tiny stage with random weights: all that training leaves behind, in a moment."""
+    config = configure(model, logs, *more)
+    datamodule = build(config["datamodule"], "datamodule")
+    fill_sizes(config, datamodule.sizes)
+    stage = build(config["model"], "model")
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in stage.net.named_parameters():  # heads are zero at birth: nothing would depend on anything
+        if "logit_scale" not in name:
+            p.data = torch.randn(p.shape, generator=generator) * 0.2
+    run = Run(Path(config["paths"]["run"]))
+    run.path.mkdir(parents=True)
+    (run.path / "config.yaml").write_text(yaml.safe_dump(config))
+    if model == "clip":
+        run.tokenizer.write_text(json.dumps(datamodule.tokenizer.to_dict()))
+    run.save(stage.net, {"stage": config["stage"], **datamodule.describe(), "metrics": {}})
+    return run
+
+
+@pytest.fixture(scope="session")
+def untrained_stages(tmp_path_factory) -> Path:
+    """logs/ with CLIP, prior and decoder named `default`. Read only: copy what you change."""
+    logs = tmp_path_factory.mktemp("untrained") / "logs"
+    for model in ("clip", "prior", "decoder"):
+        untrained(model, logs)
+    return logs
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    """Everything in a folder, to see that nothing has changed."""
+    return {
+        os.path.relpath(path, folder): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

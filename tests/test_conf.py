@@ -1,0 +1,217 @@
+"""Every file of conf/ composes and makes what it says; paper sizes are those of the papers."""
+
+import inspect
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+from conftest import untrained
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+from tiny import ROOT, configure
+
+from dalle.build import build, check
+from dalle.diffusion.samplers import Sampler
+from dalle.errors import UserError
+from dalle.runs import Run
+from dalle.training import check_machine, count, fill_sizes, make_trainer
+
+CONF = ROOT / "conf"
+FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*.yaml"))
+
+# Parameters of every preset that is not for a laptop. Radford et al. 2021 give no number for ViT-B/32; the release
+# has 151,277,313. Ramesh et al. 2022, Table 3: prior 1B, decoder 3.5B (with GLIDE's text transformer, absent here).
+PAPER = {"clip_paper": 151_277_313, "prior_paper": 1_228_551_168, "decoder_paper": 2_254_871_046}
+
+
+def files_of(group: str) -> list[str]:
+    return [name.rsplit("/", 1)[1] for name in FILES if name.rsplit("/", 1)[0] == group]
+
+
+def config_of(*overrides: str, primary: str = "train") -> dict:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose(primary, list(overrides))
+    if "data" in config and OmegaConf.is_missing(config.data, "root"):
+        config.data.root = "PICTURES"
+    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(plain, dict)
+    return plain
+
+
+def command_of(file: str) -> tuple[str, list[str]]:
+    """The primary config and the overrides that use a file of conf/."""
+    group, _, name = file.rpartition("/")
+    if not group:
+        return name, []
+    if group == "experiment/stage":
+        experiment, model = name.rsplit("_", 1)
+        assert experiment in files_of("experiment"), f"{file} is never used"
+        return "train", [f"experiment={experiment}", f"model={model}"]
+    if group == "model/net":
+        return "train", ["model=decoder", f"model/net={name}"]
+    if group in ("pipeline", "paths", "debug"):
+        return "sample", [f"{group}={name}"]
+    return "train", [f"{group}={name}"]
+
+
+def check_all(config: dict) -> None:
+    for key in ("datamodule", "model", "callbacks", "logger"):
+        check(config[key], key)
+    check({"_target_": "lightning.Trainer", **config["trainer"]}, "trainer")
+
+
+@pytest.mark.parametrize("file", [file for file in FILES if not file.startswith("hydra/")])
+def test_composes(file):
+    primary, overrides = command_of(file)
+    config = config_of(*overrides, primary=primary)
+    if primary == "train":
+        check_all(config)
+
+
+@pytest.mark.parametrize("model", ["clip", "prior", "decoder"])
+def test_groups_switch_freely(model):
+    """Every choice of every group under every model, several groups at a time."""
+    groups = ("debug", "experiment", "optimizer", "precision", "trainer", "sampler", "data", "callbacks")
+    choices = {group: files_of(group) for group in groups}
+    for k in range(max(map(len, choices.values()))):
+        picked = [f"{group}={names[k % len(names)]}" for group, names in choices.items()]
+        check_all(config_of(f"model={model}", *picked))
+
+
+def test_a_sweep_gives_every_job_a_directory_of_its_own():
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        overrides = ["hydra=sweep", "model=prior", "optimizer.lr=1e-4", "name=x", "hydra.job.num=0"]
+        config = compose("train", overrides, return_hydra_config=True)
+    excluded = config.hydra.job.config.override_dirname.exclude_keys
+    assert {"model", "name", "resume", "overwrite"} <= set(excluded)
+    assert "override_dirname" in OmegaConf.to_container(config)["paths"]["run"]
+
+
+def test_trainer_has_every_argument_of_lightnings():
+    arguments = set(inspect.signature(lightning.Trainer).parameters)
+    listed = set(OmegaConf.load(CONF / "trainer" / "auto.yaml"))
+    assert listed == arguments - {"callbacks", "logger", "default_root_dir"}
+
+
+@pytest.mark.parametrize("name", [name for name in files_of("model") if name.endswith("_paper")])
+def test_paper_sizes(name):
+    config = config_of(f"model={name}")
+    assert "auto" not in config["model"]["net"].values()
+    with torch.device("meta"):
+        stage = build(config["model"], "model")
+    assert count(stage.net) == PAPER[name]
+
+
+def test_a_net_with_other_options_than_the_preset_is_refused():
+    with pytest.raises(
+        UserError, match=r"model.net.multipliers is not an option of DiT; it takes image_size"
+    ):
+        check_all(config_of("model=decoder_paper", "model/net=dit"))
+
+
+LAPTOP = [(name, None) for name in files_of("model") if not name.endswith("_paper") and name != "decoder"]
+LAPTOP += [("decoder", net) for net in files_of("model/net")]
+
+
+@pytest.mark.parametrize(("model", "net"), LAPTOP)
+def test_laptop_sizes(untrained_stages, model, net):
+    """At their real size, on the sizes that data and CLIP have."""
+    clip = f"upstream.clip='{untrained_stages / 'default' / 'clip'}'"
+    small = ("data.size=64", "data.image_size=32", "trainer=cpu")
+    config = config_of(f"model={model}", clip, *small, *([f"model/net={net}"] if net else []))
+    datamodule = build(config["datamodule"], "datamodule")
+    wanted = {key for key, value in config["model"]["net"].items() if value == "auto"}
+    assert wanted
+    assert wanted <= datamodule.sizes.keys()
+    fill_sizes(config, datamodule.sizes)
+    net_sizes = config["model"]["net"]
+    assert {key: net_sizes[key] for key in wanted} == {key: datamodule.sizes[key] for key in wanted}
+    stage = build(config["model"], "model")
+    assert count(stage.net) < 6e6  # a laptop trains it in minutes
+
+
+def test_a_size_that_the_data_does_not_have_is_refused(untrained_stages):
+    config = configure("clip", untrained_stages, "model.net.image_size=24")
+    with pytest.raises(UserError, match=r"model.net.image_size=24 does not fit the data, which has 16"):
+        fill_sizes(config, {"image_size": 16, "vocab_size": 300, "context_length": 8})
+    config["model"]["net"]["image_size"] = "auto"
+    with pytest.raises(UserError, match=r"model.net.image_size=auto, but the data does not say it"):
+        fill_sizes(config, {})
+
+
+@pytest.mark.parametrize("name", files_of("sampler"))
+def test_samplers(name):
+    sampler = build(config_of(f"sampler={name}")["sampler"], "sampler")
+    assert isinstance(sampler, Sampler)
+    assert sampler.method == name
+
+
+@pytest.mark.parametrize("name", files_of("optimizer"))
+def test_optimizers(name):
+    recipe = build(config_of(f"optimizer={name}", "model=prior")["optimizer"], "optimizer")
+    net = torch.nn.Linear(3, 2)
+    optimizer, schedule = recipe.build(net, 1000)
+    before = net.weight.detach().clone()
+    net(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    schedule.step()
+    assert type(optimizer).__name__.lower() == name
+    assert not torch.equal(net.weight, before)
+
+
+@pytest.mark.parametrize("group", ["trainer", "precision", "callbacks", "logger"])
+def test_trainers(group, tmp_path):
+    """Every choice makes a real Trainer, or says what the machine lacks."""
+    for name in files_of(group):
+        extra = [] if group == "trainer" else ["trainer=cpu"]
+        config = config_of(f"{group}={name}", f"paths.logs='{tmp_path}'", *extra)
+        try:
+            check_machine(config)
+            trainer = make_trainer(config, Run(tmp_path))
+        except UserError as error:
+            assert name in ("gpu", "fsdp")
+            assert "PyTorch sees none" in str(error)
+            assert not torch.cuda.is_available()
+        else:
+            made = {type(callback).__name__ for callback in trainer.callbacks}
+            assert "LastCheckpoint" in made
+            assert ("Ema" in made) == (name != "none")
+            assert trainer.max_steps == config["trainer"]["max_steps"]
+
+
+def test_sources_of_ones_own_pictures(tmp_path):
+    from PIL import Image
+
+    for k in range(4):
+        folder = tmp_path / "red things"
+        folder.mkdir(exist_ok=True)
+        Image.new("RGB", (20, 16), (200, 10 * k, 0)).save(folder / f"{k}.png")
+        (folder / f"{k}.txt").write_text(f"number {k}\n")
+    for name in ("folder", "imagefolder"):
+        config = config_of("model=clip", f"data={name}", f"data.root='{tmp_path}'", "data.image_size=8")
+        source = build(config["datamodule"]["source"], "data")(split="train")
+        assert source.images([0]).shape == (1, 3, 8, 8)
+        assert source.captions(0) == (
+            ["a photo of a red things"] if name == "imagefolder" else source.captions(0)
+        )
+        assert type(source).__name__.lower() == name
+
+
+def test_clip_and_tokenizer_choices(tmp_path):
+    logs = tmp_path / "logs"
+    for name in files_of("tokenizer"):
+        config = configure("clip", logs, f"tokenizer={name}")
+        tokenizer = build(config["tokenizer"], "tokenizer")
+        tokenizer = tokenizer(["a red circle"]) if config["tokenizer"].get("_partial_") else tokenizer
+        assert tokenizer(["a red circle"]).shape == (1, tokenizer.context_length)
+    run = untrained("clip", logs)
+    config = configure("prior", logs)
+    assert Path(config["clip"]["path"]) == run.path
+    assert set(files_of("clip")) == {
+        "run",
+        "open_clip",
+    }  # the second needs a download: tests/data/test_open_clip.py
