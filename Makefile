@@ -6,7 +6,7 @@ PY := .venv/bin/python
 
 demo: .venv/demo      ## train CLIP, prior and decoder on the CPU, sample a grid, print a table
 	$(PY) train.py -m model=clip,prior,decoder name=demo resume=true
-	$(PY) sample.py name=demo prompts=conf/prompts/shapes.txt
+	$(PY) sample.py name=demo prompts=prompts/shapes.txt
 	$(PY) -m dalle.demo logs/demo
 
 test: .venv/dev       ## all tests; compiled networks in a second call, without the shape checks that break torch.compile
