@@ -1,4 +1,4 @@
-"""What tests of the command line share: entry points in this process, and tiny stages that have never been trained."""
+"""What tests of the command line share: entry points in this process, and tiny stages that never trained."""
 
 import json
 import os

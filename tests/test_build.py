@@ -37,8 +37,8 @@ def test_partials_wait_for_what_is_missing():
 
 
 def test_arguments_may_be_objects():
-    made = build({"_target_": "dalle.diffusion.denoiser.Denoiser", "_partial_": True, "prediction": "x0",
-                  "schedule": {"_target_": "dalle.diffusion.schedule.Schedule", "name": "cosine"}})  # fmt: skip
+    schedule = {"_target_": "dalle.diffusion.schedule.Schedule", "name": "cosine"}
+    made = build({"_target_": "dalle.diffusion.denoiser.Denoiser", "_partial_": True, "schedule": schedule})
     assert isinstance(made.keywords["schedule"], Schedule)
 
 
@@ -116,11 +116,13 @@ def test_check_makes_nothing_and_lets_auto_pass(monkeypatch):
         ("a", str, True), (1, str, False), (None, str, False),
         (None, int | None, True), ("x", int | None, False),
         ("a", Literal["a", "b"], True), ("c", Literal["a", "b"], False), (True, Literal[1], False),
-        ([1, 2], list[int], True), ([1, "b"], list[int], False), (1, list[int], False), ("ab", Sequence[str], False),
+        ([1, 2], list[int], True), ([1, "b"], list[int], False), (1, list[int], False),
+        ("ab", Sequence[str], False), (["ab"], Sequence[str], True),
         ([1, 2.5], tuple[float, float], True), (["a"], tuple[float, ...], False), ([1], list, True),
         ("logs", str | Path, True), (3, str | Path, False),
-        (None, nn.Module, False), ("net", nn.Module, False), (nn.Identity(), nn.Module, True), (object(), int, True),
-        (3, Any, True), ({}, object, True), (3, Callable[[int], int], False), ({"a": 1}, dict[str, int], True),
+        (None, nn.Module, False), ("net", nn.Module, False),
+        (nn.Identity(), nn.Module, True), (object(), int, True),
+        (3, Any, True), ({}, object, True), ({"a": 1}, dict[str, int], True), (3, Callable[[int], int], False),
         (3, "a forward reference", True),
     ],
 )  # fmt: skip

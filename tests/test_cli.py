@@ -75,7 +75,7 @@ def run_with(monkeypatch, error: BaseException, *arguments: str):
 
 
 def test_a_users_mistake_ends_with_code_1_and_one_line(monkeypatch):
-    with pytest.raises(SystemExit, match="^error: do this$") as ended:
+    with pytest.raises(SystemExit, match=r"^error: do this$") as ended:
         run_with(monkeypatch, UserError("do\n this"))
     assert ended.value.code == "error: do this"  # Python prints it on stderr and exits with 1
 

@@ -12,14 +12,19 @@ MAY = {
     "nets": {"torch", "einops", "jaxtyping"},
     "diffusion": {"torch", "jaxtyping"},
     "data": {
-        "torch", "lightning", "jaxtyping", "torchvision", "PIL", "numpy", "tokenizers", "tqdm", "open_clip", "safetensors",
-        "dalle.nets",
+        "torch", "lightning", "jaxtyping", "torchvision", "PIL", "numpy", "tokenizers", "tqdm", "open_clip",
+        "safetensors", "dalle.nets",
     },
-    "stages": {"torch", "torchmetrics", "lightning", "jaxtyping", "dalle.diffusion", "dalle.data.batch", "dalle.data.norm"},
-    "metrics": {"torch", "torchmetrics", "lightning", "torch_fidelity", "jaxtyping", "open_clip", "dalle.data", "dalle.pictures"},
+    "stages": {
+        "torch", "torchmetrics", "lightning", "jaxtyping", "dalle.diffusion", "dalle.data.batch", "dalle.data.norm",
+    },
+    "metrics": {
+        "torch", "torchmetrics", "lightning", "torch_fidelity", "jaxtyping", "open_clip", "dalle.data",
+        "dalle.pictures",
+    },
     "pipelines": {
-        "torch", "jaxtyping", "yaml", "tqdm", "dalle.data", "dalle.diffusion", "dalle.stages", "dalle.nets", "dalle.metrics",
-        "dalle.runs", "dalle.build",
+        "torch", "jaxtyping", "yaml", "tqdm", "dalle.data", "dalle.diffusion", "dalle.stages", "dalle.nets",
+        "dalle.metrics", "dalle.runs", "dalle.build",
     },
 }  # fmt: skip
 FILES = sorted(SOURCE.rglob("*.py"))

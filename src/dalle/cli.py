@@ -38,7 +38,7 @@ def quoted(argument: str) -> str:
         return argument
     if len(value) > 1 and value[0] + value[-1] in ("[]", "''", '""'):
         return argument
-    # Backslashes count before what they escape, and only there: "${", a reference to a setting; then the quotes
+    # Backslashes count before what they escape: a reference to a setting, "${", and quotes
     text = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     text = re.sub(r"(\\*)('|\Z)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), text)
     return f"{key}='{text}'"

@@ -1,0 +1,51 @@
+"""The command lines of the README are real ones."""
+
+import re
+import shlex
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+from tiny import ROOT
+
+from dalle import cli
+
+FILES = [ROOT / "README.md", ROOT / "Makefile", *sorted((ROOT / "conf").rglob("*.yaml"))]
+TEXT = "\n".join(path.read_text(encoding="utf-8") for path in FILES)
+FOUND = set(re.findall(r"(?:python|\$\(PY\)) ((?:train|sample)\.py\b[^`\n|]*)", TEXT))
+COMMANDS = sorted(line for line in FOUND if "..." not in line)
+
+
+def test_there_are_commands():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "python train.py" in readme
+    assert "python sample.py" in readme
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_compose(line):
+    words = shlex.split(re.split(r" : | # ", line)[0], comments=True)
+    script, arguments = words[0], [cli.quoted(word) for word in words[1:]]
+    sweep = "-m" in arguments
+    overrides = [word for word in arguments if word not in ("-m", "--cfg", "job")]
+    assert all("=" in word for word in overrides), line
+    for job in jobs(overrides) if sweep else [overrides]:
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            config = compose(script.removesuffix(".py"), job)
+        if "hydra=sweep" not in job:  # its directory is named by the job, which only a real run has
+            OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+
+
+def jobs(overrides: list[str]) -> list[list[str]]:
+    """One list of overrides for each first and last of several comma-separated values."""
+    return [
+        [re.sub(r"=(?![\[\"']).*,.*", lambda m: "=" + m[0][1:].split(",")[k], word) for word in overrides]
+        for k in (0, -1)
+    ]
+
+
+@pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:conf|src|tests|docs)/[\w./-]+)`", TEXT))))
+def test_files_named_are_there(path):
+    assert (ROOT / path).exists()
