@@ -122,7 +122,8 @@ def test_check_makes_nothing_and_lets_auto_pass(monkeypatch):
         ("logs", str | Path, True), (3, str | Path, False),
         (None, nn.Module, False), ("net", nn.Module, False),
         (nn.Identity(), nn.Module, True), (object(), int, True),
-        (3, Any, True), ({}, object, True), ({"a": 1}, dict[str, int], True), (3, Callable[[int], int], False),
+        (3, Any, True), ({}, object, True), ({"a": 1}, dict[str, int], True),
+        (3, Callable[[int], int], False),
         (3, "a forward reference", True),
     ],
 )  # fmt: skip

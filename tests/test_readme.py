@@ -40,10 +40,8 @@ def test_commands_compose(line):
 
 def jobs(overrides: list[str]) -> list[list[str]]:
     """One list of overrides for each first and last of several comma-separated values."""
-    return [
-        [re.sub(r"=(?![\[\"']).*,.*", lambda m: "=" + m[0][1:].split(",")[k], word) for word in overrides]
-        for k in (0, -1)
-    ]
+    keys_values = [word.split("=", 1) for word in overrides]
+    return [[f"{key}={value.split(',')[k]}" for key, value in keys_values] for k in (0, -1)]
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:conf|src|tests|docs)/[\w./-]+)`", TEXT))))
