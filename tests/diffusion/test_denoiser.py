@@ -261,7 +261,7 @@ def test_hybrid_loss_adds_the_bound_and_keeps_it_off_the_mean():
         ("flow", {"prediction": "v"}, "take velocity"),
         ("flow", {"prediction": "eps"}, "pure noise"),
         ("cosine", {"prediction": "noise"}, "choose one of eps"),
-        ("cosine", {"weighting": "snr"}, "choose one of none, min_snr"),
+        ("cosine", {"weighting": "snr"}, "choose one of none, min_snr, velocity"),
         ("cosine", {"time_sampling": "sobol"}, "choose one of uniform"),
         ("cosine", {"prediction": "v", "learned_variance": True}, "needs prediction=eps"),
         ("flow", {"prediction": "x0", "learned_variance": True}, "needs prediction=eps"),
@@ -275,3 +275,11 @@ def test_what_does_not_fit_is_refused(schedule, arguments, says):
 def test_eps_is_refused_with_zero_terminal_snr():
     with pytest.raises(UserError, match="take v or x0"):
         Denoiser(nn.Identity(), Schedule("linear", zero_terminal_snr=True), "eps")
+
+
+@pytest.mark.parametrize("prediction", ["x0", "velocity"])
+def test_velocity_weighting_is_the_loss_of_the_velocity_whatever_is_predicted(prediction):
+    t = torch.tensor([0.5, 0.9], dtype=torch.float64)
+    weight = Denoiser(nn.Identity(), Schedule("flow"), prediction, "velocity").weight(t)
+    of_x0 = 1 / (t.square() + 0.05)
+    torch.testing.assert_close(weight, of_x0 if prediction == "x0" else of_x0 * t.square())

@@ -15,14 +15,16 @@ from dalle.diffusion.schedule import Schedule, expand, posterior, precise
 from dalle.errors import UserError
 
 MIN_SNR_GAMMA = 5.0
+VELOCITY_FLOOR = 0.05  # keeps the last, nearly clean times from outweighing all others
 
 
 class Denoiser(nn.Module):
     """Wraps `net(x_t, t, **cond) -> (B, C, ...)`, where t is the continuous time in [0, 1].
 
     prediction: what the network's output means: `eps`, `x0`, `v` (variance-preserving schedules only) or
-    `velocity` (flow only). weighting: `none` or `min_snr`. time_sampling: `uniform` or `logit_normal` with
-    `logit_mean` and `logit_std`; rounded up to a discrete level where the schedule has them.
+    `velocity` (flow only). weighting: `none`, `min_snr`, or `velocity` (the loss of the velocity, whatever is
+    predicted: Li & He 2025 for x0). time_sampling: `uniform` or `logit_normal` with `logit_mean` and `logit_std`;
+    rounded up to a discrete level where the schedule has them.
     learned_variance: the network emits 2C channels, the second half the variance (eps prediction on a
     variance-preserving schedule only). Raises UserError for combinations that do not exist.
     """
@@ -108,9 +110,11 @@ class Denoiser(nn.Module):
             return torch.ones_like(t)
         alpha, sigma = self.schedule.alpha_sigma(t)
         snr = (alpha / sigma).square()
-        # Hang et al. 2023: min(SNR, gamma) on the error of x0, which is this many times that of the output
+        # the error of x0 is this many times that of the output
         gain = {"eps": 1 / snr, "x0": torch.ones_like(snr)}.get(self.prediction, sigma.square())
-        return torch.where(snr > 0, snr.clamp(max=MIN_SNR_GAMMA) * gain, 1.0)
+        if self.weighting == "velocity":  # an error of x0 is sigma times one of the velocity (x_t - x0) / sigma
+            return gain / (sigma.square() + VELOCITY_FLOOR)
+        return torch.where(snr > 0, snr.clamp(max=MIN_SNR_GAMMA) * gain, 1.0)  # Hang et al. 2023
 
     def _x0(self, x_t: Tensor, out: Tensor, t: Tensor) -> Tensor:
         if self.prediction == "x0":
@@ -188,7 +192,7 @@ def _check(
 ) -> None:
     for name, value, known in (
         ("prediction", prediction, ("eps", "x0", "v", "velocity")),
-        ("weighting", weighting, ("none", "min_snr")),
+        ("weighting", weighting, ("none", "min_snr", "velocity")),
         ("time_sampling", time_sampling, ("uniform", "logit_normal")),
     ):
         if value not in known:
