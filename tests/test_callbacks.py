@@ -323,6 +323,19 @@ class TestLastCheckpoint:
             fit(Line(), LastCheckpoint(tmp_path), Ender(2, fail), steps=6)
         assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
 
+    def test_an_error_before_training_touches_nothing(self, tmp_path):
+        """The counter of steps is restored before the optimizer, which may not fit."""
+
+        class Other(Line):
+            def configure_optimizers(self):
+                return torch.optim.SGD([{"params": [self.net.weight]}, {"params": [self.other]}], lr=1)
+
+        fit(Line(), LastCheckpoint(tmp_path), steps=2)
+        before = (tmp_path / "last.ckpt").read_bytes()
+        with pytest.raises(ValueError, match="parameter groups"):
+            fit(Other(), LastCheckpoint(tmp_path), steps=4, ckpt=tmp_path / "last.ckpt")
+        assert (tmp_path / "last.ckpt").read_bytes() == before
+
     def test_handlers_are_given_back(self, tmp_path):
         handlers = [signal.getsignal(s) for s in LastCheckpoint.SIGNALS]
         fit(Line(), LastCheckpoint(tmp_path), steps=1)

@@ -256,6 +256,17 @@ def test_a_truncated_checkpoint_is_named(logs, probe):
         train("prior", logs, "resume=true")
 
 
+def test_another_network_cannot_go_on(logs, probe):
+    probe(Probe(stop_at(1)))
+    with pytest.raises(SystemExit):
+        train("prior", logs)
+    run = Run(logs / "default" / "prior")
+    before = run.checkpoint.read_bytes()
+    with pytest.raises(UserError, match=r"of another network .* config\.yaml"):
+        train("prior", logs, "resume=true", "model.net.width=32")
+    assert run.checkpoint.read_bytes() == before
+
+
 # Choices
 
 

@@ -273,10 +273,9 @@ class Progress(TQDMProgressBar):
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps ``last.ckpt`` current: every `every` steps, at the end, and when training is stopped (Ctrl-C,
-    SIGTERM).
+    """Keeps ``last.ckpt`` current: every `every` steps, at the end, and when training is stopped.
 
-    The signal only takes effect at the end of a training batch, where the state is whole, and on all ranks
+    Ctrl-C and SIGTERM take effect at the end of a training step, where the state is whole, and on all ranks
     at the same one; a second signal stops at once.
     """
 
@@ -284,14 +283,15 @@ class LastCheckpoint(Checkpoint):
 
     def __init__(self, directory: str | Path, every: int = 1000) -> None:
         self.path, self.every = Path(directory) / "last.ckpt", every
-        self.saved_step = 0
+        self.saved_step: int | None = None  # None: training has not begun, there is nothing to save
         self.asked = self.agreed = False
         self.handlers: dict[int, Any] = {}
 
     def save(self, trainer: lightning.Trainer) -> None:
-        if trainer.global_step > self.saved_step and not trainer.fast_dev_run:
-            trainer.save_checkpoint(self.path)  # Lightning writes aside and renames
-            self.saved_step = trainer.global_step
+        if self.saved_step is None or trainer.global_step <= self.saved_step or trainer.fast_dev_run:
+            return
+        trainer.save_checkpoint(self.path)  # Lightning writes aside and renames
+        self.saved_step = trainer.global_step
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
         self.saved_step = trainer.global_step
@@ -302,9 +302,8 @@ class LastCheckpoint(Checkpoint):
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        os.write(
-            2, b"\nstopping after this step; once more stops at once\n"
-        )  # print may not be entered twice
+        # print may not be entered twice
+        os.write(2, b"\nstopping after this step; once more stops at once\n")
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
         if trainer.world_size == 1:
@@ -330,10 +329,8 @@ class LastCheckpoint(Checkpoint):
         if trainer.state.fn == "fit" and (self.agreed or trainer.world_size == 1):
             self.save(trainer)
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero and self.path.exists():
-            print(
-                f"\nstopped; the same command with resume=true goes on from step {self.saved_step}",
-                flush=True,
-            )
+            step = "there" if self.saved_step is None else f"step {self.saved_step}"
+            print(f"\nstopped; the same command with resume=true goes on from {step}", flush=True)
 
     def restore_handlers(self) -> None:
         for number, handler in self.handlers.items():

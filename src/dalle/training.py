@@ -54,6 +54,8 @@ def train(config: Config) -> dict[str, float]:
     stage: Stage = build(config["model"], "model")
     if config["compile"]:
         stage.net.compile()
+    if resuming:
+        check_same_network(run.checkpoint, stage)
     trainer = make_trainer(config, run)
     datamodule.trainer = trainer
     datamodule.train_dataloader()  # refuses a batch larger than the data, while nothing has been touched
@@ -186,6 +188,18 @@ def check_readable(checkpoint: Path) -> None:
             f"{checkpoint} cannot be read ({str(error).splitlines()[0]}); "
             "delete it, or start again with overwrite=true"
         ) from None
+
+
+def check_same_network(checkpoint: Path, stage: Stage) -> None:
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    own = stage.state_dict()
+    for key in sorted(saved.keys() | own.keys()):
+        there, here = (tuple(s[key].shape) if key in s else None for s in (saved, own))
+        if there != here:
+            raise UserError(
+                f"{checkpoint} is of another network ({key} is {there} there, {here} here); resume with the "
+                "settings in config.yaml beside it, or train another with name=other"
+            )
 
 
 def kept_tokenizer(config: Config, run: Run) -> Config:
