@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test check clean
+.PHONY: demo test check bench clean
 
 demo: .venv/demo      ## train CLIP, prior and decoder on the CPU, sample a grid, print a table
 	$(PY) train.py -m model=clip,prior,decoder name=demo resume=true
@@ -29,6 +29,9 @@ check: .venv/dev      ## lint, format, types
 .venv/dev: .venv/bin/python pyproject.toml constraints.txt
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@ .venv/demo
+
+bench: .venv/dev      ## speed beside diffusers and open_clip; see benchmarks/README.md
+	$(PY) benchmarks/speed.py
 
 clean:                ## remove the environment; runs in logs/ stay
 	rm -rf .venv
