@@ -77,11 +77,11 @@ def untrained(model: str, logs: Path, *more: str, seed: int = 0) -> Run:
     config = configure(model, logs, *more)
     datamodule = build(config["datamodule"], "datamodule")
     fill_sizes(config, datamodule.sizes)
-    stage = build(config["model"], "model")
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in stage.net.named_parameters():  # heads are zero at birth: nothing would depend on anything
-        if "logit_scale" not in name:
-            p.data = torch.randn(p.shape, generator=generator) * 0.2
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        stage = build(config["model"], "model")
+        for p in stage.net.parameters():  # heads are zero at birth: nothing would depend on anything
+            p.data += torch.randn_like(p) * 0.2
     run = Run(Path(config["paths"]["run"]))
     run.path.mkdir(parents=True)
     (run.path / "config.yaml").write_text(yaml.safe_dump(config))

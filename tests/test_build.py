@@ -135,7 +135,7 @@ def test_types_in_a_users_words():
     assert describe(int | None) == "a whole number or null"
     assert describe(Literal["a", "b"]) == "one of a, b"
     assert describe(tuple[float, float]) == describe(Sequence[int]) == "a list"
-    assert describe(float) == "a number"
+    assert describe(float) == describe(float | int) == "a number"
     assert describe(torch.Tensor) == "Tensor"
 
 

@@ -21,8 +21,8 @@ from dalle.training import check_machine, count, fill_sizes, make_trainer
 CONF = ROOT / "conf"
 FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*.yaml"))
 
-# Parameters of every preset that is not for a laptop. CLIP's released ViT-B/32 has exactly these. Ramesh et
-# al. 2022, Table 3, say 1B for the prior and 3.5B for the decoder, with a text transformer that is absent here.
+# Parameters of every preset that is not for a laptop. CLIP has those of the released ViT-B/32. Table 3 of
+# Ramesh et al. 2022 says 1B for the prior, 3.5B for the decoder with a text transformer that is absent here.
 PAPER = {"clip_paper": 151_277_313, "prior_paper": 1_228_551_168, "decoder_paper": 2_259_067_398}
 
 
@@ -61,6 +61,15 @@ def check_all(config: dict) -> None:
     for key in ("datamodule", "model", "callbacks", "logger"):
         check(config[key], key)
     check({"_target_": "lightning.Trainer", **config["trainer"]}, "trainer")
+
+
+@pytest.mark.parametrize("primary", ["train", "sample"])
+def test_no_setting_has_the_name_of_a_group_that_is_not_used(primary):
+    """`key=value` chooses a file of the folder conf/key, if there is one, whatever the setting `key` says."""
+    config = OmegaConf.to_container(OmegaConf.load(CONF / f"{primary}.yaml"))
+    assert isinstance(config, dict)
+    chosen = {group for entry in config.pop("defaults") if isinstance(entry, dict) for group in entry}
+    assert not {key for key in config if (CONF / key).is_dir()} - chosen
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if not file.startswith("hydra/")])

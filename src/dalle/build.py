@@ -127,7 +127,8 @@ def describe(hint: Any) -> str:
     """A type in a user's words."""
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(describe(option) for option in options)
+        said = [option for option in options if option is not int or float not in options]
+        return " or ".join(map(describe, said))
     if origin is typing.Literal:
         return "one of " + ", ".join(map(str, options))
     words = {

@@ -29,10 +29,10 @@ class Request:
     n: int
     seed: int
     steps: int | None
-    guidance: float | None
-    text_guidance: float | None
+    guidance: float | int | None
+    text_guidance: float | int | None
     batch_size: int
-    precision: Literal["auto", "fp32", "bf16"]
+    precision: Literal["auto", "32-true", "bf16-mixed"]
     device: Literal["auto", "cpu", "cuda"]
     truncate: bool
     out: str | None
@@ -131,7 +131,7 @@ def make_recipe(request: Request, prompts: list[str]) -> Recipe:
         "guidance": pipeline["prior_guidance"],
         "candidates": pipeline["prior_candidates"],
     }
-    automatic = "bf16" if fast_in_bf16() else "fp32"
+    half = request.precision == "bf16-mixed" or (request.precision == "auto" and fast_in_bf16())
     return Recipe(
         prompts=prompts,
         n=request.n,
@@ -140,7 +140,7 @@ def make_recipe(request: Request, prompts: list[str]) -> Recipe:
         prior=prior if pipeline["prior"] else {},
         decoder=decoder,
         batch_size=request.batch_size,
-        precision=automatic if request.precision == "auto" else request.precision,
+        precision="bf16" if half else "fp32",
         device=pick_device(request.device),
         truncate=request.truncate,
     )
@@ -154,8 +154,10 @@ def options(node: dict[str, Any], stage: str) -> dict[str, Any]:
     """
     chosen = {key: value for key, value in node.items() if value is not None}
     for key, hint in {"guidance": float, "text_guidance": float, "candidates": int}.items():
-        if key in chosen and not fits(chosen[key], hint):
-            raise UserError(f"{key} of the {stage} must be {describe(hint)}, got {chosen[key]!r}")
+        if key in chosen:
+            if not fits(chosen[key], hint):
+                raise UserError(f"{key} of the {stage} must be {describe(hint)}, got {chosen[key]!r}")
+            chosen[key] = hint(chosen[key])
     if "sampler" in chosen:
         node = {"_target_": "dalle.diffusion.samplers.Sampler", **chosen["sampler"]}
         chosen["sampler"] = build(node, f"the {stage}'s sampler")
