@@ -16,7 +16,9 @@ def run(main: Callable[[], None]) -> None:
     """Calls a Hydra main function and turns what a user can fix into one line on stderr."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra's own report is long; this makes it raise instead
     plain = {"debug=true": "debug=traceback", "debug=false": "debug=none"}  # `debug` is a config group
-    sys.argv = [plain.get(argument, quoted(argument)) for argument in sys.argv]
+    script, *arguments = [plain.get(argument, quoted(argument)) for argument in sys.argv]
+    arguments.sort(key=lambda argument: argument not in ("-m", "--multirun"))  # argparse wants them together
+    sys.argv = [script, *arguments]
     shown = any(re.match(r"\+?debug=(?!none)", a) for a in sys.argv)
     try:
         main()

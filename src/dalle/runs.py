@@ -13,7 +13,7 @@ A run is finished when its manifest is there: it is written last. Every file is 
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ class Run:
             raise UserError(
                 f"{self.path} holds no finished run (no manifest.json); train it, or give another path"
             )
-        manifest = self._read("manifest.json", json.loads)
+        manifest = self._read("manifest.json", json.loads, needs=("schema",))
         if manifest.get("schema") != SCHEMA:
             raise UserError(
                 f"{self.path} was written with layout {manifest.get('schema')}, this version reads {SCHEMA}; "
@@ -84,16 +84,16 @@ class Run:
 
     def config(self) -> dict[str, Any]:
         """The resolved configuration it was trained with. Raises UserError when it cannot be read."""
-        return self._read("config.yaml", yaml.safe_load)
+        return self._read("config.yaml", yaml.safe_load, needs=("model", "clip"))
 
-    def _read(self, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
+    def _read(self, name: str, parse: Callable[[str], Any], needs: Sequence[str]) -> dict[str, Any]:
         try:
             content = parse((self.path / name).read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError) as error:
             raise UserError(
                 f"{self.path / name} cannot be read ({error}); restore it or train the stage again"
             ) from None
-        if not isinstance(content, dict):
+        if not isinstance(content, dict) or any(key not in content for key in needs):
             raise UserError(f"{self.path / name} is damaged; restore it or train the stage again")
         return content
 
