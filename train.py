@@ -7,6 +7,7 @@ any work starts; what happens then is dalle.training.
 import signal
 import subprocess
 import sys
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -29,7 +30,7 @@ def main() -> None:
         jobs.append((cfg, list(HydraConfig.get().overrides.task), HydraConfig.get().mode))
 
     compose()
-    configs = [OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True) for cfg, _, _ in jobs]
+    configs: list[Any] = [OmegaConf.to_container(c, resolve=True, throw_on_missing=True) for c, _, _ in jobs]
     for config, (_, overrides, mode) in zip(configs, jobs, strict=True):
         if mode == RunMode.MULTIRUN:
             run_job([*overrides, f"paths.run='{config['paths']['run']}'"])

@@ -198,9 +198,16 @@ class GenerationTest(lightning.Callback):
             pl_module.log_dict({f"test/{key}": value for key, value in table.items()}, rank_zero_only=True)
 
 
+def is_logging(trainer: Any) -> bool:
+    """Whether the metrics of this step are written down."""
+    every = trainer.log_every_n_steps
+    return every > 0 and trainer.global_step % every == 0
+
+
 def take(batch: Batch, count: int) -> Batch:
     """The first `count` samples of a batch."""
-    return Batch(**{key: value[:count] for key, value in batch.items()})
+    values: Any = batch
+    return Batch(**{key: value[:count] for key, value in values.items()})
 
 
 def log_picture(trainer: lightning.Trainer, key: str, picture: Any) -> None:
@@ -236,7 +243,7 @@ class LossByTime(lightning.Callback):
             self.sums = torch.zeros(2, self.bins, device=which.device)
         self.sums[0].index_add_(0, which, outputs["per_sample"].float())
         self.sums[1].index_add_(0, which, torch.ones_like(which, dtype=torch.float32))
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if is_logging(trainer):
             means = self.sums[0] / self.sums[1]  # nan where no time fell into
             names = [f"train/loss_t{i / self.bins:.2f}-{(i + 1) / self.bins:.2f}" for i in range(self.bins)]
             pl_module.log_dict(dict(zip(names, means, strict=True)))
@@ -256,7 +263,7 @@ class Throughput(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: Stage, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         self.samples += len(batch["caption"]) * trainer.world_size
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if is_logging(trainer):
             pl_module.log("train/samples_per_second", self.samples / (time.perf_counter() - self.started))
             self.samples, self.started = 0, 0.0
 
@@ -288,7 +295,9 @@ class LastCheckpoint(Checkpoint):
         self.handlers: dict[int, Any] = {}
 
     def save(self, trainer: lightning.Trainer) -> None:
-        if self.saved_step is None or trainer.global_step <= self.saved_step or trainer.fast_dev_run:
+        if trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
+            return
+        if self.saved_step is None or trainer.global_step <= self.saved_step:
             return
         trainer.save_checkpoint(self.path)  # Lightning writes aside and renames
         self.saved_step = trainer.global_step

@@ -17,6 +17,7 @@ from typing import Any
 import lightning
 import torch
 import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
@@ -74,7 +75,7 @@ def train(config: Config) -> dict[str, float]:
     seconds = time.perf_counter() - started
     trainer.test(stage, datamodule=datamodule, verbose=False)
     metrics = {k: round(float(v), 6) for k, v in trainer.callback_metrics.items() if k.startswith("test/")}
-    if trainer.fast_dev_run or trainer.overfit_batches:
+    if config["trainer"].get("fast_dev_run") or config["trainer"].get("overfit_batches"):
         if trainer.is_global_zero:
             print(f"everything ran; a debug run is no finished one, so there are no weights in {run}")
     else:
@@ -234,13 +235,13 @@ def make_trainer(config: Config, run: Run) -> lightning.Trainer:
     arguments = {"callbacks": callbacks, "logger": loggers, "default_root_dir": str(run.path)}
     try:
         return build({"_target_": "lightning.Trainer", **config["trainer"]}, "trainer", **arguments)
-    except (ValueError, TypeError, lightning.fabric.utilities.exceptions.MisconfigurationException) as error:
+    except (ValueError, TypeError, MisconfigurationException) as error:
         raise UserError(f"trainer: {error}") from error
 
 
 def finish(run: Run, trainer: lightning.Trainer, stage: Stage, manifest: dict[str, Any]) -> None:
     """Saves the averaged weights and the manifest (sharded weights are gathered first, on all ranks)."""
-    for callback in trainer.callbacks:
+    for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
         if isinstance(callback, Ema):
             callback.swap_in(stage)
     if trainer.is_global_zero:

@@ -10,7 +10,7 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from dalle.data.batch import Batch
@@ -22,7 +22,7 @@ VALIDATION_SEED = 20240229  # noise, times and dropped conditions are the same i
 class Stage(lightning.LightningModule):
     """A trained thing. A subclass sets `net`, implements `step`, and `sample` where it can make something."""
 
-    net: nn.Module
+    net: Any  # an nn.Module with an interface of its stage's own
     makes_images = False  # whether `sample` gives pictures
 
     def __init__(self, optimizer: Recipe | None = None) -> None:
@@ -36,11 +36,15 @@ class Stage(lightning.LightningModule):
     def on_fit_start(self) -> None:
         self.seed = torch.initial_seed()
 
+    def sample(self, batch: Batch, **options: Any) -> Tensor:
+        """What a stage that can make something makes for a batch; `randn=` draws its noise."""
+        raise NotImplementedError
+
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         # All that is random in batch n of rank r depends on (seed, r, n) alone: a resumed run draws what an
         # uninterrupted one would have drawn, and no two ranks or batches draw the same.
-        n = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
-        torch.manual_seed(hash((self.seed, self.global_rank, n)))
+        seen: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        torch.manual_seed(hash((self.seed, self.global_rank, seen.processed)))
         out = self.step(batch)
         self.log_scalars("train", out, batch)
         return {k: v if k == "loss" else v.detach() for k, v in out.items()}

@@ -6,6 +6,7 @@ for 50 %, independently, so that each can be guided by a scale of its own.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -57,14 +58,14 @@ class DecoderStage(Stage):
         self.rescale, self.thresholding = rescale, thresholding
 
     @property
-    def net(self) -> nn.Module:
+    def net(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.denoiser.net
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         image = batch["image"].contiguous(memory_format=torch.channels_last)
         keep_image = torch.rand(len(image), device=image.device) >= self.image_dropout
         keep_text = torch.rand(len(image), device=image.device) >= self.text_dropout
-        cond = {key: batch[key] for key in CONDITIONS}
+        cond: dict[str, Any] = {key: batch[key] for key in CONDITIONS}
         losses, t = self.denoiser.losses(image, **cond, keep_image=keep_image, keep_text=keep_text)
         return {"loss": losses.mean(), "per_sample": losses, "t": t}
 

@@ -56,7 +56,7 @@ class PriorStage(Stage):
         self.candidates, self.val_samples = candidates, val_samples
 
     @property
-    def net(self) -> nn.Module:
+    def net(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.denoiser.net
 
     def setup(self, stage: str) -> None:
