@@ -83,7 +83,7 @@ def test_composes(file):
 @pytest.mark.parametrize("model", ["clip", "prior", "decoder"])
 def test_groups_switch_freely(model):
     """Every choice of every group under every model, several groups at a time."""
-    groups = ("debug", "experiment", "optimizer", "precision", "trainer", "sampler", "data", "callbacks")
+    groups = ("debug", "optimizer", "precision", "trainer", "sampler", "data", "callbacks")
     choices = {group: files_of(group) for group in groups}
     for k in range(max(map(len, choices.values()))):
         picked = [f"{group}={names[k % len(names)]}" for group, names in choices.items()]
