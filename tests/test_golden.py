@@ -12,7 +12,7 @@ from tiny import column, train
 
 GOLDEN = Path(__file__).parent / "golden"
 STEPS = 5
-# Everything that presets tune is set here, so that only code can move a loss; eps is large, lest AdamW turn the
+# All that presets tune is set here, so that only code can move a loss; eps is large, lest AdamW turn the
 # rounding errors of another processor into whole steps.
 TUNED = (
     "optimizer.lr=1e-3", "optimizer.weight_decay=0.05", "optimizer.betas=[0.9,0.99]", "optimizer.eps=1e-4",
