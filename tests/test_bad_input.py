@@ -259,6 +259,6 @@ def test_in_a_shell(tmp_path, words):
 
 
 def test_debug_shows_the_traceback(command, no_training, tmp_path):
-    with pytest.raises(UserError, match="model.optimizer.lr must be a number"):  # as Python shows it
+    with pytest.raises(UserError, match=r"model.optimizer.lr must be a number"):  # as Python shows it
         command("train.py", "model=clip", "optimizer.lr=fast", "debug=true")
     assert files_below(tmp_path) == {}
