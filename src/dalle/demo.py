@@ -1,7 +1,7 @@
-"""What the demo ends with: how well its pipeline does what captions say, as a table. `python -m dalle.demo logs/demo`
+"""What the demo ends with: a table of how well its pictures show what captions say (`python -m dalle.demo RUNS`).
 
-Prompts come from the test split of `shapes`: one object, and two with their relation; of colour-shape pairs that occur
-in training (seen) and that never do (unseen). The judge says which pictures show all their caption says.
+Prompts come from the test split of `shapes`: one object, and two with their relation; of colour-shape pairs that
+occur in training (seen) and that never do (unseen). The judge says which pictures show all their caption says.
 """
 
 import argparse
@@ -40,7 +40,9 @@ def measure(loaded: Loaded, n: int, seed: int, batch_size: int) -> dict[str, flo
     images = pipeline.sample(captions, seed=seed, batch_size=batch_size, precision=precision)
     seconds = time.perf_counter() - started
     metrics.update(images, torch.cat(real), captions, groups)
-    table = {key: value for key, value in metrics.compute().items() if key.count("/") == 0 or key.endswith("/all")}
+    table = {
+        key: value for key, value in metrics.compute().items() if key.count("/") == 0 or key.endswith("/all")
+    }
     return {**table, "seconds_per_image": seconds / len(images)}
 
 
@@ -72,7 +74,9 @@ def main() -> None:
     args = parser.parse_args()
     loaded = load_unclip(args.runs / "decoder", args.runs / "prior")
     table = measure(loaded, args.n, args.seed, args.batch_size)
-    write_aside(args.runs / "report.json", json.dumps({"n": args.n, "seed": args.seed, **table}, indent=2) + "\n")
+    write_aside(
+        args.runs / "report.json", json.dumps({"n": args.n, "seed": args.seed, **table}, indent=2) + "\n"
+    )
     grids = sorted((args.runs / "samples").glob("*/grid.png"))
     print(report(table, loaded, args.runs, grids[-1] if grids else None))
 

@@ -319,7 +319,8 @@ def test_embedding_batches_under_a_trainer_with_workers(tmp_path, clip):
 
 def test_train_items_bounds_what_is_trained_on():
     data = SourceDataModule(Dots, batch_size=4, train_items=10)
-    assert data.items("train") == 10 and len(data.split("train")) == 23
+    assert data.items("train") == 10
+    assert len(data.split("train")) == 23
     data.dataset = lambda name: SourceDataset(data.split(name))
     batches = list(data.train_dataloader())
     seen = torch.cat([batch["index"] for batch in batches])

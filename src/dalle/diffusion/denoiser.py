@@ -23,7 +23,7 @@ class Denoiser(nn.Module):
 
     prediction: what the network's output means: `eps`, `x0`, `v` (variance-preserving schedules only) or
     `velocity` (flow only). weighting: `none`, `min_snr`, or `velocity` (the loss of the velocity, whatever is
-    predicted: Li & He 2025 for x0). time_sampling: `uniform` or `logit_normal` with `logit_mean` and `logit_std`;
+    predicted: Li & He 2025 for x0). time_sampling: `uniform` or `logit_normal` (`logit_mean`, `logit_std`);
     rounded up to a discrete level where the schedule has them.
     learned_variance: the network emits 2C channels, the second half the variance (eps prediction on a
     variance-preserving schedule only). Raises UserError for combinations that do not exist.
@@ -112,7 +112,9 @@ class Denoiser(nn.Module):
         snr = (alpha / sigma).square()
         # the error of x0 is this many times that of the output
         gain = {"eps": 1 / snr, "x0": torch.ones_like(snr)}.get(self.prediction, sigma.square())
-        if self.weighting == "velocity":  # an error of x0 is sigma times one of the velocity (x_t - x0) / sigma
+        if (
+            self.weighting == "velocity"
+        ):  # an error of x0 is sigma times one of the velocity (x_t - x0) / sigma
             return gain / (sigma.square() + VELOCITY_FLOOR)
         return torch.where(snr > 0, snr.clamp(max=MIN_SNR_GAMMA) * gain, 1.0)  # Hang et al. 2023
 

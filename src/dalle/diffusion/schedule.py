@@ -83,7 +83,7 @@ class Schedule:
     `steps` is the number T of discrete levels. `zero_terminal_snr` shifts and scales alpha so that t = 1 is
     pure noise (Lin et al. 2024, algorithm 1); it needs v or x0 prediction. `flow` ends in pure noise anyway.
     `shift` multiplies sigma/alpha at every t: above 1, training and sampling spend more of their time where
-    large, redundant pictures are decided (Hoogeboom et al. 2023, sec. 2; for flow, Esser et al. 2024, eq. 23).
+    large, redundant pictures are decided (Hoogeboom et al. 2023, sec. 2; flow: Esser et al. 2024, eq. 23).
     """
 
     def __init__(self, name: str, steps: int = 1000, zero_terminal_snr: bool = False, shift: float = 1.0):

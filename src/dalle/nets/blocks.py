@@ -113,8 +113,8 @@ class TimeMLP(nn.Module):
 class Conditioning(nn.Module):
     """What a decoder network is told (DALL-E 2 sec. 2.1), as one vector and one sequence of context tokens.
 
-    - vector (B, D): time embedding + projected image embedding + projected caption embedding + projected mean of
-      the text states, which still hold words that CLIP's embedding, made for telling captions apart, has let go;
+    - vector (B, D): the sum of the time embedding and the projections of image embedding, caption embedding
+      and mean text state, which still holds words that CLIP's embedding, made to tell captions apart, has let go;
     - context (B, M + T, D): the image embedding as M extra tokens, then the projected text states.
 
     A dropped image or caption embedding becomes a learned null, text pads and the states of a dropped
@@ -159,7 +159,8 @@ class Conditioning(nn.Module):
         real = text_mask if keep_text is None else text_mask & keep_text[:, None]
         tokens = self.text_context_norm(self.text_context(text_hidden))
         tokens = torch.where(real[..., None], tokens, self.null_token.to(tokens.dtype))
-        said = (real | ~real.any(1, keepdim=True)).to(tokens.dtype)  # a dropped caption is the mean of its null tokens
+        # a dropped caption is the mean of its null tokens
+        said = (real | ~real.any(1, keepdim=True)).to(tokens.dtype)
         words = (tokens * said[..., None]).sum(1) / said.sum(1, keepdim=True)
         vector = vector + self.text_words(words)
         image_tokens = rearrange(self.image_context(image), "b (m d) -> b m d", m=self.image_tokens)
