@@ -1,7 +1,7 @@
-"""What the demo ends with: a table of how well its pictures show what captions say (`python -m dalle.demo RUNS`).
+"""What the demo ends with: a table of how well pictures show what captions say (`python -m dalle.demo RUNS`).
 
-Prompts come from the test split of `shapes`: one object, and two with their relation; of colour-shape pairs that
-occur in training (seen) and that never do (unseen). The judge says which pictures show all their caption says.
+Prompts come from the test split of `shapes`: one object, and two with their relation; of colour-shape pairs
+that occur in training (seen) and that never do (unseen). The judge says which pictures are fully right.
 """
 
 import argparse
@@ -26,8 +26,8 @@ KINDS = {"one object": "one", "two objects, relation": "two"}
 def measure(loaded: Loaded, n: int, seed: int, batch_size: int) -> dict[str, float]:
     """Samples `n` pictures of each of the four kinds of prompts and returns the table."""
     pipeline = loaded.pipeline
-    size = pipeline.decoder.net.image_size
-    metrics = GenerationMetrics(pipeline.clip, Judge())
+    size: int = pipeline.decoder.net.image_size  # pyright: ignore
+    metrics = GenerationMetrics(pipeline.clip, Judge())  # pyright: ignore[reportArgumentType]
     captions, real, groups = [], [], []
     for label, kind in KINDS.items():
         for seen in (True, False):

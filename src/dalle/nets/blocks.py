@@ -114,7 +114,7 @@ class Conditioning(nn.Module):
     """What a decoder network is told (DALL-E 2 sec. 2.1), as one vector and one sequence of context tokens.
 
     - vector (B, D): the sum of the time embedding and the projections of image embedding, caption embedding
-      and mean text state, which still holds words that CLIP's embedding, made to tell captions apart, has let go;
+      and mean text state, which still holds words that CLIP's embedding, made to tell captions apart, lost;
     - context (B, M + T, D): the image embedding as M extra tokens, then the projected text states.
 
     A dropped image or caption embedding becomes a learned null, text pads and the states of a dropped
