@@ -9,6 +9,8 @@ demo: .venv/demo      ## train CLIP, prior and decoder on the CPU, sample a grid
 	$(PY) sample.py name=demo prompts=prompts/shapes.txt
 	$(PY) -m dalle.demo logs/demo
 
+# One thread a process: two that spin for each other's cores slow small kernels down twentyfold.
+test: export OMP_NUM_THREADS = 1
 test: .venv/dev       ## all tests; compiled networks in a second call, without the shape checks that break torch.compile
 	$(PY) -m pytest -n 2 -m "not compile" --jaxtyping-packages=dalle,beartype.beartype
 	$(PY) -m pytest -m compile
