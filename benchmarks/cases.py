@@ -20,6 +20,7 @@ from dalle.diffusion.schedule import Schedule
 from dalle.metrics.judge import Judge
 from dalle.nets.clip import CLIP
 from dalle.nets.prior import Prior
+from dalle.nets.small_unet import SmallUNet
 from dalle.nets.unet import UNet
 from dalle.pipelines.unclip import UnCLIP
 from dalle.stages.clip import ClipStage
@@ -28,6 +29,8 @@ from dalle.stages.prior import PriorStage
 
 CONF = Path(__file__).parents[1] / "conf"
 CONTEXT_LENGTH = 24  # of the demo's captions
+# The image tower of the comparison: open_clip has none like the demo's.
+VIT = {"vision": "vit", "patch_size": 8, "vision_width": 128, "vision_layers": 4, "vision_heads": 4}
 SAMPLED = 16  # pictures made at once, the pipeline's default
 OURS = "ours"
 
@@ -69,7 +72,7 @@ class Demo:
         captions = self.source.captions_of(range(5000))
         vocab_size = settings("tokenizer/bpe")["vocab_size"]
         tokenizer = CaptionTokenizer.train(captions, vocab_size, CONTEXT_LENGTH)
-        side, net = self.source.image_size, configs["clip"]["model"]["net"]
+        side, net = self.source.image_size, {**configs["clip"]["model"]["net"], **VIT}
         self.clip_sizes = sized(
             net, image_size=side, context_length=CONTEXT_LENGTH, vocab_size=tokenizer.vocab_size
         )
@@ -88,12 +91,11 @@ class Demo:
         )
         config = configs["decoder"]["model"]
         self.unet_sizes = sized(settings("model/net/unet"), image_size=side, **shared)
-        self.decoder = DecoderStage(
-            UNet(**self.unet_sizes),
-            denoiser(config),
-            sampler("ddim"),
-            guidance=config["guidance"],
-            thresholding=config["thresholding"],
+        small = sized(settings("model/net/small_unet"), image_size=side, **shared)
+        options = {key: config[key] for key in ("guidance", "thresholding")}
+        self.decoder, self.unet = (
+            DecoderStage(net, denoiser(config), sampler("ddim"), **options)
+            for net in (SmallUNet(**small), UNet(**self.unet_sizes))
         )
         norm = EmbedNorm(configs["prior"]["datamodule"]["image_embed_norm"])
         self.pipeline = UnCLIP(frozen, self.prior, self.decoder, None, norm)
@@ -162,10 +164,11 @@ def our_cases(demo: Demo) -> list[Case]:
 
 def our_training(demo: Demo) -> list[Case]:
     cases = []
-    for name, batch in demo.batches.items():
-        stage = getattr(demo, name)
+    stages = [(name, OURS, getattr(demo, name)) for name in demo.batches]
+    for name, ours, stage in [*stages, ("decoder", f"{OURS}, unet", demo.unet)]:
+        batch = demo.batches[name]
         loss = partial(lambda stage, batch: stage.step(batch)["loss"], stage, batch)
-        cases.append(training(demo, f"{name} training", OURS, stage, loss, len(batch["text"])))
+        cases.append(training(demo, f"{name} training", ours, stage, loss, len(batch["text"])))
     return cases
 
 
@@ -185,9 +188,10 @@ def our_sampling(demo: Demo) -> list[Case]:
     ]
     pictures = first(demo.batches["decoder"], SAMPLED)
     for run in (sampler("ddim"), sampler("dpmpp")):
-        decode = partial(demo.decoder.sample, pictures, sampler=run)
         group = group_of_sampling("decoder sampling", run)
-        cases.append(sampling(demo, group, OURS, demo.decoder, decode))
+        for name, stage in ((OURS, demo.decoder), (f"{OURS}, unet", demo.unet)):
+            decode = partial(stage.sample, pictures, sampler=run)
+            cases.append(sampling(demo, group, name, stage, decode))
         whole = partial(demo.pipeline.sample, demo.captions, precision=demo.precision)
         whole = partial(whole, prior={"sampler": run}, decoder={"sampler": run})
         group = group_of_sampling("caption to picture", run)

@@ -23,14 +23,15 @@ COMMON = (
 )  # fmt: skip
 NETS = {
     "clip": (
-        "model.net.vision_width=16", "model.net.vision_layers=1",
-        "model.net.vision_heads=2", "model.net.embed_dim=8",
+        "model.net.vision_width=16", "model.net.vision_layers=2",
+        "model.net.embed_dim=8",
         "model.net.text_width=16", "model.net.text_layers=1", "model.net.text_heads=2",
     ),
     "prior": ("model.net.width=16", "model.net.depth=1", "model.net.heads=2"),
     "decoder": (
-        "model.net.width=16", "model.net.multipliers=[1,1]", "model.net.attention=[4]",
-        "model.net.head_dim=8", "callbacks.generation.items=4",
+        "model.net.width=16", "model.net.multipliers=[1,1]", "model.net.blocks=[1,1]",
+        "model.net.attention=[4]", "model.net.head_dim=8", "model.net.condition_width=16",
+        "callbacks.generation.items=4",
     ),
     "dit": (
         "model/net=dit", "model.net.width=16", "model.net.depth=1", "model.net.heads=2",

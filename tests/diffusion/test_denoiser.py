@@ -281,5 +281,5 @@ def test_eps_is_refused_with_zero_terminal_snr():
 def test_velocity_weighting_is_the_loss_of_the_velocity_whatever_is_predicted(prediction):
     t = torch.tensor([0.5, 0.9], dtype=torch.float64)
     weight = Denoiser(nn.Identity(), Schedule("flow"), prediction, "velocity").weight(t)
-    of_x0 = 1 / (t.square() + 0.05)
+    of_x0 = 1 / (t.square() + 0.1)
     torch.testing.assert_close(weight, of_x0 if prediction == "x0" else of_x0 * t.square())

@@ -1,9 +1,18 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
 
-from dalle.nets.blocks import Attention, Conditioning, attend, keep_or_null, time_embedding
+from dalle.nets.blocks import (
+    Attention,
+    Conditioning,
+    GroupNorm,
+    NormSiLU,
+    attend,
+    keep_or_null,
+    time_embedding,
+)
 
 # t = 10, 8 features: cos and sin of 10 * 10000^(-k/4)
 ANCHOR = [-0.8390715290764524, 0.5403023058681399, 0.9950041652780258, 0.9999500004166653]
@@ -102,3 +111,38 @@ def test_every_parameter_of_the_conditioning_gets_a_gradient():
     vector, context = net(torch.rand(3), **conditions())
     (vector.sum() + context.square().sum()).backward()
     assert all(p.grad is not None for p in net.parameters())
+
+
+class TestNorm:
+    @pytest.mark.parametrize("silu", [True, False])
+    @pytest.mark.parametrize("shape", [(8,), (2, 8)])
+    def test_gradients(self, shape, silu):
+        x = torch.randn(2, 8, 2, 3, dtype=torch.float64, requires_grad=True)
+        scale, shift = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2))
+        assert torch.autograd.gradcheck(NormSiLU.apply, (x, scale, shift, 2, 1e-5, silu))
+
+    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+    def test_is_that_of_torch(self, memory_format):
+        norm, x = GroupNorm(24), (3 * torch.randn(2, 24, 5, 4) + 1).contiguous(memory_format=memory_format)
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+        out = norm(x)
+        torch.testing.assert_close(
+            out, F.silu(F.group_norm(x, norm.groups, norm.weight, norm.bias)), rtol=1e-5, atol=1e-5
+        )
+        assert out.is_contiguous(memory_format=memory_format)
+
+    def test_rounds_no_more_than_torch_in_bf16(self):
+        x = torch.randn(4, 32, 8, 8).bfloat16()
+        norm = GroupNorm(32)
+        exact = F.silu(F.group_norm(x.float(), norm.groups))
+        theirs = F.silu(F.group_norm(x, norm.groups)).float()
+        assert norm(x).dtype == torch.bfloat16
+        assert (norm(x).float() - exact).abs().mean() <= (theirs - exact).abs().mean()
+
+    @pytest.mark.parametrize(
+        ("channels", "groups"), [(3, 1), (32, 8), (48, 4), (128, 32), (1536, 32), (280, 2)]
+    )
+    def test_groups_divide_the_channels(self, channels, groups):
+        assert GroupNorm(channels).groups == groups
+        assert channels % groups == 0

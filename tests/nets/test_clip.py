@@ -18,6 +18,10 @@ TINY = {
 }  # fmt: skip
 
 
+CONV = {"vision": "conv", "patch_size": 2, "vision_width": 8, "vision_layers": 3, "vision_heads": None}
+towers = pytest.mark.parametrize("tower", [{}, CONV], ids=["vit", "conv"])
+
+
 def tiny(seed: int = 0, **changes) -> CLIP:
     torch.manual_seed(seed)
     return CLIP(**(TINY | changes)).eval()
@@ -165,11 +169,24 @@ def test_mask_ends_with_the_end_token():
     assert tiny().encode_text(text)[2].sum(1).tolist() == [5, 12, 2]
 
 
-def test_checkpointing_changes_no_gradient():
+@pytest.mark.parametrize("vision_layers", [1, 2, 4])
+def test_conv_tower_trains_whole(vision_layers):
+    """Every parameter of every depth gets a gradient once the branches are no longer zero."""
+    net, (image, text) = tiny(**CONV | {"vision_layers": vision_layers}), inputs()
+    for block in net.visual.blocks:
+        torch.nn.init.normal_(block.conv2.weight, std=0.1)
+    image_embed, _, _ = net(image, text)
+    assert image_embed.shape == (3, 40)
+    image_embed[:, 0].sum().backward()
+    assert [name for name, p in net.visual.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@towers
+def test_checkpointing_changes_no_gradient(tower):
     image, text = inputs()
     grads = []
     for checkpoint in (False, True):
-        net = tiny(checkpoint=checkpoint).train()
+        net = tiny(**tower, checkpoint=checkpoint).train()
         image_embed, text_embed, scale = net(image, text)
         (scale * image_embed @ text_embed.T).diagonal().sum().backward()
         grads.append([p.grad for p in net.parameters()])
@@ -177,15 +194,17 @@ def test_checkpointing_changes_no_gradient():
 
 
 @pytest.mark.compile
-def test_compiles_to_the_same_numbers():
-    net, (image, text) = tiny(), inputs()
+@towers
+def test_compiles_to_the_same_numbers(tower):
+    net, (image, text) = tiny(**tower), inputs()
     with torch.no_grad():
         expected = net(image, text)
         torch.testing.assert_close(torch.compile(net)(image, text), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_autocast_keeps_the_meaning():
-    net, (image, text) = tiny(), inputs()
+@towers
+def test_autocast_keeps_the_meaning(tower):
+    net, (image, text) = tiny(**tower), inputs()
     with torch.no_grad():
         exact = net(image, text)[0]
         with torch.autocast("cpu", torch.bfloat16):
@@ -200,6 +219,8 @@ def test_autocast_keeps_the_meaning():
         ({"patch_size": 5}, "patch_size 5"),
         ({"text_heads": 5}, "text_heads"),
         ({"activation": "relu"}, "relu"),
+        ({"vision": "resnet"}, "vision is vit or conv"),
+        (CONV | {"vision_layers": 6}, r"patch_size \* 2\^\(vision_layers - 1\) = 64"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(change, message):

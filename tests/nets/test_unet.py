@@ -1,12 +1,15 @@
+"""Both U-Nets: what a decoder network promises, and what each is made of."""
+
 import pytest
 import torch
-import torch.nn.functional as F
 from diffusers.models.resnet import ResnetBlock2D
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dalle.nets.unet import Block, GroupNorm, NormSiLU, ResBlock, UNet
+from dalle.nets import small_unet, unet
+from dalle.nets.small_unet import SmallUNet
+from dalle.nets.unet import ResBlock, UNet
 
 SMALL = {
     "image_size": 16,
@@ -21,12 +24,19 @@ SMALL = {
     "text_width": 5,
     "patch": 2,
 }
+BLOCKS = {UNet: unet.Block, SmallUNet: small_unet.Block}
+both = pytest.mark.parametrize("kind", [UNet, SmallUNet])
 
 
-def grown(**changes) -> UNet:
+def made(kind: type = UNet, **changes) -> UNet | SmallUNet:
+    sizes = SMALL | ({"blocks": (2, 1), "condition_width": 24} if kind is SmallUNet else {})
+    return kind(**sizes | changes)
+
+
+def grown(kind: type = UNet, **changes) -> UNet | SmallUNet:
     """A small network in which nothing is zero any more."""
     torch.manual_seed(0)
-    net = UNet(**SMALL | changes)
+    net = made(kind, **changes)
     for p in net.parameters():
         if not p.any():
             nn.init.normal_(p, std=0.1)
@@ -64,9 +74,31 @@ def test_is_zero_at_birth_at_any_size(patch, multipliers, blocks, out_channels, 
     assert not out.any()
 
 
-@pytest.mark.parametrize(("resample", "positions"), [("conv", True), ("block", False)])
-def test_every_parameter_is_trained(resample, positions):
-    net = grown(resample=resample, positions=positions)
+@pytest.mark.parametrize(("patch", "multipliers"), [(1, (1,)), (2, (1, 2)), (1, (2, 1, 2))])
+@pytest.mark.parametrize("out_channels", [3, 6])
+def test_the_small_one_too(patch, multipliers, out_channels):
+    lowest = 16 // patch >> (len(multipliers) - 1)
+    blocks = (1, 2, 1)[: len(multipliers)]
+    net = made(
+        SmallUNet, patch=patch, multipliers=multipliers, blocks=blocks, attention=(lowest,),
+        out_channels=out_channels,
+    )  # fmt: skip
+    x, t, cond = inputs(net)
+    out = net(x, t, **cond)
+    assert out.shape == (3, out_channels, 16, 16)
+    assert not out.any()
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (UNet, {"resample": "conv", "positions": True}),
+        (UNet, {"resample": "block", "positions": False}),
+        (SmallUNet, {}),
+    ],
+)
+def test_every_parameter_is_trained(kind, options):
+    net = grown(kind, **options)
     x, t, cond = inputs(net)
     keep = torch.tensor([True, False, True])
     net(x, t, **cond, keep_image=keep, keep_text=keep).square().sum().backward()
@@ -80,6 +112,10 @@ def test_sizes_that_do_not_divide_are_refused():
         UNet(**SMALL | {"attention": (16,)})
     with pytest.raises(ValueError, match="head_dim 24"):
         UNet(**SMALL | {"head_dim": 24})
+    with pytest.raises(ValueError, match=r"blocks \[1\] needs a number for each of multipliers \[1, 2\]"):
+        made(SmallUNet, blocks=(1,))
+    with pytest.raises(ValueError, match="attention names no feature map"):
+        made(SmallUNet, attention=())
     with pytest.raises(ValueError, match="resample"):
         UNet(**SMALL | {"resample": "stride"})
 
@@ -101,41 +137,6 @@ def test_positions_are_learned_for_every_pixel():
     assert dtypes == [torch.bfloat16]  # fp32 positions must not widen all that follows
     assert net.positions.grad.shape == (1, 16, 8, 8)
     assert net.positions.grad.all()
-
-
-class TestNorm:
-    @pytest.mark.parametrize("silu", [True, False])
-    @pytest.mark.parametrize("shape", [(8,), (2, 8)])
-    def test_gradients(self, shape, silu):
-        x = torch.randn(2, 8, 2, 3, dtype=torch.float64, requires_grad=True)
-        scale, shift = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2))
-        assert torch.autograd.gradcheck(NormSiLU.apply, (x, scale, shift, 2, 1e-5, silu))
-
-    @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-    def test_is_that_of_torch(self, memory_format):
-        norm, x = GroupNorm(24), (3 * torch.randn(2, 24, 5, 4) + 1).contiguous(memory_format=memory_format)
-        nn.init.normal_(norm.weight)
-        nn.init.normal_(norm.bias)
-        out = norm(x)
-        torch.testing.assert_close(
-            out, F.silu(F.group_norm(x, norm.groups, norm.weight, norm.bias)), rtol=1e-5, atol=1e-5
-        )
-        assert out.is_contiguous(memory_format=memory_format)
-
-    def test_rounds_no_more_than_torch_in_bf16(self):
-        x = torch.randn(4, 32, 8, 8).bfloat16()
-        norm = GroupNorm(32)
-        exact = F.silu(F.group_norm(x.float(), norm.groups))
-        theirs = F.silu(F.group_norm(x, norm.groups)).float()
-        assert norm(x).dtype == torch.bfloat16
-        assert (norm(x).float() - exact).abs().mean() <= (theirs - exact).abs().mean()
-
-    @pytest.mark.parametrize(
-        ("channels", "groups"), [(3, 1), (32, 8), (48, 4), (128, 32), (1536, 32), (280, 2)]
-    )
-    def test_groups_divide_the_channels(self, channels, groups):
-        assert GroupNorm(channels).groups == groups
-        assert channels % groups == 0
 
 
 @pytest.mark.parametrize("resample", ["", "down", "up"])
@@ -162,53 +163,56 @@ def test_residual_block_is_that_of_diffusers(resample):
     torch.testing.assert_close(ours(x, 1 + scale, shift), expected, rtol=1e-4, atol=1e-4)
 
 
+@both
 class TestConditions:
-    def outputs(self, change: dict, **keep) -> tuple[torch.Tensor, torch.Tensor]:
-        net = grown().eval()
+    def outputs(self, kind: type, change: dict, **keep) -> tuple[torch.Tensor, torch.Tensor]:
+        net = grown(kind).eval()
         x, t, cond = inputs(net)
         return net(x, t, **cond, **keep), net(x, t, **cond | change, **keep)
 
-    def test_all_of_them_matter(self):
+    def test_all_of_them_matter(self, kind):
         for name in ("image_embed", "text_embed", "text_hidden"):
-            before, after = self.outputs({name: torch.randn_like(inputs(grown())[2][name])})
+            before, after = self.outputs(kind, {name: torch.randn_like(inputs(grown())[2][name])})
             assert not torch.isclose(before, after).all(dim=(1, 2, 3)).any(), name
 
-    def test_a_dropped_caption_has_no_influence(self):
+    def test_a_dropped_caption_has_no_influence(self, kind):
         new = {"text_embed": torch.randn(3, 6), "text_hidden": torch.randn(3, 4, 5)}
         new["text_mask"] = torch.tensor([[True] * 4] * 3)
-        before, after = self.outputs(new, keep_text=torch.tensor([False, True, False]))
+        before, after = self.outputs(kind, new, keep_text=torch.tensor([False, True, False]))
         same = torch.isclose(before, after, atol=1e-6).all(dim=(1, 2, 3))
         assert same.tolist() == [True, False, True]
 
-    def test_a_dropped_image_has_no_influence(self):
+    def test_a_dropped_image_has_no_influence(self, kind):
         new = {"image_embed": torch.randn(3, 6)}
-        before, after = self.outputs(new, keep_image=torch.tensor([False, True, False]))
+        before, after = self.outputs(kind, new, keep_image=torch.tensor([False, True, False]))
         same = torch.isclose(before, after, atol=1e-6).all(dim=(1, 2, 3))
         assert same.tolist() == [True, False, True]
 
-    def test_pads_have_no_influence(self):
+    def test_pads_have_no_influence(self, kind):
         _, _, cond = inputs(grown())
         noisy = torch.where(cond["text_mask"][..., None], cond["text_hidden"], 9.0)
-        before, after = self.outputs({"text_hidden": noisy})
+        before, after = self.outputs(kind, {"text_hidden": noisy})
         torch.testing.assert_close(before, after, rtol=0, atol=0)
 
-    def test_keeping_all_is_the_default(self):
-        net = grown().eval()
+    def test_keeping_all_is_the_default(self, kind):
+        net = grown(kind).eval()
         x, t, cond = inputs(net)
         keep = torch.ones(3, dtype=torch.bool)
         torch.testing.assert_close(net(x, t, **cond), net(x, t, **cond, keep_image=keep, keep_text=keep))
 
 
-@pytest.mark.parametrize("resample", ["conv", "block"])
-def test_channels_last_changes_the_layout_only(resample):
-    net = grown(resample=resample).eval()
+@pytest.mark.parametrize(
+    ("kind", "options"), [(UNet, {"resample": "conv"}), (UNet, {"resample": "block"}), (SmallUNet, {})]
+)
+def test_channels_last_changes_the_layout_only(kind, options):
+    net = grown(kind, **options).eval()
     x, t, cond = inputs(net)
     expected = net(x, t, **cond)
     layouts = []
     hooks = [
         m.register_forward_hook(lambda _, __, out: layouts.append(out))
         for m in net.modules()
-        if isinstance(m, Block)
+        if isinstance(m, BLOCKS[kind])
     ]
     out = net.to(memory_format=torch.channels_last)(
         x.contiguous(memory_format=torch.channels_last), t, **cond
@@ -218,8 +222,9 @@ def test_channels_last_changes_the_layout_only(resample):
     assert all(h.is_contiguous(memory_format=torch.channels_last) for h in layouts)
 
 
-def test_checkpointing_changes_no_gradient():
-    nets = [grown(dropout=0.3, checkpoint=checkpoint) for checkpoint in (False, True)]
+@both
+def test_checkpointing_changes_no_gradient(kind):
+    nets = [grown(kind, dropout=0.3, checkpoint=checkpoint) for checkpoint in (False, True)]
     grads = []
     for net in nets:
         x, t, cond = inputs(net)
@@ -229,8 +234,9 @@ def test_checkpointing_changes_no_gradient():
     torch.testing.assert_close(grads[0], grads[1])
 
 
-def test_trains_in_bf16():
-    net = grown()
+@both
+def test_trains_in_bf16(kind):
+    net = grown(kind)
     x, t, cond = inputs(net)
     exact = net(x, t, **cond)
     with torch.autocast("cpu", torch.bfloat16):
@@ -241,9 +247,10 @@ def test_trains_in_bf16():
 
 
 @pytest.mark.compile
-def test_compiles_to_one_graph():
+@both
+def test_compiles_to_one_graph(kind):
     """Captured whole, forward and backward; without the minutes that inductor takes to make code of it."""
-    net = grown()
+    net = grown(kind)
     x, t, cond = inputs(net)
     keep = {"keep_image": torch.tensor([True, False, True]), "keep_text": torch.tensor([True, True, False])}
     expected = net(x, t, **cond, **keep)

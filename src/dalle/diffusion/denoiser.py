@@ -15,7 +15,7 @@ from dalle.diffusion.schedule import Schedule, expand, posterior, precise
 from dalle.errors import UserError
 
 MIN_SNR_GAMMA = 5.0
-VELOCITY_FLOOR = 0.05  # keeps the last, nearly clean times from outweighing all others
+VELOCITY_FLOOR = 0.1  # keeps the last, nearly clean times from outweighing all others
 
 
 class Denoiser(nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dalle.errors import UserError
+from dalle.nets.blocks import GroupNorm
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the [0, 1] pixels CLIP was trained on
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -115,10 +116,63 @@ class VisionTower(nn.Module):
         return self.ln_post(x[:, 0]) @ self.proj
 
 
+class ResBlock(nn.Module):
+    """Pre-norm residual block of two convolutions; the identity at birth."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = GroupNorm(channels), GroupNorm(channels)  # with SiLU
+        self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        return x + self.conv2(self.norm2(self.conv1(self.norm1(x))))
+
+
+class ConvTower(nn.Module):
+    """A small residual network, for tens of thousands of pictures, where a transformer needs millions.
+
+    Pixels are folded `patch_size` x `patch_size` into channels; each of `layers` levels is a residual block,
+    the next half as large and twice as wide. The embedding is a projection of the maximum over all positions
+    (what there is, wherever) plus one of all positions (where it is). The paper's ResNets pool by attention;
+    with few pictures the maximum finds shapes long before.
+    """
+
+    def __init__(
+        self, image_size: int, patch_size: int, width: int, layers: int, embed_dim: int, checkpoint: bool
+    ) -> None:
+        super().__init__()
+        self.checkpoint = checkpoint
+        widths = [width * 2**level for level in range(layers)]
+        self.fold = patch_size
+        self.stem = nn.Conv2d(3 * patch_size**2, width, 3, padding=1)
+        self.blocks = nn.ModuleList(ResBlock(c) for c in widths)
+        self.shrink = nn.ModuleList(nn.Conv2d(c, 2 * c, 3, stride=2, padding=1) for c in widths[:-1])
+        self.norm = GroupNorm(widths[-1])
+        side = image_size // (patch_size * 2 ** (layers - 1))
+        self.what = nn.Linear(widths[-1], embed_dim)
+        self.where = nn.Linear(widths[-1] * side**2, embed_dim)
+
+    def run(self, block: nn.Module, x: Tensor) -> Tensor:
+        if self.checkpoint and self.training:
+            return checkpoint(block, x, use_reentrant=False)  # pyright: ignore[reportReturnType]
+        return block(x)
+
+    def forward(self, pixels: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b e"]:
+        x = F.pixel_unshuffle(pixels, self.fold).contiguous(memory_format=torch.channels_last)
+        x = self.run(self.blocks[0], self.stem(x))
+        for shrink, block in zip(self.shrink, self.blocks[1:], strict=True):
+            x = self.run(block, shrink(x))
+        x = self.norm(x)
+        return self.what(x.amax((2, 3))) + self.where(x.flatten(1))
+
+
 class CLIP(nn.Module):
     """The two towers and the learned temperature.
 
-    `vision_heads` and `text_heads` are width / 64 where left out, as in the paper's models.
+    `vision` is vit, the paper's transformer on patches, or conv, the `ConvTower`, whose `vision_layers` are
+    levels. `vision_heads` and `text_heads` are width / 64 where left out, as in the paper's models.
 
     Raises:
         UserError: the patch does not tile the image, or the heads do not divide the width.
@@ -142,19 +196,29 @@ class CLIP(nn.Module):
         text_heads: int | None = None,
         activation: str = "gelu",
         checkpoint: bool = False,
+        vision: str = "vit",
     ) -> None:
         super().__init__()
         self.image_size, self.embed_dim = image_size, embed_dim
         self.text_width, self.context_length, self.vocab_size = text_width, context_length, vocab_size
-        if image_size % patch_size:
-            raise UserError(f"CLIP: patch_size {patch_size} does not divide image_size {image_size}.")
+        if vision not in ("vit", "conv"):
+            raise UserError(f"CLIP: vision is vit or conv, not {vision!r}.")
+        grain = patch_size if vision == "vit" else patch_size * 2 ** (vision_layers - 1)
+        if image_size % grain:
+            made_of = "patch_size" if vision == "vit" else "patch_size * 2^(vision_layers - 1) ="
+            raise UserError(f"CLIP: {made_of} {grain} does not divide image_size {image_size}.")
         if activation not in ("gelu", "quick_gelu"):
             raise UserError(f"CLIP: activation is gelu or quick_gelu, not {activation!r}.")
-        vision_heads = _heads("vision", vision_width, vision_heads)
         text_heads = _heads("text", text_width, text_heads)
 
-        tower = Transformer(vision_width, vision_layers, vision_heads, activation, False, checkpoint)
-        self.visual = VisionTower(image_size, patch_size, vision_width, embed_dim, tower)
+        if vision == "conv":
+            self.visual = ConvTower(
+                image_size, patch_size, vision_width, vision_layers, embed_dim, checkpoint
+            )
+        else:
+            heads = _heads("vision", vision_width, vision_heads)
+            tower = Transformer(vision_width, vision_layers, heads, activation, False, checkpoint)
+            self.visual = VisionTower(image_size, patch_size, vision_width, embed_dim, tower)
         self.token_embedding = nn.Embedding(vocab_size, text_width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, text_width))
         self.transformer = Transformer(text_width, text_layers, text_heads, activation, True, checkpoint)
