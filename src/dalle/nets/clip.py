@@ -123,15 +123,15 @@ class ResBlock(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = GroupNorm(channels), GroupNorm(channels)  # with SiLU
         self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+        for p in self.conv2.parameters():
+            nn.init.zeros_(p)
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         return x + self.conv2(self.norm2(self.conv1(self.norm1(x))))
 
 
 class ConvTower(nn.Module):
-    """A small residual network, for tens of thousands of pictures, where a transformer needs millions.
+    """A small residual network, for tens of thousands of pictures, from which a transformer learns little.
 
     Pixels are folded `patch_size` x `patch_size` into channels; each of `layers` levels is a residual block,
     the next half as large and twice as wide. The embedding is a projection of the maximum over all positions
