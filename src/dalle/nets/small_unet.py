@@ -1,12 +1,12 @@
 """A U-Net for small pictures and few operations: the decoder network of a laptop.
 
-Conditioned like `unet.py`, the decoder of DALL-E 2 (sec. 2.1). It learns the same from a third of the
-operations because of what differs from ADM's U-Net:
+Conditioned like `unet.py`, the decoder of DALL-E 2 (sec. 2.1). What differs from ADM's U-Net, so that a
+picture costs a third of the operations or less:
 
 - skips are added, not concatenated, so that the way up costs no more than the way down;
 - the condition sets scale and shift of every norm, the first of a block and the last of the network too;
 - a linear map of the condition is a first sketch of the picture, added to the lowest feature map as in a
-  GAN's generator: where things are is learned in a minute instead of ten;
+  GAN's generator: without it small networks are slow to learn where things are;
 - every feature map has learned positions.
 """
 
