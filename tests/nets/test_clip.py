@@ -220,6 +220,7 @@ def test_autocast_keeps_the_meaning(tower):
         ({"text_heads": 5}, "text_heads"),
         ({"activation": "relu"}, "relu"),
         ({"vision": "resnet"}, "vision is vit or conv"),
+        (CONV | {"vision_layers": 0}, "at least one of vision_layers"),
         (CONV | {"vision_layers": 6}, r"patch_size \* 2\^\(vision_layers - 1\) = 64"),
     ],
 )

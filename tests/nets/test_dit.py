@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from dalle.errors import UserError
 from dalle.nets.dit import DiT, positions
 
 SMALL = {
@@ -67,9 +68,9 @@ def test_every_block_is_the_identity_at_birth():
 
 
 def test_sizes_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="multiple of patch 5"):
+    with pytest.raises(UserError, match="multiple of patch 5"):
         DiT(**SMALL | {"patch": 5})
-    with pytest.raises(ValueError, match="multiple of heads 5"):
+    with pytest.raises(UserError, match="multiple of heads 5"):
         DiT(**SMALL | {"heads": 5})
 
 

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from dalle.errors import UserError
 from dalle.nets import small_unet, unet
 from dalle.nets.small_unet import SmallUNet
 from dalle.nets.unet import ResBlock, UNet
@@ -106,17 +107,17 @@ def test_every_parameter_is_trained(kind, options):
 
 
 def test_sizes_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match="image_size 18"):
+    with pytest.raises(UserError, match="image_size 18"):
         UNet(**SMALL | {"image_size": 18})
-    with pytest.raises(ValueError, match="attention names"):
+    with pytest.raises(UserError, match="attention names"):
         UNet(**SMALL | {"attention": (16,)})
-    with pytest.raises(ValueError, match="head_dim 24"):
+    with pytest.raises(UserError, match="head_dim 24"):
         UNet(**SMALL | {"head_dim": 24})
-    with pytest.raises(ValueError, match=r"blocks \[1\] needs a number for each of multipliers \[1, 2\]"):
+    with pytest.raises(UserError, match=r"blocks \[1\] needs a number for each of multipliers \[1, 2\]"):
         made(SmallUNet, blocks=(1,))
-    with pytest.raises(ValueError, match="attention names no feature map"):
+    with pytest.raises(UserError, match="attention names no feature map"):
         made(SmallUNet, attention=())
-    with pytest.raises(ValueError, match="resample"):
+    with pytest.raises(UserError, match="resample"):
         UNet(**SMALL | {"resample": "stride"})
 
 

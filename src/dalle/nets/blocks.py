@@ -13,6 +13,8 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from dalle.errors import UserError
+
 
 def time_embedding(t: Float[Tensor, "B"], dim: int) -> Float[Tensor, "B D"]:
     """Sinusoids of 1000 t, laid out `[cos | sin]`, frequencies 10000^(-k/half) (ADM, GLIDE)."""
@@ -263,10 +265,10 @@ def check_sizes(
 ) -> None:
     factor = patch * 2 ** (len(multipliers) - 1)
     if image_size % factor:
-        raise ValueError(f"image_size {image_size} must be a multiple of patch * 2^(levels - 1) = {factor}.")
+        raise UserError(f"image_size {image_size} must be a multiple of patch * 2^(levels - 1) = {factor}.")
     sides = {image_size // patch >> level: width * m for level, m in enumerate(multipliers)}
     if set(attention) - set(sides):
-        raise ValueError(f"attention names feature maps of side {list(attention)}; there are {list(sides)}.")
+        raise UserError(f"attention names feature maps of side {list(attention)}; there are {list(sides)}.")
     attending = [c for side, c in sides.items() if side in attention] + [width * multipliers[-1]]
     if any(c % head_dim for c in attending):
-        raise ValueError(f"head_dim {head_dim} must divide the channels of the attention levels {attending}.")
+        raise UserError(f"head_dim {head_dim} must divide the channels of the attention levels {attending}.")

@@ -203,6 +203,8 @@ class CLIP(nn.Module):
         self.text_width, self.context_length, self.vocab_size = text_width, context_length, vocab_size
         if vision not in ("vit", "conv"):
             raise UserError(f"CLIP: vision is vit or conv, not {vision!r}.")
+        if vision == "conv" and vision_layers < 1:
+            raise UserError(f"CLIP: a conv tower has at least one of vision_layers, not {vision_layers}.")
         grain = patch_size if vision == "vit" else patch_size * 2 ** (vision_layers - 1)
         if image_size % grain:
             made_of = "patch_size" if vision == "vit" else "patch_size * 2^(vision_layers - 1) ="

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dalle.errors import UserError
 from dalle.nets.blocks import MLP, Attention, Conditioning
 
 
@@ -56,7 +57,7 @@ class DiT(nn.Module):
 
     patch: side of the square patches that become tokens.
     checkpoint: recompute each block in the backward pass.
-    Raises ValueError where sizes do not divide.
+    Raises UserError where sizes do not divide.
     """
 
     def __init__(
@@ -76,9 +77,9 @@ class DiT(nn.Module):
     ):
         super().__init__()
         if image_size % patch:
-            raise ValueError(f"image_size {image_size} must be a multiple of patch {patch}.")
+            raise UserError(f"image_size {image_size} must be a multiple of patch {patch}.")
         if width % heads or width % 4:
-            raise ValueError(f"width {width} must be a multiple of heads {heads} and of 4.")
+            raise UserError(f"width {width} must be a multiple of heads {heads} and of 4.")
         self.image_size, self.channels, self.out_channels = image_size, channels, out_channels
         self.embed_dim, self.text_width = embed_dim, text_width
         self.patch, self.width, self.checkpoint = patch, width, checkpoint

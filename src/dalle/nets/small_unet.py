@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dalle.errors import UserError
 from dalle.nets.blocks import Attention, Conditioning, GroupNorm, PixelAttention, check_sizes
 
 
@@ -50,13 +51,13 @@ class Block(nn.Module):
 class SmallUNet(nn.Module):
     """x_t, t and conditions -> the prediction (B, out_channels, image_size, image_size); zero at birth.
 
-    width: channels of the first feature map; `multipliers` give those of the others, each half as wide.
+    width: channels of the first feature map; `multipliers` give those of all, each of half the side before.
     blocks: residual blocks of each feature map, on the way down and again on the way up; in the lowest once.
     attention: sides of the feature maps (after patching) that attend to themselves and to the context.
     condition_width: of the vector that time, embeddings and caption become.
     patch: k folds k x k pixels into channels; 1 leaves them.
     checkpoint: recompute each block in the backward pass: less memory, a third more time.
-    Raises ValueError where sizes do not divide.
+    Raises UserError where sizes do not divide.
     """
 
     def __init__(
@@ -83,11 +84,11 @@ class SmallUNet(nn.Module):
         self.patch, self.checkpoint = patch, checkpoint
         check_sizes(image_size, patch, width, multipliers, attention, head_dim)
         if len(blocks) != len(multipliers):
-            raise ValueError(
+            raise UserError(
                 f"blocks {list(blocks)} needs a number for each of multipliers {list(multipliers)}."
             )
         if not attention:
-            raise ValueError("attention names no feature map, but that is where the caption is read.")
+            raise UserError("attention names no feature map, but that is where the caption is read.")
         self.conditioning = Conditioning(condition_width, width, embed_dim, text_width, image_tokens)
         self.deepen = nn.Sequential(nn.SiLU(), nn.Linear(condition_width, condition_width))
 

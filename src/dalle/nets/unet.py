@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dalle.errors import UserError
 from dalle.nets.blocks import Attention, Conditioning, GroupNorm, PixelAttention, check_sizes
 
 
@@ -94,7 +95,7 @@ class UNet(nn.Module):
     positions: adds a learned embedding of every pixel of the first feature map. Small networks place things
     far sooner with it; without it the network is convolutional and may be applied at another size.
     checkpoint: recompute each block in the backward pass: less memory, a third more time.
-    Raises ValueError where sizes do not divide, or for another `resample`.
+    Raises UserError where sizes do not divide, or for another `resample`.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class UNet(nn.Module):
         self.patch, self.checkpoint = patch, checkpoint
         check_sizes(image_size, patch, width, multipliers, attention, head_dim)
         if resample not in ("conv", "block"):
-            raise ValueError(f"resample is 'conv' or 'block', not {resample!r}.")
+            raise UserError(f"resample is 'conv' or 'block', not {resample!r}.")
         self.conditioning = Conditioning(4 * width, width, embed_dim, text_width, image_tokens)
 
         side = image_size // patch
