@@ -10,10 +10,12 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
-from torch import Tensor
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from dalle.data.batch import Batch
+from dalle.errors import UserError
 from dalle.stages.optim import Recipe
 
 VALIDATION_SEED = 20240229  # noise, times and dropped conditions are the same in every validation
@@ -24,6 +26,7 @@ class Stage(lightning.LightningModule):
 
     net: Any  # an nn.Module with an interface of its stage's own
     makes_images = False  # whether `sample` gives pictures
+    clip: float | int | None = None  # trainer.gradient_clip_val of a stage that steps by itself: `descend`
 
     def __init__(self, optimizer: Recipe | None = None) -> None:
         super().__init__()
@@ -41,13 +44,17 @@ class Stage(lightning.LightningModule):
         raise NotImplementedError
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        # All that is random in batch n of rank r depends on (seed, r, n) alone: a resumed run draws what an
-        # uninterrupted one would have drawn, and no two ranks or batches draw the same.
-        seen: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
-        torch.manual_seed(hash((self.seed, self.global_rank, seen.processed)))
+        self.seed_batch()
         out = self.step(batch)
         self.log_scalars("train", out, batch)
         return {k: v if k == "loss" else v.detach() for k, v in out.items()}
+
+    def seed_batch(self) -> None:
+        """All that is random in batch n of rank r depends on (seed, r, n) alone: a resumed run draws what an
+        uninterrupted one would have drawn, and no two ranks or batches draw the same.
+        """
+        seen: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        torch.manual_seed(hash((self.seed, self.global_rank, seen.processed)))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         return self._evaluate("val", batch, batch_idx)
@@ -98,3 +105,47 @@ class Stage(lightning.LightningModule):
             )
         optimizer, schedule = self.recipe.build(self.net, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # Stages with several optimizers set `automatic_optimization = False` and call `descend` in their own
+    # `training_step`. Optimizer 0 is that of `net`: its steps are `trainer.global_step`.
+
+    def configure_callbacks(self) -> list[Any]:
+        """Lightning's first call to a stage: takes over what it will not do for such a one, or refuses."""
+        if not self.automatic_optimization:
+            trainer: Any = self.trainer
+            refused = {
+                "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches != 1,
+                "trainer.gradient_clip_algorithm=value": trainer.gradient_clip_algorithm == "value",
+                "precision=fp16": trainer.precision == "16-mixed",
+                "trainer=fsdp": isinstance(trainer.strategy, FSDPStrategy),
+            }
+            for setting in [setting for setting, given in refused.items() if given]:
+                raise UserError(f"{setting} does not go with a stage of several optimizers; leave it out")
+            if trainer.gradient_clip_val is not None:
+                self.clip, trainer.gradient_clip_val = trainer.gradient_clip_val, None
+        return []
+
+    def descend(self, loss: Tensor, net: nn.Module, which: int) -> Tensor:
+        """One step of optimizer `which` and its schedule down the gradient of `loss` in the weights of `net`.
+
+        Gradients of other networks that the loss runs through are neither computed nor kept.
+
+        Returns: the norm of the gradient before it is clipped to `trainer.gradient_clip_val`.
+        """
+        weights = [p for p in net.parameters() if p.requires_grad]
+        with torch.autocast(loss.device.type, enabled=False):
+            grads = torch.autograd.grad(loss, weights, materialize_grads=True)
+        if self.trainer.world_size > 1:  # DDP itself awaits gradients of all networks at once
+            flat = self.trainer.strategy.reduce(torch.cat([g.flatten() for g in grads]), reduce_op="mean")
+            parts = flat.split([g.numel() for g in grads])
+            grads = [part.view_as(g) for part, g in zip(parts, grads, strict=True)]
+        for p, grad in zip(weights, grads, strict=True):
+            p.grad = grad
+        norm = clip_grad_norm_(weights, self.clip or torch.inf)
+        optimizers: Any = self.optimizers(use_pl_optimizer=which == 0)  # Lightning's wrapper counts steps
+        schedules: Any = self.lr_schedulers()
+        optimizers[which].step()
+        schedules[which].step()
+        for p in weights:
+            p.grad = None
+        return norm
