@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dalle import cli
 
-# What is about one stage alone; everything else also holds for a CLIP that has to be trained first.
+# What is about one stage alone; everything else also holds for those that have to be trained before it.
 OWN = ("model", "optimizer", "sampler", "callbacks", "datamodule", "batch_size", "stage", "debug", "resume",
        "overwrite", "paths.run", "hydra")  # fmt: skip
 
@@ -43,10 +43,11 @@ def train(config: dict, overrides: list[str]) -> None:
 
     if not training.may_start(config):
         return
-    if training.is_main_process() and (missing := training.missing_clip(config)):
-        print(f"{missing} holds no finished CLIP: training it first", flush=True)
+    missing = training.missing_runs(config) if training.is_main_process() else {}
+    for stage, run in missing.items():
+        print(f"{run} holds no finished {stage}: training it first", flush=True)
         shared = [o for o in overrides if not o.lstrip("+~").startswith(OWN)]
-        run_job([*shared, "model=clip", f"paths.run='{missing}'", f"resume={str(missing.occupied).lower()}"])
+        run_job([*shared, f"model={stage}", f"paths.run='{run}'", f"resume={str(run.occupied).lower()}"])
     training.train(config)
 
 

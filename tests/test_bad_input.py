@@ -40,7 +40,7 @@ from dalle.errors import UserError
         (["~optimizer.lr"], "model.optimizer needs lr"),
         (
             ["upstream.clip=nowhere"],
-            "upstream.clip=nowhere holds no finished CLIP run; train one with model=clip",
+            "upstream.clip=nowhere holds no finished clip run; train one with model=clip",
         ),
         (["model=clip", "batch_size=0"], "batch_size=0: give at least 1"),
         (["model=clip", "batch_size=33"], "batch_size=33 is larger than the training set of 32 items"),

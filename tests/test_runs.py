@@ -92,7 +92,7 @@ def test_weights_half_written_beside_do_not_count(run):
 @pytest.mark.parametrize("stage", ["clip", "prior", "decoder"])
 def test_stages_come_back_with_their_weights(untrained_stages, stage):
     path = untrained_stages / "default" / stage
-    loaded, manifest = load_stage(path, expected=stage)
+    loaded, manifest = load_stage(path, stage)
     saved = load_file(path / "model.safetensors")
     assert all(torch.equal(saved[key], value) for key, value in loaded.net.state_dict().items())
     assert weights_hash(loaded.net) == manifest["weights"]
@@ -138,7 +138,7 @@ def damage(run: Run, name: str, content: bytes | None = None) -> None:
 def test_damage_is_named(run, name, content, message):
     damage(run, name, content)
     with pytest.raises(UserError, match=message):
-        load_stage(run.path, expected="prior")
+        load_stage(run.path, "prior")
 
 
 def test_a_missing_config_is_named(run):

@@ -418,12 +418,12 @@ def test_trainer_mistakes_are_the_users(logs):
 
 def test_a_clip_elsewhere_must_be_there(logs):
     config = configure("prior", logs, f"upstream.clip='{logs}/nowhere'")
-    with pytest.raises(UserError, match=r"upstream\.clip=.*nowhere holds no finished CLIP"):
-        training.missing_clip(config)
-    missing = training.missing_clip(configure("prior", logs, "name=other"))
-    assert missing is not None
-    assert missing.path == logs / "other" / "clip"
-    assert training.missing_clip(configure("prior", logs)) is None
+    with pytest.raises(UserError, match=r"upstream\.clip=.*nowhere holds no finished clip"):
+        training.missing_runs(config)
+    missing = training.missing_runs(configure("prior", logs, "name=other"))
+    assert missing == {"clip": Run(logs / "other" / "clip")}
+    assert training.missing_runs(configure("prior", logs)) == {}
+    assert training.missing_runs(configure("clip", logs, "name=other")) == {}
 
 
 def test_manifest_is_plain_json(trained):

@@ -5,7 +5,7 @@
         last.ckpt           everything needed to go on training
         model.safetensors   weights of the trained network (their moving average where there is one)
         manifest.json       what a user of the weights must know: sizes, normalisation, hashes, final metrics
-        tokenizer.json      of a CLIP: how its captions become ids
+        tokenizer.json      of a CLIP or a DALL-E transformer: how its captions become ids
         metrics.csv, samples/
 
 A run is finished when its manifest is there: it is written last. Every file is written aside and renamed.
@@ -25,13 +25,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dalle.build import build
-from dalle.data.frozen import FrozenCLIP, weights_hash
+from dalle.data.frozen import FrozenCLIP, FrozenTokenizer, weights_hash
 from dalle.data.norm import EmbedNorm
-from dalle.data.tokenizers import load_tokenizer
+from dalle.data.tokenizers import CaptionTokenizer, ClipBPE, load_tokenizer
 from dalle.errors import UserError
 from dalle.stages.base import Stage
 
 SCHEMA = 1
+IMAGE_TOKENIZERS = ("dvae", "vqgan")  # the stages that turn pictures into codes
 
 
 def write_aside(path: Path, text: str) -> None:
@@ -84,7 +85,7 @@ class Run:
 
     def config(self) -> dict[str, Any]:
         """The resolved configuration it was trained with. Raises UserError when it cannot be read."""
-        return self._read("config.yaml", yaml.safe_load, needs=("model", "clip"))
+        return self._read("config.yaml", yaml.safe_load, needs=("model",))
 
     def _read(self, name: str, parse: Callable[[str], Any], needs: Sequence[str]) -> dict[str, Any]:
         try:
@@ -106,6 +107,15 @@ class Run:
         facts = {"schema": SCHEMA, "weights": weights_hash(net), **manifest}
         write_aside(self.path / "manifest.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
+    def load_tokenizer(self) -> CaptionTokenizer | ClipBPE:
+        """The run's text tokenizer. Raises UserError when it cannot be read."""
+        try:
+            return load_tokenizer(self.tokenizer)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"{self.tokenizer} cannot be read ({error}); restore it or train the stage again"
+            ) from None
+
     def weights(self) -> dict[str, torch.Tensor]:
         path = self.path / "model.safetensors"
         try:
@@ -114,16 +124,17 @@ class Run:
             raise UserError(f"{path} cannot be read ({error}); restore it or train the stage again") from None
 
 
-def load_stage(path: str | Path, expected: str | None = None) -> tuple[Stage, dict[str, Any]]:
+def load_stage(path: str | Path, *expected: str) -> tuple[Stage, dict[str, Any]]:
     """A finished run's stage with its weights, in eval mode on the CPU, and its manifest.
 
     Raises:
-        UserError: no finished run there, another kind of stage than `expected`, or weights that do not fit.
+        UserError: no finished run there, none of the `expected` kinds of stage (if any are named), or weights
+            that do not fit.
     """
     run = Run(Path(path))
     manifest = run.manifest()
-    if expected and (found := manifest.get("stage")) != expected:
-        raise UserError(f"{path} holds a {found}, but a {expected} is needed here")
+    if expected and (found := manifest.get("stage")) not in expected:
+        raise UserError(f"{path} holds a {found}, but a {' or '.join(expected)} is needed here")
     node = {**run.config()["model"], "optimizer": None}
     stage = build(node, "model")
     try:
@@ -138,9 +149,11 @@ def load_stage(path: str | Path, expected: str | None = None) -> tuple[Stage, di
 
 def load_clip(path: str | Path) -> FrozenCLIP:
     """The CLIP of a finished `model=clip` run, frozen, with its tokenizer."""
-    stage, _ = load_stage(path, expected="clip")
-    tokenizer = Path(path) / "tokenizer.json"
-    try:
-        return FrozenCLIP(stage.net, load_tokenizer(tokenizer))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{tokenizer} cannot be read ({error}); restore it or train the CLIP again") from None
+    stage, _ = load_stage(path, "clip")
+    return FrozenCLIP(stage.net, Run(Path(path)).load_tokenizer())
+
+
+def load_image_tokenizer(path: str | Path) -> FrozenTokenizer:
+    """The network of a finished `model=dvae` or `model=vqgan` run, frozen."""
+    stage, _ = load_stage(path, *IMAGE_TOKENIZERS)
+    return FrozenTokenizer(stage.net)

@@ -62,7 +62,7 @@ def train(config: Config) -> dict[str, float]:
     datamodule.train_dataloader()  # refuses a batch larger than the data, while nothing has been touched
     if is_main_process():
         claim(run, config)
-        if config["stage"] == "clip":
+        if "tokenizer" in config["datamodule"]:
             write_aside(run.tokenizer, json.dumps(datamodule.tokenizer.to_dict(), ensure_ascii=False))
         write_aside(run.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         for logger in trainer.loggers:
@@ -90,27 +90,26 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", f".*{message}.*")
 
 
-def missing_clip(config: Config) -> Run | None:
-    """The run in which this stage's CLIP still has to be trained; None where it is there or comes from
-    elsewhere.
+def missing_runs(config: Config) -> dict[str, Run]:
+    """The runs, by stage, that still have to be trained because this one's DataModule works with their
+    networks. Those that are there, or come from elsewhere, are not among them.
 
     Raises:
-        UserError: another place was named, and there is no CLIP.
+        UserError: another place was named, and there is no finished run in it.
     """
-    node = config["clip"]
-    if (
-        config["stage"] == "clip"
-        or node["_target_"] != "dalle.runs.load_clip"
-        or Run(Path(node["path"])).finished
-    ):
-        return None
-    usual = Path(config["paths"]["logs"], config["name"], "clip")
-    if Path(node["path"]) != usual:
-        raise UserError(
-            f"upstream.clip={node['path']} holds no finished CLIP run; train one with model=clip, "
-            "or leave it out"
-        )
-    return Run(usual)
+    nodes = [node for node in config["datamodule"].values() if isinstance(node, dict)]
+    used = {node["path"] for node in nodes if node.get("_target_", "").startswith("dalle.runs.load_")}
+    missing = {}
+    for stage, path in config["upstream"].items():
+        if path in used and not Run(Path(path)).finished:
+            usual = Path(config["paths"]["logs"], config["name"], stage)
+            if Path(path) != usual:
+                raise UserError(
+                    f"upstream.{stage}={path} holds no finished {stage} run; train one with model={stage}, "
+                    "or leave it out"
+                )
+            missing[stage] = Run(usual)
+    return missing
 
 
 def check_machine(config: Config) -> None:

@@ -1,7 +1,8 @@
 """What a frozen CLIP makes of a source, computed once and kept on disk as memory-mapped arrays.
 
 A cache is a folder `<key>/` of .npy files and a `meta.json`. It is written under another name and renamed
-once it is complete, so whatever bears the right name is a whole cache; checksums show later damage.
+once it is complete, so whatever bears the right name is a whole cache; checksums show later damage. That part
+(`open_or_build`) also serves `codes.py`.
 """
 
 import hashlib
@@ -9,10 +10,10 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from dalle.data.sources import Source, SourceDataset, Tokenize, captions_of
 
 FORMAT = 1  # raise it when the files change
 CHUNK = 256  # items or captions embedded at a time
+Cache = TypeVar("Cache")
 TEXT = {  # name -> type on disk; half precision for the states, which are many and follow a layer norm
     "text": np.int32,
     "text_embed": np.float32,
@@ -57,8 +59,7 @@ class EmbeddingCache:
     def __init__(self, path: Path, verify: bool = False):
         self.path = path
         try:
-            meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-            _check(path, meta, verify)
+            meta = read_meta(path, verify)
             self.has_text: bool = meta["text"]
             self.image_embed = self._open("image_embed")
             if self.has_text:
@@ -129,28 +130,63 @@ def cached_embeddings(
         first_only: keep only the first caption of each item (validation uses no other).
         verify: compare checksums; False where another process has just done so.
     """
-    key = _key(source, clip, items, text_bytes, first_only)
-    path = cache_dir / key
+    facts = [clip.weights_hash, clip.tokenizer.to_dict(), source.fingerprint(), source.image_size]
+    path = cache_dir / cache_key(*facts, items, text_bytes, first_only)
+
+    def build(folder: Path) -> dict[str, Any]:
+        return _build(folder, source, clip, items, text_bytes, first_only)
+
+    return open_or_build(path, EmbeddingCache, build, f"Embeddings of {items} items", verify)
+
+
+def cache_key(*facts: Any) -> str:
+    """The name of a cache: a hash of everything that its files depend on."""
+    return hashlib.sha256(json.dumps([FORMAT, *facts], sort_keys=True).encode()).hexdigest()[:24]
+
+
+def open_or_build(
+    path: Path,
+    open_cache: Callable[[Path, bool], Cache],
+    build: Callable[[Path], dict[str, Any]],
+    what: str,
+    verify: bool,
+) -> Cache:
+    """Opens the cache at `path`, building it where it is missing or broken.
+
+    Args:
+        open_cache: opens a folder, `open_cache(path, verify)`; raises BrokenCache.
+        build: fills a folder with files and gives what else its `meta.json` says.
+        what: what is in it, for messages.
+        verify: compare checksums; False where another process has just done so.
+    """
     if path.exists():
         try:
-            cache = EmbeddingCache(path, verify)
+            cache = open_cache(path, verify)
             if verify:
-                rank_zero_info(f"Embeddings of {items} items: read from {path}")
+                rank_zero_info(f"{what}: read from {path}")
             return cache
         except BrokenCache as error:
-            rank_zero_info(f"Embeddings in {path} are damaged ({error}); computing them again")
+            rank_zero_info(f"{what}: {path} is damaged ({error}); computing them again")
             shutil.rmtree(path)
     with _appears_whole(path) as folder:
-        _build(folder, source, clip, items, text_bytes, first_only)
-    return EmbeddingCache(path)
+        meta = build(folder)
+        files = {file.name: [file.stat().st_size, _checksum(file)] for file in sorted(folder.iterdir())}
+        meta |= {"format": FORMAT, "files": files}
+        (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    return open_cache(path, False)
 
 
-def _key(source: Source, clip: FrozenCLIP, items: int, text_bytes: int, first_only: bool) -> str:
-    """Everything the files depend on: network, tokenizer, pictures, captions."""
-    facts: list[Any] = [FORMAT, clip.weights_hash, clip.tokenizer.to_dict()]
-    facts += [source.fingerprint(), source.image_size]
-    facts += [items, text_bytes, first_only]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+def read_meta(path: Path, verify: bool) -> dict[str, Any]:
+    """The cache's `meta.json`. Raises BrokenCache where a file is cut short or, with `verify`, changed."""
+    meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+    if meta["format"] != FORMAT:
+        raise BrokenCache(f"format {meta['format']}, not {FORMAT}")
+    for name, (size, checksum) in meta["files"].items():
+        if (path / name).stat().st_size != size:
+            raise BrokenCache(f"{name} is cut short")
+        if verify and _checksum(path / name) != checksum:
+            raise BrokenCache(f"{name} has changed")
+    return meta
 
 
 @contextmanager
@@ -172,23 +208,21 @@ def _appears_whole(path: Path) -> Iterator[Path]:
 
 def _build(
     folder: Path, source: Source, clip: FrozenCLIP, items: int, text_bytes: int, first_only: bool
-) -> None:
+) -> dict[str, Any]:
     with tqdm(total=items, desc=f"Embedding {items} pictures", unit="") as progress:
-        images = _create(folder, "image_embed", np.float32, items, clip.embed_dim)
-        for chunk in _chunks(items):
-            device = _device(clip)
-            images[chunk.start : chunk.stop] = clip.embed_image(source.images(chunk).to(device)).cpu().numpy()
+        images = create(folder, "image_embed", np.float32, items, clip.embed_dim)
+        for chunk in chunks(items):
+            embed = clip.embed_image(source.images(chunk).to(clip.device))
+            images[chunk.start : chunk.stop] = embed.cpu().numpy()
             progress.update(len(chunk))
         images.flush()
     captions = [
-        some[: 1 if first_only else None] for chunk in _chunks(items) for some in captions_of(source, chunk)
+        some[: 1 if first_only else None] for chunk in chunks(items) for some in captions_of(source, chunk)
     ]
     text = _text_size(clip, sum(map(len, captions))) <= text_bytes
     if text:
         _build_text(folder, clip, captions)
-    files = {file.name: [file.stat().st_size, _checksum(file)] for file in sorted(folder.iterdir())}
-    meta = {"format": FORMAT, "text": text, "files": files}
-    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    return {"text": text}
 
 
 def _build_text(folder: Path, clip: FrozenCLIP, captions: list[list[str]]) -> None:
@@ -197,19 +231,15 @@ def _build_text(folder: Path, clip: FrozenCLIP, captions: list[list[str]]) -> No
     (folder / "captions.json").write_text(json.dumps(flat), encoding="utf-8")
     shapes = {"text": (clip.context_length,), "text_mask": (clip.context_length,)}
     shapes |= {"text_embed": (clip.embed_dim,), "text_hidden": (clip.context_length, clip.text_width)}
-    arrays = {name: _create(folder, name, kind, len(flat), *shapes[name]) for name, kind in TEXT.items()}
+    arrays = {name: create(folder, name, kind, len(flat), *shapes[name]) for name, kind in TEXT.items()}
     with tqdm(total=len(flat), desc=f"Embedding {len(flat)} captions", unit="") as progress:
-        for chunk in _chunks(len(flat)):
-            text = clip.tokenizer(flat[chunk.start : chunk.stop]).to(_device(clip))
+        for chunk in chunks(len(flat)):
+            text = clip.tokenizer(flat[chunk.start : chunk.stop]).to(clip.device)
             for name, values in {"text": text, **clip.embed_text(text)}.items():
                 arrays[name][chunk.start : chunk.stop] = values.cpu().numpy()
             progress.update(len(chunk))
     for array in arrays.values():
         array.flush()
-
-
-def _device(clip: FrozenCLIP) -> torch.device:
-    return next(clip.parameters()).device
 
 
 def _text_size(clip: FrozenCLIP, captions: int) -> int:
@@ -218,22 +248,14 @@ def _text_size(clip: FrozenCLIP, captions: int) -> int:
     return captions * (4 * tokens + 4 * clip.embed_dim + 2 * tokens * clip.text_width + tokens)
 
 
-def _create(folder: Path, name: str, kind: type[np.generic], *shape: int) -> np.memmap:
+def create(folder: Path, name: str, kind: type[np.generic], *shape: int) -> np.memmap:
+    """An array on disk, to be filled."""
     return np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=kind, shape=shape)
 
 
-def _chunks(n: int) -> Iterator[range]:
+def chunks(n: int) -> Iterator[range]:
+    """0 .. n-1 in portions that a network takes at a time."""
     return (range(start, min(start + CHUNK, n)) for start in range(0, n, CHUNK))
-
-
-def _check(path: Path, meta: dict[str, Any], verify: bool) -> None:
-    if meta["format"] != FORMAT:
-        raise BrokenCache(f"format {meta['format']}, not {FORMAT}")
-    for name, (size, checksum) in meta["files"].items():
-        if (path / name).stat().st_size != size:
-            raise BrokenCache(f"{name} is cut short")
-        if verify and _checksum(path / name) != checksum:
-            raise BrokenCache(f"{name} has changed")
 
 
 def _checksum(file: Path) -> int:

@@ -1,4 +1,8 @@
-"""A trained CLIP as the data side of the next stages sees it: frozen, with its tokenizer, in float32."""
+"""Trained networks as the data side of the next stages sees them: frozen and in float32.
+
+What they make does not depend on an autocast around them, so that what was kept on disk and what is made
+afresh are the same.
+"""
 
 import hashlib
 from collections.abc import Sequence
@@ -6,39 +10,48 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 
 from dalle.data.tokenizers import TextTokenizer
 
 
-class FrozenCLIP(nn.Module):
-    """Turns images and captions into embeddings; never trains, whatever its owner does.
+class Frozen(nn.Module):
+    """A network that never trains, whatever its owner does, and is known by the hash of its weights."""
 
-    `net` has `image_size`, `embed_dim`, `text_width`, `context_length`, `encode_image(image in [-1, 1])` and
-    `encode_text(text) -> (embedding, states, mask)`: `dalle.nets.clip.CLIP` or a wrapped open_clip model.
-
-    Embeddings do not depend on an autocast around them, so that cached ones and fresh ones are the same.
-    """
-
-    def __init__(self, net: nn.Module, tokenizer: TextTokenizer) -> None:
+    def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net: Any = net.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
         self.training = False
         self.image_size: int = self.net.image_size
-        self.embed_dim: int = self.net.embed_dim
-        self.text_width: int = self.net.text_width
-        self.context_length: int = self.net.context_length
 
-    def train(self, mode: bool = True) -> "FrozenCLIP":
+    def train(self, mode: bool = True) -> "Frozen":
         """Stays in evaluation mode: a Trainer puts all it finds into training mode."""
         return self
 
+    @property
+    def device(self) -> torch.device:
+        return next(self.net.parameters()).device
+
     @cached_property
     def weights_hash(self) -> str:
-        """Short hash of the weights: embeddings of another CLIP are refused by it."""
+        """Short hash of the weights: what another network made is refused by it."""
         return weights_hash(self.net)
+
+
+class FrozenCLIP(Frozen):
+    """Turns images and captions into embeddings.
+
+    `net` has `image_size`, `embed_dim`, `text_width`, `context_length`, `encode_image(image in [-1, 1])` and
+    `encode_text(text) -> (embedding, states, mask)`: `dalle.nets.clip.CLIP` or a wrapped open_clip model.
+    """
+
+    def __init__(self, net: nn.Module, tokenizer: TextTokenizer) -> None:
+        super().__init__(net)
+        self.tokenizer = tokenizer
+        self.embed_dim: int = self.net.embed_dim
+        self.text_width: int = self.net.text_width
+        self.context_length: int = self.net.context_length
 
     @torch.no_grad()
     def embed_image(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
@@ -55,9 +68,34 @@ class FrozenCLIP(nn.Module):
 
     def embed_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Captions -> what `embed_text` gives, and the ids as `text` (B, T)."""
-        device = next(self.net.parameters()).device
-        text = self.tokenizer(captions).to(device)
+        text = self.tokenizer(captions).to(self.device)
         return {"text": text, **self.embed_text(text)}
+
+
+class FrozenTokenizer(Frozen):
+    """Turns images into codes and codes into images: a dVAE or a VQGAN as the transformer sees it.
+
+    `net` has `image_size`, `vocab_size` (K), `grid` (side; N = grid ** 2 codes in raster order),
+    `encode(image in [-1, 1]) -> codes` and `decode(codes) -> image`: `dalle.nets.dvae.DVAE`,
+    `dalle.nets.vqgan.VQGAN`.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__(net)
+        self.vocab_size: int = self.net.vocab_size
+        self.grid: int = self.net.grid
+
+    @torch.no_grad()
+    def encode(self, image: Float[Tensor, "b 3 h w"]) -> Int64[Tensor, "b n"]:
+        """Images in [-1, 1] of the network's size -> codes in [0, K). Another size: UserError."""
+        with torch.autocast(image.device.type, enabled=False):
+            return self.net.encode(image.float())
+
+    @torch.no_grad()
+    def decode(self, codes: Int64[Tensor, "b n"]) -> Float[Tensor, "b 3 h w"]:
+        """Codes -> images in [-1, 1]."""
+        with torch.autocast(codes.device.type, enabled=False):
+            return self.net.decode(codes).float().clamp(-1, 1)
 
 
 def weights_hash(module: nn.Module) -> str:

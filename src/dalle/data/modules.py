@@ -1,8 +1,8 @@
 """One DataModule per kind of batch, all over the same sources.
 
-Frozen networks (CLIP) live here and not in a stage, so that a stage's checkpoint, EMA and DDP hold only what
-is trained. What they make of a fixed, small enough split is kept on disk (`cache.py`); the rest is computed
-on the device after the batch has arrived there.
+Frozen networks (CLIP, image tokenizers) live here and not in a stage, so that a stage's checkpoint, EMA and
+DDP hold only what is trained. What they make of a fixed, small enough split is kept on disk (`cache.py`,
+`codes.py`); the rest is computed on the device after the batch has arrived there.
 """
 
 import hashlib
@@ -15,13 +15,16 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dalle.data.cache import CachedDataset, EmbeddingCache, cached_embeddings
-from dalle.data.frozen import FrozenCLIP
+from dalle.data.codes import CodeCache, CodeDataset, cached_codes
+from dalle.data.frozen import FrozenCLIP, FrozenTokenizer
 from dalle.data.norm import EmbedNorm
 from dalle.data.sources import EpochSampler, Source, SourceDataset, SourceFactory, as_it_is, captions_of
-from dalle.data.tokenizers import TextTokenizer
+from dalle.data.tokenizers import ClipBPE, TextTokenizer
 from dalle.errors import UserError
 
 TOKENIZER_ITEMS = 20_000  # items whose captions train a tokenizer
@@ -99,6 +102,10 @@ class SourceDataModule(L.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader | list[DataLoader]:
         return self._loader("test", self._sampler("test")) if self.items("test") else []
+
+    def pictures(self, made: Tensor) -> Tensor:
+        """What a stage that makes images made of a batch -> images in [-1, 1]."""
+        return made
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -303,6 +310,112 @@ class ImageEmbeddingDataModule(EmbeddingDataModule):
     """The batches of `EmbeddingDataModule` and `image`: what a decoder trains on."""
 
     with_images = True
+
+
+class CodeDataModule(TextImageDataModule):
+    """Batches of `text`, `codes`, `caption`, `index`, and `image` in validation and tests: what DALL-E's
+    transformer trains on.
+
+    Args:
+        image_tokenizer: the frozen network that turns pictures into codes.
+        cache_dir: where codes are kept.
+        cache_items: a larger split is encoded batch by batch instead.
+        bpe_dropout: share of the text tokenizer's merges left out in training.
+
+    Raises:
+        UserError: dropout for a tokenizer that has none. Of `sizes`: pictures of another size than the
+            image tokenizer's.
+    """
+
+    def __init__(
+        self,
+        source: SourceFactory,
+        tokenizer: TextTokenizer | Callable[[list[str]], TextTokenizer],
+        image_tokenizer: FrozenTokenizer,
+        batch_size: int,
+        cache_dir: str | Path,
+        num_workers: int = 0,
+        seed: int = 0,
+        val_items: int | None = None,
+        test_items: int | None = None,
+        train_items: int | None = None,
+        cache_items: int = 1_000_000,
+        bpe_dropout: float = 0.1,
+    ):
+        super().__init__(source, tokenizer, batch_size, num_workers, seed, val_items, test_items, train_items)
+        self.image_tokenizer, self.cache_dir = image_tokenizer, Path(cache_dir)
+        self.cache_items, self.bpe_dropout = cache_items, bpe_dropout
+        if bpe_dropout and isinstance(tokenizer, ClipBPE):
+            raise UserError("CLIP's own tokenizer knows no dropout; set datamodule.bpe_dropout=0")
+        self._caches: dict[str, CodeCache] = {}
+
+    def prepare_data(self) -> None:
+        """One process computes what is kept, before the others look for it."""
+        self._encode(verify=True)
+        train = self.split("train")
+        captions = list(chain(*captions_of(train, range(min(self.items("train"), TOKENIZER_ITEMS)))))
+        if too_long := sum(map(self.tokenizer.too_long, captions)):
+            rank_zero_warn(
+                f"{too_long} of {len(captions)} captions are longer than the {self.tokenizer.context_length} "
+                "tokens of the text and are cut; tokenizer.context_length=... makes room"
+            )
+
+    def setup(self, stage: str) -> None:
+        self._encode(verify=False)
+
+    def _encode(self, verify: bool) -> None:
+        if self.trainer:
+            self.image_tokenizer.to(self.trainer.strategy.root_device)
+        task = self.trainer.state.fn if self.trainer else None
+        # What is gone through once only (a test) is encoded on the way.
+        for name in {"test": (), "validate": ("val",)}.get(task or "", ("train", "val")):
+            source, n = self.split(name), self.items(name)
+            if name not in self._caches and source.fixed and 0 < n <= self.cache_items:
+                self._caches[name] = cached_codes(self.cache_dir, source, self.image_tokenizer, n, verify)
+
+    def dataset(self, name: str) -> SourceDataset:
+        train = name == "train"
+        return CodeDataset(
+            self.split(name),
+            self.tokenizer,
+            self._caches.get(name),
+            images=not train,
+            seed=self.seed if train else None,
+            dropout=self.bpe_dropout if train else 0.0,
+        )
+
+    @torch.no_grad()
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Adds the codes that did not come from a cache."""
+        if "codes" not in batch:
+            self.image_tokenizer.to(batch["text"].device)
+            batch["codes"] = self.image_tokenizer.encode(batch["image"])
+        return batch
+
+    def pictures(self, made: Tensor) -> Tensor:
+        """Codes (B, N) -> images in [-1, 1]."""
+        return self.image_tokenizer.to(made.device).decode(made)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        there, needed = self.split("train").image_size, self.image_tokenizer.image_size
+        if there != needed:
+            raise UserError(
+                f"pictures of {there} px do not fit the image tokenizer, which was trained at {needed} px; "
+                f"set data.image_size={needed}, or train a tokenizer on pictures of {there} px"
+            )
+        return {
+            "image_size": there,
+            "text_vocab": self.tokenizer.vocab_size,
+            "text_length": self.tokenizer.context_length,
+            "image_vocab": self.image_tokenizer.vocab_size,
+            "grid": self.image_tokenizer.grid,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        images = self.image_tokenizer
+        facts = {"weights": images.weights_hash, "vocab_size": images.vocab_size, "grid": images.grid}
+        return super().describe() | {"image_tokenizer": facts}
 
 
 def tokenizer_facts(tokenizer: TextTokenizer) -> dict[str, Any]:

@@ -2,11 +2,17 @@
 
 Both lower-case, squeeze white space, put the text between a start and an end token, pad with id 0, and cut
 what is too long. The end token has the largest id, which is where CLIP reads off the text's embedding.
+
+BPE dropout (Provilkov et al. 2020, alg. 1) writes a word in other tokens every time it is read; DALL-E trains
+with 10 % (Ramesh et al. 2021, sec. 2.2). The `tokenizers` package cannot seed its own, so it is done here.
 """
 
 import json
 import os
+import random
 from collections.abc import Iterable, Sequence
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -93,13 +99,53 @@ class CaptionTokenizer:
             context_length = min(AUTO_CONTEXT_CAP, 8 * -(-longest // 8))
         return cls(bpe, context_length)
 
-    def __call__(self, captions: Sequence[str]) -> Int64[Tensor, "b t"]:
-        """Captions -> (B, context_length) ids; too long ones are cut before the end token."""
+    def __call__(
+        self, captions: Sequence[str], dropout: float | int = 0.0, seeds: Sequence[int] = ()
+    ) -> Int64[Tensor, "b t"]:
+        """Captions -> (B, context_length) ids; too long ones are cut before the end token.
+
+        Args:
+            dropout: share of merges left out, for training only. A caption that would grow too long by it
+                is taken as it is.
+            seeds: one for each caption, which alone decides what is left out.
+        """
+        room = self.context_length - 2
         text = torch.zeros(len(captions), self.context_length, dtype=torch.int64)
-        for row, encoding in zip(text, self.bpe.encode_batch(list(captions)), strict=True):
-            ids = encoding.ids[: self.context_length - 2]
-            row[: len(ids) + 2] = torch.tensor([self.start_id, *(i + 2 for i in ids), self.end_id])
+        for number, encoding in enumerate(self.bpe.encode_batch(list(captions))):
+            ids = encoding.ids
+            if dropout and len(ids) <= room:
+                finer = self._split(captions[number], dropout, random.Random(seeds[number]))
+                ids = finer if len(finer) <= room else ids
+            ids = [self.start_id, *(i + 2 for i in ids[:room]), self.end_id]
+            text[number, : len(ids)] = torch.tensor(ids)
         return text
+
+    def _split(self, caption: str, dropout: float | int, draw: random.Random) -> list[int]:
+        """The BPE's ids of a caption, of whose merges each is left out with probability `dropout`."""
+        assert self.bpe.normalizer is not None
+        assert self.bpe.pre_tokenizer is not None
+        ids = []
+        for word, _ in self.bpe.pre_tokenizer.pre_tokenize_str(self.bpe.normalizer.normalize_str(caption)):
+            parts = list(word)
+            while merges := [
+                (self._ranks[pair], place)
+                for place, pair in enumerate(pairwise(parts))
+                if pair in self._ranks and draw.random() >= dropout
+            ]:
+                _, place = min(merges)
+                parts[place : place + 2] = [parts[place] + parts[place + 1]]
+            ids += [self._vocabulary[part] for part in parts]
+        return ids
+
+    @cached_property
+    def _vocabulary(self) -> dict[str, int]:
+        return self.bpe.get_vocab()
+
+    @cached_property
+    def _ranks(self) -> dict[tuple[str, ...], int]:
+        """Of every merge its place in the order in which they are made."""
+        merges = json.loads(self.bpe.to_str())["model"]["merges"]
+        return {tuple(pair): rank for rank, pair in enumerate(merges)}
 
     def too_long(self, caption: str) -> bool:
         """Whether the caption would be cut."""

@@ -28,9 +28,9 @@ def load_unclip(
     Raises:
         UserError: a run is missing or unfinished, is of another stage, or does not fit the others.
     """
-    stages = {"decoder": load_stage(decoder, expected="decoder")}
+    stages = {"decoder": load_stage(decoder, "decoder")}
     if prior is not None:
-        stages["prior"] = load_stage(prior, expected="prior")
+        stages["prior"] = load_stage(prior, "prior")
     manifests = {name: manifest for name, (_, manifest) in stages.items()}
     check_fit(manifests)
     frozen, where = _clip_of(Path(decoder), clip)
