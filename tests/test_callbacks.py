@@ -66,6 +66,17 @@ def batches(number: int = 8) -> DataLoader:
     return DataLoader(data, batch_size=4, collate_fn=collate)
 
 
+class Data(lightning.LightningDataModule):
+    def train_dataloader(self):
+        return batches()
+
+    def val_dataloader(self):
+        return batches(1)
+
+    def pictures(self, made):
+        return made
+
+
 def fake_trainer(**attributes) -> lightning.Trainer:
     return Mock(spec=lightning.Trainer, **attributes)
 
@@ -92,7 +103,7 @@ def fit(stage: Stage, *callbacks, steps: int = 4, ckpt: Path | None = None, **op
         enable_model_summary=False,
         enable_checkpointing=any(isinstance(c, LastCheckpoint) for c in callbacks), **options,
     )  # fmt: skip
-    trainer.fit(stage, batches(), batches(1), ckpt_path=ckpt, weights_only=True)
+    trainer.fit(stage, datamodule=Data(), ckpt_path=ckpt, weights_only=True)
     return trainer
 
 
@@ -364,14 +375,14 @@ class Clip(nn.Module):
 
 
 class TestGenerationTest:
-    def run(self, items: int, world: int = 1):
+    def run(self, items: int, world: int = 1, clip: nn.Module | None = None, pictures=lambda made: made):
         source = Shapes("test", image_size=32, size=64)
         batch = {
             "index": torch.arange(16),
             "caption": [source.captions(i)[0] for i in range(16)],
             "image": source.images(range(16)),
         }
-        datamodule = SimpleNamespace(split=lambda name: source, clip=Clip())
+        datamodule = SimpleNamespace(split=lambda name: source, clip=clip, pictures=pictures)
         trainer, stage, logged = fake_trainer(datamodule=datamodule, world_size=world), Copyist(), {}
         stage.log_dict = lambda table, **_: logged.update(table)
         callback = GenerationTest(items=items)
@@ -383,7 +394,7 @@ class TestGenerationTest:
         return logged, stage, source
 
     def test_real_pictures_are_right_in_both_groups(self):
-        logged, stage, source = self.run(items=12)
+        logged, stage, source = self.run(items=12, clip=Clip())
         assert logged["test/pictures"] == 12
         assert [items for items, _ in stage.seen] == [list(range(8)), list(range(8, 12))]
         assert (
@@ -391,6 +402,17 @@ class TestGenerationTest:
         )
         assert 0 < source.unseen(range(12)).sum() < 12
         assert logged[next(k for k in logged if k.startswith("test/fid"))] == pytest.approx(0, abs=1e-3)
+
+    def test_without_a_clip_the_judge_judges(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))  # no Inception either
+        logged, _, _ = self.run(items=12)
+        assert logged["test/judge/all"] == 1
+        assert {key for key in logged if "judge" not in key} == {"test/pictures"}
+
+    def test_what_was_made_becomes_pictures_in_the_datamodule(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+        logged, _, _ = self.run(items=12, pictures=torch.zeros_like)
+        assert logged["test/judge/all"] == 0
 
     def test_noise_belongs_to_the_item(self):
         _, stage, _ = self.run(items=16)

@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from dalle.data.batch import Batch
+from dalle.data.modules import SourceDataModule
 from dalle.data.shapes import Shapes
 from dalle.diffusion.noise import per_sample
 from dalle.metrics.generation import GenerationMetrics
@@ -138,24 +139,26 @@ class SampleGrid(lightning.Callback):
             return
         self.due = (trainer.global_step // self.every + 1) * self.every
         seeds = [self.seed + i for i in range(len(self.batch["caption"]))]
-        images = pl_module.sample(
+        made = pl_module.sample(
             self.batch, randn=per_sample(seeds, pl_module.device)
         )  # on all ranks: may be sharded
         if trainer.is_global_zero:
-            picture = grid(images, self.batch["caption"])
+            data: SourceDataModule = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+            picture = grid(data.pictures(made), self.batch["caption"])
             save_png(picture, self.directory / f"step-{trainer.global_step:07d}.png")
             log_picture(trainer, "samples", picture)
 
 
 class GenerationTest(lightning.Callback):
-    """Tests a stage that makes images by what it makes: FID, CLIP score and, on `shapes`, the judge.
+    """Tests a stage that makes images by what it makes: FID, CLIP score (where the data come with a CLIP)
+    and, on `shapes`, the judge.
 
     Samples for the first `items` of the test split, with fixed noise, from the conditions in the batch.
 
     Args:
         items: how many pictures, over all ranks.
         inception: local weights of the FID Inception; without them (and none in torch's cache) it is
-            `fid_clip`.
+            `fid_clip`, or nothing without a CLIP.
     """
 
     def __init__(self, items: int = 256, seed: int = 0, inception: str | None = None) -> None:
@@ -165,10 +168,11 @@ class GenerationTest(lightning.Callback):
     def on_test_start(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
         if not pl_module.makes_images:
             return
-        source = trainer.datamodule.split("test")  # pyright: ignore[reportAttributeAccessIssue]
+        data: SourceDataModule = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        source = data.split("test")
         self.unseen = source.unseen if isinstance(source, Shapes) else None
         judge = Judge() if isinstance(source, Shapes) else None
-        clip = trainer.datamodule.clip.to(pl_module.device)  # pyright: ignore[reportAttributeAccessIssue]
+        clip = data.clip.to(pl_module.device) if data.clip else None
         self.metrics = GenerationMetrics(clip, judge, self.inception).to(pl_module.device)
 
     def on_test_batch_end(
@@ -187,10 +191,11 @@ class GenerationTest(lightning.Callback):
         batch = take(batch, room)
         items = batch["index"].tolist()
         made = pl_module.sample(batch, randn=per_sample([self.seed + i for i in items], pl_module.device))
+        images = trainer.datamodule.pictures(made)  # pyright: ignore[reportAttributeAccessIssue]
         groups = (
             None if self.unseen is None else ["unseen" if u else "seen" for u in self.unseen(items).tolist()]
         )
-        self.metrics.update(made, batch["image"], batch["caption"], groups)
+        self.metrics.update(images, batch["image"], batch["caption"], groups)
 
     def on_test_epoch_end(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
         if self.metrics is not None:

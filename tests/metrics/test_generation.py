@@ -45,6 +45,14 @@ def no_inception(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
 
 
+def test_without_a_clip_there_is_only_the_judge():
+    metrics = GenerationMetrics(None, judge).to("cpu")
+    metrics.update(pictures(0, 2), pictures(0, 2), ["red", "green"])
+    assert metrics.compute() == {"judge/all": 0.5, "judge/colour": 0.5, "pictures": 2}
+    metrics.reset()
+    assert metrics.compute() == {"pictures": 0}
+
+
 CAPTIONS = ["a red circle", "green", "blue", "a blue circle"]
 GROUPS = ["seen", "seen", "unseen", "unseen"]
 

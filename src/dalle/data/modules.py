@@ -51,6 +51,8 @@ class SourceDataModule(L.LightningDataModule):
         val_items, test_items, train_items: use only the first so many items of these splits.
     """
 
+    clip: FrozenCLIP | None = None  # of those whose batches hold its embeddings
+
     def __init__(
         self,
         source: SourceFactory,
@@ -234,7 +236,8 @@ class EmbeddingDataModule(SourceDataModule):
         cache_text_gb: float = 1.0,
     ):
         super().__init__(source, batch_size, num_workers, seed, val_items, test_items, train_items)
-        self.clip, self.cache_dir = clip, Path(cache_dir)
+        self.clip: FrozenCLIP = clip
+        self.cache_dir = Path(cache_dir)
         self.cache_items, self.text_bytes = cache_items, int(cache_text_gb * 2**30)
         self.norm = EmbedNorm(image_embed_norm)
         self._caches: dict[str, EmbeddingCache | None] = {}

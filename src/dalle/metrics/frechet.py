@@ -88,13 +88,13 @@ class CLIPFeatures(nn.Module):
 
 
 def frechet_distance(
-    clip: ImageEmbedder, weights: str | Path | None = None, download: bool = False
-) -> FrechetDistance:
-    """`fid` where Inception's weights can be had (see `find_inception`), else `fid_clip` by `clip`."""
+    clip: ImageEmbedder | None, weights: str | Path | None = None, download: bool = False
+) -> FrechetDistance | None:
+    """`fid` where Inception's weights can be had (see `find_inception`), else `fid_clip` by `clip` if any."""
     inception = find_inception(weights, download)
     if inception is not None:
         return FrechetDistance(inception, "fid")
-    return FrechetDistance(CLIPFeatures(clip), "fid_clip")
+    return FrechetDistance(CLIPFeatures(clip), "fid_clip") if clip else None
 
 
 def find_inception(weights: str | Path | None = None, download: bool = False) -> NoTrainInceptionV3 | None:

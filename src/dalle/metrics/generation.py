@@ -2,7 +2,8 @@
 say.
 
     fid or fid_clip     distance to real pictures; the name says whose features (see `frechet.py`)
-    clip_score          0 to 100; `clip_score_real` is that of the real pictures: about what can be reached
+    clip_score          0 to 100; `clip_score_real` is that of the real pictures: about what can be reached.
+                        Without a CLIP there are none of these, nor `fid_clip`
     judge/all           share of pictures that show all their caption says; judge/colour, judge/shape ...:
     one attribute,
                         over the captions that mention it; judge/<group>/...: the same within a group of
@@ -18,6 +19,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from jaxtyping import Float
 from torch import Tensor, distributed
+from torchmetrics import Metric
 
 from dalle.metrics.clip_score import CLIPScore, ImageTextEmbedder
 from dalle.metrics.frechet import ImageEmbedder, frechet_distance
@@ -39,7 +41,7 @@ class GenerationMetrics:
     Sums over all ranks; every rank must call `compute`.
 
     Args:
-        clip: a `FrozenCLIP`, for the CLIP score and, without Inception, for `fid_clip`.
+        clip: a `FrozenCLIP`, for the CLIP score and, without Inception, for `fid_clip`; None goes without.
         judge: a `Judge`, where captions are of the grammar of `shapes`.
         inception: path of the FID Inception's weights; None looks into torch.hub's cache.
         download: whether those weights may be downloaded where they are missing.
@@ -47,21 +49,24 @@ class GenerationMetrics:
 
     def __init__(
         self,
-        clip: Embedder,
+        clip: Embedder | None,
         judge: Judge | None = None,
         inception: str | Path | None = None,
         download: bool = False,
     ) -> None:
         self.judge = judge
         self.frechet = frechet_distance(clip, inception, download)
-        self.clip_score, self.clip_score_real = CLIPScore(clip), CLIPScore(clip)
+        self.clip_scores = {"clip_score": CLIPScore(clip), "clip_score_real": CLIPScore(clip)} if clip else {}
         self.tally: defaultdict[str, Tensor] = defaultdict(_nothing)
 
     def to(self, device: torch.device | str) -> "GenerationMetrics":
         """Moves sums and Inception to a device; the CLIP stays where its owner put it."""
-        for metric in (self.frechet, self.clip_score, self.clip_score_real):
+        for metric in self._metrics():
             metric.to(device)
         return self
+
+    def _metrics(self) -> list[Metric]:
+        return [*([self.frechet] if self.frechet is not None else []), *self.clip_scores.values()]
 
     @torch.no_grad()
     def update(
@@ -77,10 +82,12 @@ class GenerationMetrics:
         "unseen").
         """
         generated, real = from_uint8(to_uint8(generated)), from_uint8(to_uint8(real))
-        self.frechet.update(real, real=True)
-        self.frechet.update(generated, real=False)
-        self.clip_score.update(generated, captions)
-        self.clip_score_real.update(real, captions)
+        if self.frechet is not None:
+            self.frechet.update(real, real=True)
+            self.frechet.update(generated, real=False)
+        for name, images in {"clip_score": generated, "clip_score_real": real}.items():
+            if name in self.clip_scores:
+                self.clip_scores[name].update(images, captions)
         self.tally["pictures"] += torch.tensor([len(generated)] * 2)
         if self.judge is not None:
             for attribute, right in self.judge(generated, list(captions)).items():
@@ -98,14 +105,13 @@ class GenerationMetrics:
     def compute(self) -> dict[str, float]:
         """The table over everything seen by all ranks. Attributes that no caption mentioned are left out."""
         tally = _over_ranks(self.tally)
-        table = {self.frechet.name: self.frechet.compute().item()}
-        table["clip_score"] = self.clip_score.compute().item()
-        table["clip_score_real"] = self.clip_score_real.compute().item()
+        table = {self.frechet.name: self.frechet.compute().item()} if self.frechet is not None else {}
+        table |= {name: score.compute().item() for name, score in self.clip_scores.items()}
         table["pictures"] = tally.pop("pictures", _nothing())[0].item()
         return table | {name: (right / said).item() for name, (right, said) in tally.items() if said > 0}
 
     def reset(self) -> None:
-        for metric in (self.frechet, self.clip_score, self.clip_score_real):
+        for metric in self._metrics():
             metric.reset()
         self.tally.clear()
 
