@@ -16,8 +16,8 @@ MAY = {
         "safetensors", "dalle.nets",
     },
     "stages": {
-        "torch", "torchmetrics", "lightning", "jaxtyping", "dalle.diffusion", "dalle.data.batch",
-        "dalle.data.norm",
+        "torch", "torchmetrics", "lightning", "jaxtyping", "dalle.diffusion", "dalle.decoding",
+        "dalle.data.batch", "dalle.data.norm",
     },
     "metrics": {
         "torch", "torchmetrics", "lightning", "torch_fidelity", "jaxtyping", "open_clip", "dalle.data",

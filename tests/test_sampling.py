@@ -48,8 +48,9 @@ def test_pictures_a_grid_and_a_recipe(make, capsys):
     recipe = yaml.safe_load((out / "recipe.yaml").read_text())
     assert recipe["prompts"] == ["a small red circle, above a blue square"]
     assert (recipe["n"], recipe["seed"], recipe["precision"], recipe["device"]) == (2, 7, "fp32", "cpu")
-    assert recipe["decoder"]["guidance"] == 1.5
-    assert recipe["decoder"]["sampler"] == {"method": "ddim", "steps": 2, "spacing": None, "eta": 0.0}
+    decoder = recipe["options"]["decoder"]
+    assert decoder["guidance"] == 1.5
+    assert decoder["sampler"] == {"method": "ddim", "steps": 2, "spacing": None, "eta": 0.0}
     assert set(recipe["stages"]) == {"clip", "prior", "decoder"}
     assert f"python sample.py recipe={out / 'recipe.yaml'}" in capsys.readouterr().out
 

@@ -1,5 +1,10 @@
-"""One sampling: from a resolved config, or a recipe, to pictures with the recipe that makes them again."""
+"""One sampling: from a resolved config, or a recipe, to pictures with the recipe that makes them again.
 
+Every pipeline has a class of requests: what it can be told, how that becomes a recipe, and how the recipe is
+carried out.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -9,28 +14,38 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dalle.build import build, check_arguments, describe, fits
+from dalle.data.pictures import BadPicture, read
 from dalle.errors import UserError
-from dalle.pictures import grid, save_png, to_pil
-from dalle.pipelines.load import load_unclip
+from dalle.pictures import from_uint8, grid, save_png, to_pil
+from dalle.pipelines.load import PUBLIC, Loaded, load_dalle, load_unclip
 from dalle.pipelines.recipe import Recipe
+from dalle.runs import Run
 from dalle.training import fast_in_bf16
 
+MAX_PIXELS = 64_000_000  # of a picture to be completed
+OPTIONS = {  # of stages, where they are given in words and numbers
+    "guidance": float,
+    "text_guidance": float,
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+    "candidates": int,
+    "prefix": list,
+}
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is wanted: the settings of conf/sample.yaml, which says what each means."""
+    """What is wanted, of whatever pipeline: the settings of conf/sample.yaml, which says what each means."""
 
     pipeline: dict[str, Any]
-    sampler: dict[str, Any]
     paths: dict[str, Any]
     name: str
     prompt: str | list[Any] | None
     prompts: str | None
     n: int
     seed: int
-    steps: int | None
     guidance: float | int | None
-    text_guidance: float | int | None
     batch_size: int
     precision: Literal["auto", "32-true", "bf16-mixed"]
     device: Literal["auto", "cpu", "cuda"]
@@ -45,6 +60,130 @@ class Request:
         check_arguments(cls, settings, "", partial_call=False)
         return cls(**settings)
 
+    def runs(self) -> dict[str, str | None]:
+        """Where the stages are."""
+        raise NotImplementedError
+
+    def options(self) -> dict[str, dict[str, Any]]:
+        """What the stages are told."""
+        raise NotImplementedError
+
+    def complete(self, recipe: Recipe, loaded: Loaded) -> Recipe:
+        """Adds what is known only once the stages are there."""
+        return recipe
+
+    @staticmethod
+    def load(runs: Mapping[str, str | None]) -> Loaded:
+        """The pipeline of these stages."""
+        raise NotImplementedError
+
+    @staticmethod
+    def draw(pipeline: Any, recipe: Recipe, options: dict[str, dict[str, Any]]) -> Float[Tensor, "N F 3 H W"]:
+        """The recipe's pictures, each as it came about: the last of F is the one that was asked for."""
+        settings = {"n": recipe.n, "seed": recipe.seed, "batch_size": recipe.batch_size}
+        images = pipeline.sample(
+            recipe.prompts, **settings, precision=recipe.precision, truncate=recipe.truncate, **options
+        )
+        return images[:, None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnclipRequest(Request):
+    """DALL-E 2: conf/pipeline/unclip.yaml."""
+
+    sampler: dict[str, Any]
+    steps: int | None
+    text_guidance: float | int | None
+
+    def runs(self) -> dict[str, str | None]:
+        return {name: self.pipeline[name] for name in ("clip", "prior", "decoder")}
+
+    def options(self) -> dict[str, dict[str, Any]]:
+        sampler = {k: v for k, v in self.sampler.items() if not k.startswith("_")}
+        if self.steps is not None:
+            sampler["steps"] = self.steps
+        decoder = {"sampler": sampler, "guidance": self.guidance, "text_guidance": self.text_guidance}
+        prior = {
+            "sampler": self.pipeline["prior_sampler"],
+            "guidance": self.pipeline["prior_guidance"],
+            "candidates": self.pipeline["prior_candidates"],
+        }
+        return {"prior": prior if self.pipeline["prior"] else {}, "decoder": decoder}
+
+    @staticmethod
+    def load(runs: Mapping[str, str | None]) -> Loaded:
+        clip, decoder = runs.get("clip"), runs["decoder"]
+        assert decoder
+        # A recipe names a public CLIP by its name; that one is made from the decoder's config again.
+        return load_unclip(decoder, runs.get("prior"), clip if clip and Path(clip).exists() else None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DalleRequest(Request):
+    """DALL-E: conf/pipeline/dalle.yaml."""
+
+    temperature: float | int | None
+    top_k: int | None
+    top_p: float | int | None
+    candidates: int
+    prime: str | None
+    prime_rows: int | None
+    previews: bool
+
+    def runs(self) -> dict[str, str | None]:
+        clip = self.pipeline["clip"] if self.candidates > 1 else None
+        if clip and not clip.startswith(PUBLIC) and not Run(Path(clip)).finished:
+            raise UserError(
+                f"candidates={self.candidates} need a CLIP that chooses among them, and {clip} holds none; "
+                f"train one with model=clip, or give pipeline.clip=RUN, or {PUBLIC}ViT-B-32/openai there"
+            )
+        return {
+            "dalle": self.pipeline["dalle"],
+            "image_tokenizer": self.pipeline["image_tokenizer"],
+            "clip": clip,
+        }
+
+    def options(self) -> dict[str, dict[str, Any]]:
+        keys = ("temperature", "top_k", "top_p", "guidance")
+        return {"dalle": {key: getattr(self, key) for key in keys}, "clip": {"candidates": self.candidates}}
+
+    def complete(self, recipe: Recipe, loaded: Loaded) -> Recipe:
+        """The first codes of the picture to be completed: the recipe then does without the picture."""
+        if self.prime is None:
+            return recipe
+        path, size = Path(self.prime), loaded.pipeline.image_tokenizer.image_size
+        try:
+            pixels = torch.from_numpy(read(path, size, 1, MAX_PIXELS).copy()) if path.is_file() else None
+        except BadPicture as error:
+            raise UserError(f"prime={path} is {error}; give a picture") from None
+        if pixels is None:
+            raise UserError(f"there is no picture prime={path}")
+        prefix = loaded.pipeline.prime(from_uint8(pixels.permute(2, 0, 1))[None], self.prime_rows)
+        return replace(recipe, options={**recipe.options, "image_tokenizer": {"prefix": prefix}})
+
+    @staticmethod
+    def load(runs: Mapping[str, str | None]) -> Loaded:
+        dalle = runs["dalle"]
+        assert dalle
+        return load_dalle(dalle, runs.get("image_tokenizer"), runs.get("clip"))
+
+    @staticmethod
+    def draw(pipeline: Any, recipe: Recipe, options: dict[str, dict[str, Any]]) -> Float[Tensor, "N F 3 H W"]:
+        return pipeline.frames(
+            recipe.prompts,
+            n=recipe.n,
+            seed=recipe.seed,
+            batch_size=recipe.batch_size,
+            precision=recipe.precision,
+            dalle=options["dalle"],
+            frames=4 if recipe.previews else 1,
+            **options["clip"],
+            **options.get("image_tokenizer", {}),
+        )
+
+
+REQUESTS: dict[str, type[Request]] = {"unclip": UnclipRequest, "dalle": DalleRequest}
+
 
 def sample(config: dict[str, Any]) -> Path:
     """Samples what `config` or its recipe asks for; grid.png, single PNGs and recipe.yaml go into one folder.
@@ -52,44 +191,46 @@ def sample(config: dict[str, Any]) -> Path:
     Raises:
         UserError: a wrong setting, stages that are missing or do not fit together, an occupied folder.
     """
-    request = Request.of(config)
+    request = REQUESTS[config["pipeline"]["kind"]].of(config)
     again = Recipe.read(request.recipe) if request.recipe else None
     recipe = again or make_recipe(request, read_prompts(request))
+    if recipe.pipeline not in REQUESTS:
+        raise UserError(f"the recipe is of pipeline {recipe.pipeline!r}; there are {', '.join(REQUESTS)}")
     if recipe.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda was asked for but PyTorch sees no GPU; use device=cpu")
-    settings = {"prior": options(recipe.prior, "prior"), "decoder": options(recipe.decoder, "decoder")}
+    kind = REQUESTS[recipe.pipeline]
+    for stage, node in recipe.options.items():
+        arguments(node, stage)  # refuses what is wrong before anything is loaded
     usual = Path(request.paths["logs"], request.name, "samples")
     out = Path(request.out) if request.out else next_folder(usual)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty; give another folder with out=")
 
-    paths = {k: v["path"] for k, v in again.stages.items()} if again else request.pipeline
-    loaded = load_unclip(paths["decoder"], paths.get("prior"), _local(paths.get("clip")))
+    loaded = kind.load({k: v["path"] for k, v in again.stages.items()} if again else request.runs())
     if again:
         again.check_stages(loaded.weights)
         for what, (then, now) in again.differences().items():
             print(f"note: the recipe was made with {what} {then}, this is {now}; the last bits may differ")
     stages = {name: {"path": loaded.paths[name], "weights": loaded.weights[name]} for name in loaded.paths}
-    recipe = replace(recipe, stages=stages)
-
-    images = loaded.pipeline.to(recipe.device).sample(
-        recipe.prompts,
-        n=recipe.n,
-        seed=recipe.seed,
-        batch_size=recipe.batch_size,
-        precision=recipe.precision,  # pyright: ignore[reportArgumentType]
-        truncate=recipe.truncate,
-        **settings,
+    recipe = (
+        replace(recipe, stages=stages) if again else request.complete(replace(recipe, stages=stages), loaded)
     )
-    write(images, recipe, out)
+
+    options = {stage: arguments(node, stage) for stage, node in recipe.options.items()}
+    frames = kind.draw(loaded.pipeline.to(recipe.device), recipe, options)
+    write(frames, recipe, out)
     return out
 
 
-def write(images: Float[Tensor, "N 3 H W"], recipe: Recipe, out: Path) -> None:
-    """The pictures one by one and as a grid, and their recipe."""
+def write(frames: Float[Tensor, "N F 3 H W"], recipe: Recipe, out: Path) -> None:
+    """The pictures one by one and as a grid, where asked for how they came about, and their recipe."""
+    images = frames[:, -1]
     for i, image in enumerate(images):
         save_png(to_pil(image), out / f"{i // recipe.n:03d}-{i % recipe.n:02d}.png")
     save_png(grid(images, recipe.prompts), out / "grid.png")
+    if recipe.previews:
+        captions = [prompt for prompt in recipe.prompts for _ in range(recipe.n)]
+        save_png(grid(frames.flatten(0, 1), captions), out / "previews.png")
     recipe.write(out / "recipe.yaml")
     print(f"{len(images)} pictures in {out}, all of them in {out / 'grid.png'}")
     print(f"make them again: python sample.py recipe={out / 'recipe.yaml'}")
@@ -121,39 +262,30 @@ def read_prompts(request: Request) -> list[str]:
 
 def make_recipe(request: Request, prompts: list[str]) -> Recipe:
     """The recipe of a request; its stages are known once they are loaded."""
-    pipeline = request.pipeline
-    sampler = {k: v for k, v in request.sampler.items() if not k.startswith("_")}
-    if request.steps is not None:
-        sampler["steps"] = request.steps
-    decoder = {"sampler": sampler, "guidance": request.guidance, "text_guidance": request.text_guidance}
-    prior = {
-        "sampler": pipeline["prior_sampler"],
-        "guidance": pipeline["prior_guidance"],
-        "candidates": pipeline["prior_candidates"],
-    }
     half = request.precision == "bf16-mixed" or (request.precision == "auto" and fast_in_bf16())
     return Recipe(
         prompts=prompts,
         n=request.n,
         seed=request.seed,
         stages={},
-        prior=prior if pipeline["prior"] else {},
-        decoder=decoder,
+        options=request.options(),
         batch_size=request.batch_size,
         precision="bf16" if half else "fp32",
         device=pick_device(request.device),
+        pipeline=request.pipeline["kind"],
         truncate=request.truncate,
+        previews=getattr(request, "previews", False),
     )
 
 
-def options(node: dict[str, Any], stage: str) -> dict[str, Any]:
+def arguments(node: dict[str, Any], stage: str) -> dict[str, Any]:
     """Arguments of a stage's `sample`: what is not null, checked, the sampler built.
 
     Raises:
         UserError: a wrong type, an unknown option, no steps.
     """
     chosen = {key: value for key, value in node.items() if value is not None}
-    for key, hint in {"guidance": float, "text_guidance": float, "candidates": int}.items():
+    for key, hint in OPTIONS.items():
         if key in chosen:
             if not fits(chosen[key], hint):
                 raise UserError(f"{key} of the {stage} must be {describe(hint)}, got {chosen[key]!r}")
@@ -172,8 +304,3 @@ def next_folder(parent: Path) -> Path:
     """parent/001, or the number after the last one there."""
     taken = [int(p.name) for p in parent.glob("[0-9]*") if p.name.isdigit()]
     return parent / f"{max(taken, default=0) + 1:03d}"
-
-
-def _local(clip: str | None) -> str | None:
-    """A recipe names a public CLIP by its name; that one is made from the decoder's config again."""
-    return clip if clip and Path(clip).exists() else None

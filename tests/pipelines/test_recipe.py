@@ -18,8 +18,13 @@ RECIPE = Recipe(
         "clip": {"path": "logs/demo/clip", "weights": "c1"},
         "decoder": {"path": "logs/d", "weights": "d1"},
     },
-    prior={},
-    decoder={"sampler": {"method": "ddim", "steps": 25, "spacing": None, "eta": 0.0}, "guidance": 2.0},
+    options={
+        "prior": {},
+        "decoder": {
+            "sampler": {"method": "ddim", "steps": 25, "spacing": None, "eta": 0.0},
+            "guidance": 2.0,
+        },
+    },
     batch_size=16,
     precision="bf16",
     device="cpu",
@@ -41,7 +46,7 @@ yaml_text = st.text(
 @settings(deadline=None)
 @given(st.lists(yaml_text, min_size=1, max_size=3), st.integers(-(2**63), 2**63), st.floats(allow_nan=False))
 def test_any_prompt_seed_and_scale_survive(prompts, seed, guidance):
-    recipe = replace(RECIPE, prompts=prompts, seed=seed, decoder={"guidance": guidance})
+    recipe = replace(RECIPE, prompts=prompts, seed=seed, options={"decoder": {"guidance": guidance}})
     assert Recipe(**yaml.safe_load(recipe.to_yaml())) == recipe
 
 
@@ -69,6 +74,12 @@ def changed(tmp_path, **keys) -> Path:
 def test_a_recipe_that_does_not_fit_is_refused_by_name(tmp_path, keys, message):
     with pytest.raises(UserError, match=message):
         Recipe.read(changed(tmp_path, **keys))
+
+
+def test_recipes_of_the_first_schema_are_still_read(tmp_path):
+    """They were of unclip alone, with the options of its stages as keys."""
+    old = {"schema": 1, **RECIPE.options, "options": "DROP", "previews": "DROP"}
+    assert Recipe.read(changed(tmp_path, **old)) == RECIPE
 
 
 def test_optional_keys_may_be_missing(tmp_path):

@@ -6,7 +6,8 @@ from torch import nn
 
 from dalle.data.norm import EmbedNorm
 from dalle.errors import UserError
-from dalle.pipelines.unclip import UnCLIP, check_fit
+from dalle.pipelines.load import check_fit
+from dalle.pipelines.unclip import UnCLIP
 
 E = 4
 UNIT, SQRT = EmbedNorm("unit"), EmbedNorm("unit_times_sqrt_dim")
@@ -176,7 +177,7 @@ def manifest(clip="c1", embed_dim=64, tokenizer="t1", norm="unit"):
     }
 
 
-CLIP = {"weights": "c1", "tokenizer": {"hash": "t1"}}
+CLIP = {"clip": {"weights": "c1"}, "tokenizer": {"hash": "t1"}}
 
 
 @pytest.mark.parametrize(

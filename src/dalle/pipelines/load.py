@@ -1,20 +1,29 @@
 """Puts trained runs together to a pipeline, after checking that they belong together."""
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 from dalle.build import build
-from dalle.data.frozen import FrozenCLIP
+from dalle.data.frozen import Frozen, FrozenCLIP, weights_hash
 from dalle.data.norm import EmbedNorm
-from dalle.pipelines.unclip import UnCLIP, check_fit
-from dalle.runs import Run, load_clip, load_stage
+from dalle.data.open_clip import load_open_clip
+from dalle.errors import UserError
+from dalle.pipelines.dalle import DallePipeline
+from dalle.pipelines.unclip import UnCLIP, check_norms
+from dalle.runs import Run, load_clip, load_image_tokenizer, load_stage
+from dalle.stages.base import Stage
+
+PUBLIC = "open_clip/"  # a CLIP of the open_clip collection: open_clip/NAME/PRETRAINED
 
 
 @dataclass(frozen=True)
 class Loaded:
     """A pipeline and, for every stage in it, where it came from, the hash and the number of its weights."""
 
-    pipeline: UnCLIP
+    pipeline: Any
     paths: dict[str, str]
     weights: dict[str, str]
     parameters: dict[str, int]
@@ -23,7 +32,7 @@ class Loaded:
 def load_unclip(
     decoder: str | Path, prior: str | Path | None = None, clip: str | Path | None = None
 ) -> Loaded:
-    """The pipeline of these finished runs, on the CPU. `clip` None is the one the decoder was trained with.
+    """DALL-E 2 of these finished runs, on the CPU. `clip` None is the one the decoder was trained with.
 
     Raises:
         UserError: a run is missing or unfinished, is of another stage, or does not fit the others.
@@ -34,29 +43,107 @@ def load_unclip(
     manifests = {name: manifest for name, (_, manifest) in stages.items()}
     check_fit(manifests)
     frozen, where = _clip_of(Path(decoder), clip)
-    own = {"weights": frozen.weights_hash, "embed_dim": frozen.embed_dim}
-    check_fit({"clip": {"clip": own}, **manifests})
+    check_fit(
+        {"clip": {"clip": {"weights": frozen.weights_hash, "embed_dim": frozen.embed_dim}}, **manifests}
+    )
 
     norms = {name: EmbedNorm.from_dict(manifest["image_embed_norm"]) for name, manifest in manifests.items()}
     modules = {name: stage for name, (stage, _) in stages.items()}
     pipeline = UnCLIP(frozen, modules.get("prior"), modules["decoder"], norms.get("prior"), norms["decoder"])
-    paths = {
-        "clip": where,
-        **{name: str(path) for name, path in (("prior", prior), ("decoder", decoder)) if path},
-    }
-    weights = {"clip": frozen.weights_hash, **{name: m["weights"] for name, m in manifests.items()}}
-    nets = {"clip": frozen.net, **{name: stage.net for name, stage in modules.items()}}
-    return Loaded(
-        pipeline, paths, weights, {k: sum(p.numel() for p in net.parameters()) for k, net in nets.items()}
-    )
+    paths = {"clip": where, "prior": str(prior), "decoder": str(decoder)}
+    return _loaded(pipeline, paths, {"clip": frozen, **modules})
+
+
+def load_dalle(
+    dalle: str | Path, image_tokenizer: str | Path | None = None, clip: str | Path | None = None
+) -> Loaded:
+    """DALL-E of these finished runs, on the CPU.
+
+    Args:
+        image_tokenizer: None is the one the transformer was trained with.
+        clip: chooses among candidates: a run, or open_clip/NAME/PRETRAINED; None goes without.
+
+    Raises:
+        UserError: a run is missing or unfinished, is of another stage, or does not fit the others.
+    """
+    stage, manifest = load_stage(dalle, "dalle")
+    where = Path(image_tokenizer or _upstream(Path(dalle), "image_tokenizer"))
+    frozen = load_image_tokenizer(where)
+    facts = {"weights": frozen.weights_hash, "vocab_size": frozen.vocab_size, "grid": frozen.grid}
+    check_fit({Run(where).manifest()["stage"]: {"image_tokenizer": facts}, "dalle": manifest})
+    chooser = load_any_clip(str(clip)) if clip else None
+    pipeline = DallePipeline(stage, frozen, Run(Path(dalle)).load_tokenizer(), chooser)
+    paths = {"image_tokenizer": str(where), "dalle": str(dalle), "clip": str(clip)}
+    return _loaded(pipeline, paths, {"image_tokenizer": frozen, "dalle": stage, "clip": chooser})
+
+
+def load_any_clip(path: str) -> FrozenCLIP:
+    """The CLIP of a run, or a public one by open_clip/NAME/PRETRAINED."""
+    if not path.startswith(PUBLIC):
+        return load_clip(path)
+    name, slash, pretrained = path.removeprefix(PUBLIC).partition("/")
+    if not slash:
+        raise UserError(f"{path} names no weights; give {PUBLIC}NAME/PRETRAINED, as {PUBLIC}ViT-B-32/openai")
+    return load_open_clip(name, pretrained)
+
+
+def _loaded(pipeline: Any, paths: dict[str, str], parts: Mapping[str, Stage | Frozen | None]) -> Loaded:
+    """The facts of those of the parts that are there."""
+    nets = {name: part.net for name, part in parts.items() if part is not None}
+    weights = {name: weights_hash(net) for name, net in nets.items()}
+    parameters = {name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()}
+    return Loaded(pipeline, {name: paths[name] for name in nets}, weights, parameters)
+
+
+def _upstream(run: Path, key: str) -> Path:
+    """The run of a frozen network that `run` was trained with: the one beside it, else where it was then."""
+    path = Path(Run(run).config()[key]["path"])
+    beside = run.parent / path.name
+    return beside if Run(beside).finished else path
 
 
 def _clip_of(decoder: Path, clip: str | Path | None) -> tuple[FrozenCLIP, str]:
     """The CLIP at `clip`, else the run beside the decoder, else what the decoder's config names."""
     node = Run(decoder).config()["clip"]
-    if clip is None and node["_target_"] == "dalle.runs.load_clip":
-        beside = decoder.parent / "clip"
-        clip = beside if Run(beside).finished else node["path"]
-    if clip is None:
+    if clip is None and node["_target_"] != "dalle.runs.load_clip":
         return build(node, "clip"), str(node.get("name", node["_target_"]))
-    return load_clip(clip), str(clip)
+    where = clip or _upstream(decoder, "clip")
+    return load_clip(where), str(where)
+
+
+def check_fit(manifests: Mapping[str, Mapping[str, Any]]) -> None:
+    """Whether stages were trained to work together, by their manifests.
+
+    Args:
+        manifests: of `clip`, `prior`, `decoder`, or of `dvae`, `dalle` ..., as far as they are used.
+
+    Raises:
+        UserError: naming the two stages that do not fit, and why.
+    """
+    facts = {name: dict(_facts(manifest)) for name, manifest in manifests.items()}
+    for (a, of_a), (b, of_b) in combinations(facts.items(), 2):
+        for key in of_a.keys() & of_b.keys():
+            if of_a[key] != of_b[key]:
+                shared = "image tokenizer" if "image tokenizer" in key else "CLIP"
+                raise UserError(
+                    f"{a} and {b} do not fit together: {key} is {of_a[key]} in {a}, but {of_b[key]} in {b}; "
+                    f"stages must share one {shared}: give the one they were trained with, or train {b} again"
+                )
+    kinds = {name: m["image_embed_norm"]["kind"] for name, m in manifests.items() if "image_embed_norm" in m}
+    if "prior" in kinds and "decoder" in kinds:
+        check_norms(kinds["prior"], kinds["decoder"])
+
+
+def _facts(manifest: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What all stages must agree on, under names a user understands."""
+    clip, images = manifest.get("clip", {}), manifest.get("image_tokenizer", {})
+    for name, value in (
+        ("the embedding dimension", clip.get("embed_dim")),
+        ("the tokenizer", manifest.get("tokenizer", {}).get("hash")),
+        ("the CLIP (hash of its weights)", clip.get("weights")),
+        ("the image tokenizer's vocabulary", images.get("vocab_size")),
+        ("the image tokenizer's grid", images.get("grid")),
+        ("the image tokenizer (hash of its weights)", images.get("weights")),
+    ):
+        if value is not None:
+            yield name, value

@@ -16,7 +16,7 @@ import yaml
 import dalle
 from dalle.errors import UserError
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 def environment() -> dict[str, str | int]:
@@ -36,11 +36,13 @@ class Recipe:
     Attributes:
         prompts: one row of pictures each; `n` pictures of each prompt.
         seed: with the numbers of prompt and picture, decides the noise.
-        stages: by name (`clip`, `prior`, `decoder`), `path` of the run and `weights`, the hash of its
-            weights. prior, decoder: sampler, steps, guidance ... of each stage.
+        stages: by name (`clip`, `prior`, `decoder` ...), `path` of the run and `weights`, the hash of its
+            weights.
+        options: by the same names, what each stage was told: sampler, steps, guidance ...
         batch_size: pictures drawn at once; it moves the last bits of a product, nothing visible.
         precision: fp32 or bf16. `device`: cpu or cuda.
-        pipeline: what put the stages together. `truncate`: whether long prompts were cut.
+        pipeline: what put the stages together. `truncate`: whether long prompts were cut. `previews`: whether
+            pictures were also shown half done.
         made_with: the `environment` at the time.
     """
 
@@ -48,13 +50,13 @@ class Recipe:
     n: int
     seed: int
     stages: dict[str, dict[str, str]]
-    prior: dict[str, Any]
-    decoder: dict[str, Any]
+    options: dict[str, dict[str, Any]]
     batch_size: int
     precision: str
     device: str
     pipeline: str = "unclip"
     truncate: bool = False
+    previews: bool = False
     made_with: dict[str, Any] = field(default_factory=environment)
     schema: int = SCHEMA
 
@@ -94,6 +96,9 @@ class Recipe:
             ) from None
         if not isinstance(content, dict) or "schema" not in content:
             raise UserError(f"{path} is no recipe (it has no `schema`); give the YAML file of a sampling")
+        if content["schema"] == 1:  # of unclip alone, whose options were keys of the recipe
+            content["options"] = {name: content.pop(name, {}) for name in ("prior", "decoder")}
+            content["schema"] = SCHEMA
         if content["schema"] != SCHEMA:
             raise UserError(
                 f"{path} is a recipe of schema {content['schema']}, this version reads {SCHEMA}; sample anew"

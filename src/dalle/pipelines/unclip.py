@@ -7,8 +7,7 @@ and with any number of other prompts after it (up to the rounding of a batched m
 
 import logging
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations
+from collections.abc import Mapping, Sequence
 from textwrap import shorten
 from typing import Any, Literal, cast
 
@@ -58,7 +57,7 @@ class UnCLIP(nn.Module):
         self.prior_norm, self.decoder_norm = prior_norm or decoder_norm, decoder_norm
         self.same_norm = self.prior_norm.to_dict() == decoder_norm.to_dict()
         if prior is not None:
-            _check_norms(self.prior_norm.kind, decoder_norm.kind)
+            check_norms(self.prior_norm.kind, decoder_norm.kind)
         self.eval()
 
     @property
@@ -153,41 +152,8 @@ class UnCLIP(nn.Module):
         )
 
 
-def check_fit(manifests: Mapping[str, Mapping[str, Any]]) -> None:
-    """Whether stages were trained to work together, by their manifests.
-
-    Args:
-        manifests: of `clip`, `prior`, `decoder`, as far as they are used.
-
-    Raises:
-        UserError: naming the two stages that do not fit, and why.
-    """
-    facts = {name: dict(_facts(manifest)) for name, manifest in manifests.items()}
-    for (a, of_a), (b, of_b) in combinations(facts.items(), 2):
-        for key in of_a.keys() & of_b.keys():
-            if of_a[key] != of_b[key]:
-                raise UserError(
-                    f"{a} and {b} do not fit together: {key} is {of_a[key]} in {a}, but {of_b[key]} in {b}; "
-                    f"stages must share one CLIP: give the one that both were trained on, or train {b} again"
-                )
-    kinds = {name: m["image_embed_norm"]["kind"] for name, m in manifests.items() if "image_embed_norm" in m}
-    if "prior" in kinds and "decoder" in kinds:
-        _check_norms(kinds["prior"], kinds["decoder"])
-
-
-def _facts(manifest: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """What all stages must agree on, under names a user understands."""
-    clip = manifest.get("clip", manifest)  # CLIP's own manifest says of itself what the others say of it
-    for name, value in (
-        ("the embedding dimension", clip.get("embed_dim")),
-        ("the tokenizer", manifest.get("tokenizer", {}).get("hash")),
-        ("the CLIP (hash of its weights)", clip.get("weights")),
-    ):
-        if value is not None:
-            yield name, value
-
-
-def _check_norms(prior: str, decoder: str) -> None:
+def check_norms(prior: str, decoder: str) -> None:
+    """Raises UserError where the prior's embeddings cannot be turned into the decoder's."""
     if prior in UNIT and decoder in RAW:
         raise UserError(
             f"prior and decoder do not fit together: the prior's embeddings (image_embed_norm={prior}) have "

@@ -1,0 +1,169 @@
+"""DALL-E, text to image (Ramesh et al. 2021, sec. 2.6): caption -> transformer -> codes -> picture, of
+several candidates the one that CLIP finds nearest to the caption.
+
+Candidate c of picture j of prompt i is drawn from noise of its own, seeded by (seed, i, j, c): the same with
+any batch size and any number of other prompts, and the first of many candidates is what one alone would be.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dalle.data.batch import Batch
+from dalle.data.frozen import FrozenCLIP, FrozenTokenizer
+from dalle.data.sources import mix
+from dalle.data.tokenizers import TextTokenizer
+from dalle.diffusion.noise import per_sample
+from dalle.errors import UserError
+
+log = logging.getLogger(__name__)
+
+PRIMED = 7 / 16  # of the rows are kept of a picture to be completed, where nobody says how many
+
+
+class DallePipeline(nn.Module):
+    """A trained transformer and its image tokenizer; `sample` turns captions into pictures.
+
+    Args:
+        dalle: a stage with `sample(batch, randn=..., prefix=..., on_step=...) -> codes (B, N)`.
+        image_tokenizer: decodes the codes.
+        tokenizer: of the captions, the one the transformer was trained with.
+        clip: chooses among candidates.
+    """
+
+    def __init__(
+        self,
+        dalle: nn.Module,
+        image_tokenizer: FrozenTokenizer,
+        tokenizer: TextTokenizer,
+        clip: FrozenCLIP | None = None,
+    ) -> None:
+        super().__init__()
+        self.dalle, self.image_tokenizer, self.clip = dalle, image_tokenizer, clip
+        self.tokenizer = tokenizer
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        return self.image_tokenizer.device
+
+    def sample(self, captions: Sequence[str], *args: Any, **options: Any) -> Float[Tensor, "N 3 H W"]:
+        """`n` pictures of each caption, in [-1, 1] on the CPU, those of one caption adjacent.
+
+        Arguments are those of `frames`.
+        """
+        return self.frames(captions, *args, **options, frames=1)[:, 0]
+
+    @torch.inference_mode()
+    def frames(
+        self,
+        captions: Sequence[str],
+        n: int = 1,
+        seed: int = 0,
+        batch_size: int = 16,
+        precision: Literal["fp32", "bf16"] = "fp32",
+        dalle: Mapping[str, Any] | None = None,
+        candidates: int = 1,
+        prefix: Sequence[int] = (),
+        frames: int = 4,
+    ) -> Float[Tensor, "N F 3 H W"]:
+        """Pictures as they come about: after each of `frames` equal parts of their rows, the last time whole.
+
+        Rows that are not drawn yet are a middle gray. Captions that are too long are cut, with one warning.
+
+        Args:
+            batch_size: pictures drawn at once.
+            precision: bf16 runs the transformer under autocast.
+            dalle: further arguments of the stage's `sample` (temperature, top_k, top_p, guidance).
+            candidates: pictures drawn for each one that is kept.
+            prefix: the first codes, which all pictures keep (`prime`).
+
+        Raises:
+            UserError: no captions, impossible numbers, candidates without a CLIP.
+        """
+        self.check(captions, n, batch_size, candidates)
+        jobs = [(i, j, c) for i in range(len(captions)) for j in range(n) for c in range(candidates)]
+        best: dict[tuple[int, int], tuple[float, Tensor]] = {}
+        with tqdm(total=len(jobs), desc="sampling", unit="image", disable=None) as bar:
+            for start in range(0, len(jobs), batch_size):
+                part = jobs[start : start + batch_size]
+                said = [captions[i] for i, _, _ in part]
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                    drawn = self.draw(said, [mix(seed, *job) for job in part], dalle or {}, prefix, frames)
+                scores = self.scores(drawn[:, -1], said) if candidates > 1 else [0.0] * len(part)
+                for (i, j, _), score, picture in zip(part, scores, drawn.cpu(), strict=True):
+                    if (i, j) not in best or score > best[i, j][0]:
+                        best[i, j] = score, picture
+                bar.update(len(part))
+        return torch.stack([picture for _, picture in best.values()])
+
+    def draw(
+        self,
+        captions: list[str],
+        seeds: Sequence[int],
+        options: Mapping[str, Any],
+        prefix: Sequence[int],
+        frames: int,
+    ) -> Float[Tensor, "B F 3 H W"]:
+        """One picture for each caption, as it comes about."""
+        grid, shown = self.image_tokenizer.grid, []
+        kept = len(prefix) // grid
+        frames = min(frames, grid - kept)
+        ends = {kept + (grid - kept) * f // frames for f in range(1, frames)}  # rows after which to show it
+
+        def show(drawn: int, codes: Int64[Tensor, "B N"]) -> None:
+            row, within = divmod(drawn, grid)
+            if row in ends and not within:
+                picture = self.image_tokenizer.decode(codes)
+                picture[:, :, picture.shape[2] * row // grid :] = 0
+                shown.append(picture)
+
+        batch = cast(Batch, {"caption": captions, "text": self.tokenizer(captions).to(self.device)})
+        codes = self.dalle.sample(  # pyright: ignore[reportCallIssue]
+            batch,
+            randn=per_sample(seeds, self.device),
+            prefix=torch.tensor([prefix] * len(captions), device=self.device) if prefix else None,
+            on_step=show if frames > 1 else None,
+            **options,
+        )
+        return torch.stack([*shown, self.image_tokenizer.decode(codes)], 1)
+
+    def scores(self, images: Float[Tensor, "B 3 H W"], captions: list[str]) -> list[float]:
+        """CLIP's cosine of each picture and its caption."""
+        assert self.clip is not None
+        text = self.clip.embed_captions(captions)["text_embed"]
+        return F.cosine_similarity(self.clip.embed_image(images), text).tolist()
+
+    def prime(self, image: Float[Tensor, "1 3 H W"], rows: int | None = None) -> list[int]:
+        """The codes of the first `rows` rows of a picture, for `prefix`; None: 7 of 16.
+
+        Raises:
+            UserError: rows that leave nothing to keep or to draw.
+        """
+        grid = self.image_tokenizer.grid
+        rows = round(grid * PRIMED) if rows is None else rows
+        if not 0 < rows < grid:
+            raise UserError(f"prime_rows={rows}: a picture has {grid} rows of codes; give 1 to {grid - 1}")
+        return self.image_tokenizer.encode(image.to(self.device))[0, : rows * grid].tolist()
+
+    def check(self, captions: Sequence[str], n: int, batch_size: int, candidates: int) -> None:
+        """Refuses what cannot be sampled, before anything is computed."""
+        if not captions:
+            raise UserError("there is no prompt; give at least one")
+        if min(n, batch_size, candidates) < 1:
+            raise UserError(
+                f"n, batch_size and candidates must be at least 1, not {n}, {batch_size} and {candidates}"
+            )
+        if candidates > 1 and self.clip is None:
+            raise UserError(f"candidates={candidates} need a CLIP that chooses among them; give one")
+        if too_long := sum(map(self.tokenizer.too_long, captions)):
+            log.warning(
+                "%d of %d prompts are longer than the %d tokens that the transformer reads and were cut",
+                *(too_long, len(captions), self.tokenizer.context_length),
+            )
