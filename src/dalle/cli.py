@@ -7,7 +7,8 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 from dalle.errors import UserError
 
@@ -67,11 +68,9 @@ def one_line(error: Exception) -> str:
         )
     if "/" in (wanted := facts.get("missing_cfg_file") or ""):
         group, _, name = wanted.rpartition("/")
-        return f"there is no {group}={name}{_choices(name, facts['options'], group + '=')}"
-    if key and "is not in struct" in str(facts.get("msg")):
-        place, _, name = key.rpartition(".")
-        known = [k for k in facts["parent_node"] if not k.startswith("_")] if facts["parent_node"] else []
-        return f"there is no setting {key}{_choices(name, known, place + '.' if place else '')}"
+        return f"there is no {group}={name}{_instead(name, facts['options'] or [], group + '=')}"
+    if key and re.match(r"Key '.*' (is )?not in ", str(facts.get("msg"))):
+        return f"there is no setting {key}{_settings(key, facts['parent_node'] or {})}"
     if several := re.search(r"Ambiguous value for argument '(.*?)'", message):
         return f"{several[1]}: several values are several jobs; say so with -m"
     if key and "Missing mandatory value" in message:
@@ -79,9 +78,46 @@ def one_line(error: Exception) -> str:
     return re.sub(r" (To append to your|See https?:|full_key:|Config search path:) ?.*", "", message)
 
 
-def _choices(wrong: str, choices: Collection[str] | None, prefix: str) -> str:
-    """The rest of a sentence that says what is not there."""
-    if not choices:
-        return ""
-    near = difflib.get_close_matches(wrong, choices, n=1)
-    return f"; did you mean {prefix}{near[0]}?" if near else f"; there are {', '.join(sorted(choices))}"
+def _instead(wrong: str, choices: Collection[str], prefix: str, meant: Collection[str] = ()) -> str:
+    """The rest of a sentence that says what is not there: what was `meant`, or might have been."""
+    if near := meant or _nearest(wrong, choices):
+        return f"; did you mean {' or '.join(prefix + name for name in near)}?"
+    return f"; there are {', '.join(sorted(choices))}" if choices else ""
+
+
+def _nearest(wrong: str, choices: Collection[str]) -> list[str]:
+    """The right spelling of a wrong one, or several where they are equally near."""
+    likeness = {name: difflib.SequenceMatcher(None, name, wrong).ratio() for name in choices}
+    best = max(likeness.values(), default=0.0)
+    return sorted(name for name in choices if likeness[name] == best) if best >= 0.6 else []
+
+
+def _settings(key: str, node: Mapping[str, Any]) -> str:
+    """What a setting that `node` does not have may have meant: a group (``model/nte``), the same name deeper
+    in it (``lr``), or a neighbour.
+    """
+    place, dot, wrong = key.rpartition(".")
+    paths = _paths(node)
+    if "/" in wrong:
+        groups = [path.replace(".", "/") for path in paths if path.count(".") == wrong.count("/")]
+        meant = _nearest(wrong, groups)
+    else:
+        same = [path for path in paths if path.endswith("." + wrong)]
+        meant = [path for path in same if path.count(".") == min(p.count(".") for p in same)]
+    return _instead(wrong, [path for path in paths if "." not in path], place + dot, meant[:3])
+
+
+def _paths(node: Mapping[str, Any]) -> list[str]:
+    """Every setting in a config, by its dotted path."""
+    found = []
+    for name in node:
+        if name.startswith("_") or name == "hydra":
+            continue
+        found.append(name)
+        try:
+            value = node[name]
+        except Exception:  # not given yet, or about something that is not known yet
+            continue
+        if isinstance(value, Mapping):
+            found += [f"{name}.{path}" for path in _paths(value)]
+    return found
