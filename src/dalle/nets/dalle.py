@@ -1,0 +1,345 @@
+"""DALL-E's transformer: one stream of text tokens, then a picture's codes (Ramesh et al. 2021, sec. 2.2).
+
+Attention is causal, or sparse in the picture as in App. B.1, and one softmax runs over text and picture.
+What differs from the paper: each kind of token has an output head of its own, which restricts the logits to
+its vocabulary without a mask; there is a start token; and `style="llama"` gives the same class modern blocks.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dalle.errors import UserError
+from dalle.nets.blocks import attend
+
+SPARSE = ("row", "column", "conv")
+ATTENTION = ("full", *SPARSE, "dalle")
+STYLES = ("gpt", "llama")
+Cache = Float[Tensor, "L 2 B H S e"]  # keys and values of each layer at every position that is an input
+
+
+def layer_kinds(attention: str, depth: int) -> list[str]:
+    """The kind of attention of each layer; `dalle` is the paper's order: row, column, row, row, ..., conv."""
+    if attention != "dalle":
+        return [attention] * depth
+    return ["column" if i % 4 == 1 else "row" for i in range(depth - 1)] + ["conv"]
+
+
+def offsets(kind: str, grid: int, kernel: int) -> list[int]:
+    """How many codes before itself (in raster order) each key lies that a code may look at."""
+    codes, reach = grid * grid, kernel // 2
+    allowed = {
+        "full": range(codes),
+        "row": range(grid + 1),  # as far as the same column one row up (Fig. 11)
+        "column": range(0, codes, grid),
+        "conv": (a * grid + b for a in range(reach + 1) for b in range(-reach, reach + 1)),
+    }
+    return sorted({d for d in allowed[kind] if 0 <= d < codes})
+
+
+class Sight(nn.Module):
+    """What the layers of one sparse kind see: all text before and, of the picture, the codes at `steps`.
+
+    mask (S, S), S = text_length + grid^2, is for whole streams. For one code at a time, whose query is of
+    rank i in the picture, keys[i] are the positions that it sees, where seen[i]: the others are too early.
+    """
+
+    mask: Bool[Tensor, "S S"]
+    keys: Int64[Tensor, "N M"]
+    seen: Bool[Tensor, "N M"]
+
+    def __init__(self, text_length: int, grid: int, steps: Sequence[int]):
+        super().__init__()
+        codes, back = grid * grid, torch.tensor(steps)
+        allowed = torch.zeros(codes, dtype=torch.bool).index_fill(0, back, True)
+        rank = torch.arange(codes)
+        mask = torch.ones(text_length + codes, text_length + codes, dtype=torch.bool).tril()
+        mask[text_length:, text_length:] &= allowed[(rank[:, None] - rank).clamp(min=0)]
+        before = rank[:, None] - back
+        text = torch.arange(text_length).expand(codes, -1)
+        keys = torch.cat((text, text_length + before.clamp(min=0)), dim=1)
+        seen = torch.cat((torch.ones_like(text, dtype=torch.bool), before >= 0), dim=1)
+        for name, buffer in (("mask", mask), ("keys", keys), ("seen", seen)):
+            self.register_buffer(name, buffer, persistent=False)
+
+
+def rotations(length: int, head_dim: int) -> Float[Tensor, "2 S d"]:
+    """Cosines and sines of rotary positions (Su et al. 2021), base 10000, one angle for d = head_dim / 2."""
+    angle = torch.arange(length)[:, None] * 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)
+    return torch.stack((angle.cos(), angle.sin()))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over a whole stream, or of its newest token over those in a cache."""
+
+    def __init__(self, width: int, heads: int, bias: bool):
+        super().__init__()
+        self.width, self.heads = width, heads
+        self.qkv = nn.Linear(width, 3 * width, bias)
+        self.out = nn.Linear(width, width, bias)
+
+    def project(
+        self, x: Float[Tensor, "B M D"], rotation: Float[Tensor, "2 M d"] | None
+    ) -> tuple[Float[Tensor, "B M D"], Float[Tensor, "B M 2*D"]]:
+        """Queries, and keys | values; queries and keys rotated to their positions."""
+        qkv = self.qkv(x)
+        if rotation is not None:
+            qk, v = qkv.split((2 * self.width, self.width), dim=2)
+            a, b = qk.unflatten(2, (2 * self.heads, 2, -1)).unbind(3)  # (B, M, 2 heads, d)
+            cos, sin = rotation[:, :, None]
+            turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=3).flatten(2)
+            qkv = torch.cat((turned.to(v.dtype), v), dim=2)
+        q, kv = qkv.split((self.width, 2 * self.width), dim=2)
+        return q, kv
+
+    def forward(
+        self,
+        x: Float[Tensor, "B M D"],
+        rotation: Float[Tensor, "2 M d"] | None,
+        mask: Bool[Tensor, "M M"] | None,
+    ) -> tuple[Float[Tensor, "B M D"], Float[Tensor, "B M 2*D"]]:
+        """Without a mask, causal. Also gives the keys | values, for those who cache them."""
+        q, kv = self.project(x, rotation)
+        return self.out(attend(q, kv, self.heads, mask, causal=mask is None)), kv
+
+    def step(
+        self,
+        x: Float[Tensor, "B 1 D"],
+        rotation: Float[Tensor, "2 1 d"] | None,
+        cache: Float[Tensor, "2 B H S e"],
+        position: int,
+        sight: tuple[Int64[Tensor, "M"], Bool[Tensor, "1 M"]] | None,
+    ) -> Float[Tensor, "B 1 D"]:
+        """Writes the token into the cache, then attends to what is there or, with `sight`, to some of it."""
+        q, kv = self.project(x, rotation)
+        own = kv.unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (2, B, H, 1, e)
+        cache.narrow(3, position, 1).copy_(own)
+        keys, mask = sight or (None, None)
+        past = cache[..., : position + 1, :] if keys is None else cache.index_select(3, keys)
+        q = q.unflatten(2, (self.heads, -1)).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, past[0], past[1], attn_mask=mask)  # (B, H, 1, d)
+        return self.out(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Two linear layers, 4 x as wide between them; gated (SwiGLU), 8/3 x, which is as many weights."""
+
+    def __init__(self, width: int, bias: bool, gated: bool):
+        super().__init__()
+        hidden = 64 * math.ceil(width / 24) if gated else 4 * width
+        self.gated = gated
+        self.inlet = nn.Linear(width, (1 + gated) * hidden, bias)
+        self.out = nn.Linear(hidden, width, bias)
+
+    def forward(self, x: Float[Tensor, "B M D"]) -> Float[Tensor, "B M D"]:
+        x = self.inlet(x)
+        if not self.gated:
+            return self.out(F.gelu(x))
+        gate, x = x.chunk(2, dim=2)
+        return self.out(F.silu(gate) * x)
+
+
+class Layer(nn.Module):
+    """Pre-norm residual attention and MLP."""
+
+    def __init__(self, width: int, heads: int, dropout: float | int, style: str):
+        super().__init__()
+        llama = style == "llama"
+        self.norm1, self.norm2 = norm(width, style), norm(width, style)
+        self.attention = Attention(width, heads, bias=not llama)
+        self.mlp = MLP(width, bias=not llama, gated=llama)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B M D"],
+        rotation: Float[Tensor, "2 M d"] | None,
+        mask: Bool[Tensor, "M M"] | None,
+    ) -> tuple[Float[Tensor, "B M D"], Float[Tensor, "B M 2*D"]]:
+        attended, kv = self.attention(self.norm1(x), rotation, mask)
+        x = x + self.dropout(attended)
+        return x + self.dropout(self.mlp(self.norm2(x))), kv
+
+    def step(self, x: Float[Tensor, "B 1 D"], *past) -> Float[Tensor, "B 1 D"]:
+        """One token, after those in the cache; `past` is what `Attention.step` takes besides."""
+        x = x + self.attention.step(self.norm1(x), *past)
+        return x + self.mlp(self.norm2(x))
+
+
+def norm(width: int, style: str) -> nn.Module:
+    return nn.RMSNorm(width, eps=1e-6) if style == "llama" else nn.LayerNorm(width)
+
+
+class DALLE(nn.Module):
+    """Captions and codes -> logits of the next text token and of the next code.
+
+    A caption's start token comes first, its end token has the largest id, and what follows is padding, which
+    becomes id `text_vocab` + position: one learned token per position (sec. 2.2), never masked out.
+
+    Args:
+        text_vocab, text_length: ids of the text tokenizer (without the paddings here), and the length T.
+        image_vocab, grid: ids of the image tokenizer, and the side of its square of N = grid^2 codes.
+        attention: full, row, column, conv, or dalle, the paper's order of the sparse ones.
+        kernel: side of the square that a conv layer sees, odd.
+        style: gpt (LayerNorm, GELU, learned text positions) or llama (RMSNorm, SwiGLU, no biases, rotary
+            over the stream in place of text positions). Both learn rows and columns, of which a rotation over
+            the stream knows nothing.
+        checkpoint: recompute each layer in the backward pass.
+
+    Raises:
+        UserError: an unknown attention or style, or sizes that do not fit.
+    """
+
+    layers: Any  # of Layer
+    sights: Any  # of Sight, by kind
+    rotation: Float[Tensor, "2 S d"] | None
+
+    def __init__(
+        self,
+        text_vocab: int,
+        text_length: int,
+        image_vocab: int,
+        grid: int,
+        width: int,
+        depth: int,
+        heads: int,
+        attention: str = "full",
+        kernel: int = 11,
+        dropout: float | int = 0.0,
+        style: str = "gpt",
+        checkpoint: bool = False,
+    ):
+        super().__init__()
+        if attention not in ATTENTION:
+            raise UserError(f"DALLE: attention is one of {', '.join(ATTENTION)}, not {attention!r}.")
+        if style not in STYLES:
+            raise UserError(f"DALLE: style is one of {', '.join(STYLES)}, not {style!r}.")
+        if depth < 1:
+            raise UserError(f"DALLE: depth {depth} leaves no layer.")
+        if width % heads or (style == "llama" and width // heads % 2):
+            even = " an even number of times" if style == "llama" else ""
+            raise UserError(f"DALLE: {heads} heads do not divide width {width}{even}.")
+        if kernel < 1 or kernel % 2 == 0:
+            raise UserError(f"DALLE: kernel is an odd number, not {kernel}.")
+        self.text_vocab, self.text_length = text_vocab, text_length
+        self.image_vocab, self.grid, self.codes = image_vocab, grid, grid * grid
+        self.width, self.heads, self.checkpoint = width, heads, checkpoint
+
+        self.text_embedding = nn.Embedding(text_vocab + text_length, width)
+        self.image_embedding = nn.Embedding(image_vocab, width)
+        self.text_position = nn.Embedding(text_length, width) if style == "gpt" else None
+        self.row, self.column = nn.Embedding(grid, width), nn.Embedding(grid, width)
+        self.layers = nn.ModuleList(Layer(width, heads, dropout, style) for _ in range(depth))
+        self.norm = norm(width, style)
+        self.text_head = nn.Linear(width, text_vocab + text_length, bias=False)
+        self.image_head = nn.Linear(width, image_vocab, bias=False)
+
+        self.kinds = layer_kinds(attention, depth)
+        kinds = sorted(set(self.kinds) - {"full"})
+        self.sights = nn.ModuleDict(
+            {kind: Sight(text_length, grid, offsets(kind, grid, kernel)) for kind in kinds}
+        )
+        rotation = rotations(text_length + self.codes, width // heads) if style == "llama" else None
+        self.register_buffer("rotation", rotation, persistent=False)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """GPT-2's: what is added to the residual stream shrinks with the number of layers."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for layer in self.layers:
+            for out in (layer.attention.out, layer.mlp.out):
+                nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * len(self.layers)))
+
+    def padded(
+        self, text: Int64[Tensor, "B T"], keep_text: Bool[Tensor, "B"] | None = None
+    ) -> Int64[Tensor, "B T"]:
+        """The ids that the network reads, paddings replaced; all are where `keep_text` is false."""
+        if text.shape[1] != self.text_length:
+            raise ValueError(f"captions of {text.shape[1]} ids; this DALLE takes {self.text_length}")
+        position = torch.arange(self.text_length, device=text.device)
+        real = position <= text.argmax(dim=1, keepdim=True)
+        if keep_text is not None:
+            real = real & keep_text[:, None]
+        return torch.where(real, text, self.text_vocab + position)
+
+    def tokens(
+        self, text: Int64[Tensor, "B T"], codes: Int64[Tensor, "B P"], keep_text: Bool[Tensor, "B"] | None
+    ) -> Float[Tensor, "B M D"]:
+        """The embedded stream, M = T + P: token + position, token + row + column (Fig. 10)."""
+        words = self.text_embedding(self.padded(text, keep_text))
+        if self.text_position is not None:
+            words = words + self.text_position.weight
+        places = (self.row.weight[:, None] + self.column.weight).flatten(0, 1)
+        return torch.cat((words, self.image_embedding(codes) + places[: codes.shape[1]]), dim=1)
+
+    def through(self, x: Float[Tensor, "B M D"], kept: list[Tensor] | None = None) -> Float[Tensor, "B M D"]:
+        """All layers over the first M tokens of the stream; their keys | values are appended to `kept`."""
+        rotation = None if self.rotation is None else self.rotation[:, : x.shape[1]]
+        masks = {kind: sight.mask[: x.shape[1], : x.shape[1]] for kind, sight in self.sights.items()}
+        for layer, kind in zip(self.layers, self.kinds, strict=True):
+            if self.checkpoint and self.training:
+                x, kv = checkpoint(layer, x, rotation, masks.get(kind), use_reentrant=False)
+            else:
+                x, kv = layer(x, rotation, masks.get(kind))
+            if kept is not None:
+                kept.append(kv)
+        return self.norm(x)
+
+    def forward(
+        self,
+        text: Int64[Tensor, "B T"],
+        codes: Int64[Tensor, "B N"],
+        keep_text: Bool[Tensor, "B"] | None = None,
+        text_loss: bool = True,
+    ) -> tuple[Float[Tensor, "B U V"] | None, Float[Tensor, "B N K"]]:
+        """-> logits of text[:, 1:], paddings among their ids (B, T - 1, text_vocab + T), and of all codes.
+
+        Without `text_loss` the first are None and cost nothing.
+        """
+        x = self.through(self.tokens(text, codes[:, :-1], keep_text))
+        last = self.text_length - 1  # the last text token already says the first code
+        return self.text_head(x[:, :last]) if text_loss else None, self.image_head(x[:, last:])
+
+    def prefill(
+        self,
+        text: Int64[Tensor, "B T"],
+        keep_text: Bool[Tensor, "B"] | None = None,
+        codes: Int64[Tensor, "B P"] | None = None,
+    ) -> tuple[Float[Tensor, "B K"], Cache]:
+        """-> logits of the code after the text and the P first `codes`, and the cache `step` goes on with.
+
+        The cache holds the whole stream, so that no step allocates.
+        """
+        codes = text[:, :0] if codes is None else codes
+        kept: list[Tensor] = []
+        x = self.through(self.tokens(text, codes, keep_text), kept)
+        b, m, _ = x.shape
+        size = (len(kept), 2, b, self.heads, self.text_length + self.codes - 1, self.width // self.heads)
+        cache = kept[0].new_empty(size)
+        for layer, kv in zip(cache, kept, strict=True):
+            layer[..., :m, :] = kv.unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.image_head(x[:, -1]), cache
+
+    def step(self, code: Int64[Tensor, "B"], rank: int, cache: Cache) -> Float[Tensor, "B K"]:
+        """Logits of the code after `code`, which is the one of raster rank `rank` (from 0)."""
+        x = (
+            self.image_embedding(code)
+            + self.row.weight[rank // self.grid]
+            + self.column.weight[rank % self.grid]
+        )
+        x, position = x[:, None], self.text_length + rank
+        rotation = None if self.rotation is None else self.rotation[:, position : position + 1]
+        sights = {kind: (sight.keys[rank], sight.seen[rank][None]) for kind, sight in self.sights.items()}
+        for layer, kind, past in zip(self.layers, self.kinds, cache, strict=True):
+            x = layer.step(x, rotation, past, position, sights.get(kind))
+        return self.image_head(self.norm(x))[:, 0]
