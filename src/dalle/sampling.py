@@ -78,11 +78,21 @@ class Request:
         raise NotImplementedError
 
     @staticmethod
-    def draw(pipeline: Any, recipe: Recipe, options: dict[str, dict[str, Any]]) -> Float[Tensor, "N F 3 H W"]:
-        """The recipe's pictures, each as it came about: the last of F is the one that was asked for."""
+    def draw(
+        pipeline: Any, recipe: Recipe, options: dict[str, dict[str, Any]], **more: Any
+    ) -> Float[Tensor, "N F 3 H W"]:
+        """The recipe's pictures, each as it came about: the last of F is the one that was asked for.
+
+        `more` goes to the pipeline's method.
+        """
         settings = {"n": recipe.n, "seed": recipe.seed, "batch_size": recipe.batch_size}
         images = pipeline.sample(
-            recipe.prompts, **settings, precision=recipe.precision, truncate=recipe.truncate, **options
+            recipe.prompts,
+            **settings,
+            precision=recipe.precision,
+            truncate=recipe.truncate,
+            **options,
+            **more,
         )
         return images[:, None]
 
@@ -168,7 +178,9 @@ class DalleRequest(Request):
         return load_dalle(dalle, runs.get("image_tokenizer"), runs.get("clip"))
 
     @staticmethod
-    def draw(pipeline: Any, recipe: Recipe, options: dict[str, dict[str, Any]]) -> Float[Tensor, "N F 3 H W"]:
+    def draw(
+        pipeline: Any, recipe: Recipe, options: dict[str, dict[str, Any]], **more: Any
+    ) -> Float[Tensor, "N F 3 H W"]:
         return pipeline.frames(
             recipe.prompts,
             n=recipe.n,
@@ -179,6 +191,7 @@ class DalleRequest(Request):
             frames=4 if recipe.previews else 1,
             **options["clip"],
             **options.get("image_tokenizer", {}),
+            **more,
         )
 
 

@@ -59,18 +59,24 @@ class Retrieval(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         images, texts = dim_zero_cat(self.image_embed), dim_zero_cat(self.text_embed)
-        captions, own = dim_zero_cat(self.caption).unique(return_inverse=True)
-        first = torch.full_like(captions, len(own)).scatter_reduce(
-            0, own, torch.arange(len(own), device=own.device), "amin"
-        )
-        texts, number = texts[first], torch.arange(len(captions), device=own.device)
-        to_text = [
-            ranks(images[rows], texts, own[rows, None] == number)
-            for rows in torch.arange(len(images), device=own.device).split(ROWS)
-        ]
-        to_image = [ranks(texts[rows], images, rows[:, None] == own) for rows in number.split(ROWS)]
-        return {
-            f"{name}_r{k}": (torch.cat(found) < k).float().mean()
-            for name, found in (("image_to_text", to_text), ("text_to_image", to_image))
-            for k in self.ks
-        }
+        found = retrieve(images, texts, dim_zero_cat(self.caption))
+        return {f"{name}_r{k}": (rank < k).float().mean() for name, rank in found.items() for k in self.ks}
+
+
+def retrieve(
+    images: Float[Tensor, "n e"], texts: Float[Tensor, "n e"], captions: Int64[Tensor, " n"]
+) -> dict[str, Tensor]:
+    """For `image_to_text` (n,) and `text_to_image` (distinct captions,): how many wrong ones come before the
+    first right one. Arguments as in `Retrieval.update`.
+    """
+    captions, own = captions.unique(return_inverse=True)
+    first = torch.full_like(captions, len(own)).scatter_reduce(
+        0, own, torch.arange(len(own), device=own.device), "amin"
+    )
+    texts, number = texts[first], torch.arange(len(captions), device=own.device)
+    to_text = [
+        ranks(images[rows], texts, own[rows, None] == number)
+        for rows in torch.arange(len(images), device=own.device).split(ROWS)
+    ]
+    to_image = [ranks(texts[rows], images, rows[:, None] == own) for rows in number.split(ROWS)]
+    return {"image_to_text": torch.cat(to_text), "text_to_image": torch.cat(to_image)}

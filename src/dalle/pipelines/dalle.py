@@ -72,6 +72,7 @@ class DallePipeline(nn.Module):
         candidates: int = 1,
         prefix: Sequence[int] = (),
         frames: int = 4,
+        numbers: Sequence[int] | None = None,
     ) -> Float[Tensor, "N F 3 H W"]:
         """Pictures as they come about: after each of `frames` equal parts of their rows, the last time whole.
 
@@ -83,6 +84,8 @@ class DallePipeline(nn.Module):
             dalle: further arguments of the stage's `sample` (temperature, top_k, top_p, guidance).
             candidates: pictures drawn for each one that is kept.
             prefix: the first codes, which all pictures keep (`prime`).
+            numbers: of the captions, for their noise, where they are part of a longer list (then whoever has
+                the list shows the progress); None counts from 0.
 
         Raises:
             UserError: no captions, impossible numbers, candidates without a CLIP.
@@ -90,12 +93,15 @@ class DallePipeline(nn.Module):
         self.check(captions, n, batch_size, candidates)
         jobs = [(i, j, c) for i in range(len(captions)) for j in range(n) for c in range(candidates)]
         best: dict[tuple[int, int], tuple[float, Tensor]] = {}
-        with tqdm(total=len(jobs), desc="sampling", unit="image", disable=None) as bar:
+        order = range(len(captions)) if numbers is None else numbers
+        quiet = None if numbers is None else True  # None: where nobody watches
+        with tqdm(total=len(jobs), desc="sampling", unit="image", disable=quiet) as bar:
             for start in range(0, len(jobs), batch_size):
                 part = jobs[start : start + batch_size]
                 said = [captions[i] for i, _, _ in part]
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                    drawn = self.draw(said, [mix(seed, *job) for job in part], dalle or {}, prefix, frames)
+                    seeds = [mix(seed, order[i], j, c) for i, j, c in part]
+                    drawn = self.draw(said, seeds, dalle or {}, prefix, frames)
                 scores = self.scores(drawn[:, -1], said) if candidates > 1 else [0.0] * len(part)
                 for (i, j, _), score, picture in zip(part, scores, drawn.cpu(), strict=True):
                     if (i, j) not in best or score > best[i, j][0]:

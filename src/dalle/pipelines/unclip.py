@@ -79,6 +79,7 @@ class UnCLIP(nn.Module):
         prior: Mapping[str, Any] | None = None,
         decoder: Mapping[str, Any] | None = None,
         truncate: bool = False,
+        numbers: Sequence[int] | None = None,
     ) -> Float[Tensor, "N 3 H W"]:
         """`n` pictures of each caption, in [-1, 1] on the CPU, those of one caption adjacent.
 
@@ -87,6 +88,8 @@ class UnCLIP(nn.Module):
             precision: bf16 runs both stages under autocast; CLIP stays in float32.
             prior, decoder: further arguments of the stages' `sample` (sampler, guidance ...).
             truncate: cut captions that are too long for CLIP, with a warning, instead of refusing them.
+            numbers: of the captions, for their noise, where they are part of a longer list (then whoever has
+                the list shows the progress); None counts from 0.
 
         Raises:
             UserError: no captions, or one that is too long.
@@ -94,11 +97,13 @@ class UnCLIP(nn.Module):
         self.check(captions, n, batch_size, truncate)
         jobs = [(i, j) for i in range(len(captions)) for j in range(n)]
         images = []
-        with tqdm(total=len(jobs), desc="sampling", unit="image", disable=None) as bar:
+        order = range(len(captions)) if numbers is None else numbers
+        quiet = None if numbers is None else True  # None: where nobody watches
+        with tqdm(total=len(jobs), desc="sampling", unit="image", disable=quiet) as bar:
             for start in range(0, len(jobs), batch_size):
                 part = jobs[start : start + batch_size]
                 batch = self.embed([captions[i] for i, _ in part])
-                seeds = [(seed, i, j) for i, j in part]
+                seeds = [(seed, order[i], j) for i, j in part]
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
                     batch = self.imagine(batch, seeds, prior or {})
                     randn = per_sample([mix(*key, DECODER) for key in seeds], self.device)

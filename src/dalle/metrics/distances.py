@@ -1,0 +1,103 @@
+"""Statistics of two sets of features, each with its interval: FID, KID, inception score, precision, recall.
+
+What torch-fidelity 0.4 computes on the same features; its functions are used as they are where they give all
+that is needed. Intervals are over the generated pictures (recall's: over the real ones); the other set is
+taken as given.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
+
+from dalle.metrics.bootstrap import RESAMPLES, Figure, around, counts, of_mean
+
+SUBSETS, SUBSET_SIZE = 100, 1000  # of KID; with fewer pictures one subset is all of them
+SPLITS = 10  # of the inception score
+NEIGHBOURS = 3  # of precision and recall
+LARGE, FEWER = 512, 50  # with more dimensions than this, FID is resampled less often: it takes a second each
+KID_PICTURES = 5000  # on so many at most the interval of KID is estimated
+ROWS = 2048  # of a matrix of pairs at a time
+
+
+def frechet(real: Float[Tensor, "m d"], generated: Float[Tensor, "n d"]) -> Figure:
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al. 2017, eq. 6), unbiased covariances.
+
+    With C1 = R R', the trace of the root of C1 C2 is that of the symmetric R' C2 R; R is computed once.
+    """
+    real, generated = real.double(), generated.double()
+    mean, root = real.mean(0), _root(real)
+    trace, projected = root.square().sum(), generated @ root
+
+    def distance(count: Float[Tensor, "n"]) -> Tensor:
+        n = count.sum()
+        weight, m = count / (n - 1), count @ generated / n
+        part = (projected - m @ root) * weight.sqrt()[:, None]
+        gram = part.mT @ part if len(part) > part.shape[1] else part @ part.mT
+        cross = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum()
+        return (m - mean).square().sum() + trace + weight @ (generated - m).square().sum(1) - 2 * cross
+
+    value = distance(torch.ones(len(generated), dtype=torch.float64)).item()
+    resamples = RESAMPLES if root.shape[1] <= LARGE else FEWER
+    return around(value, torch.stack([distance(count) for count in counts(len(generated), resamples)]))
+
+
+def _root(features: Float[Tensor, "m d"]) -> Float[Tensor, "d r"]:
+    """R with R R' = covariance, without the directions in which nothing varies."""
+    values, vectors = torch.linalg.eigh(features.mT.cov())
+    kept = values > 1e-12 * values[-1]
+    return vectors[:, kept] * values[kept].sqrt()
+
+
+def kid(real: Float[Tensor, "m d"], generated: Float[Tensor, "n d"]) -> Figure:
+    """Unbiased squared MMD with the kernel (x.y / d + 1)^3 (Binkowski et al. 2018, eq. 4): the mean over
+    subsets; may be below 0.
+    """
+    size = min(SUBSET_SIZE, len(real), len(generated))
+    whole = size == len(real) == len(generated)
+    found = kid_features_to_metric(
+        generated.float(),
+        real.float(),
+        kid_subset_size=size,
+        kid_subsets=1 if whole else SUBSETS,
+        verbose=False,
+    )
+    x, y = generated[:KID_PICTURES].double(), real[:KID_PICTURES].double()
+    drawn = counts(len(x))  # a picture drawn twice is not a pair of pictures
+    pairs, crossed = drawn.new_zeros(len(drawn)), drawn.new_zeros(len(drawn))
+    for rows in torch.arange(len(x)).split(ROWS):
+        kernel = (x[rows] @ x.mT / x.shape[1] + 1) ** 3
+        kernel[torch.arange(len(rows)), rows] = 0
+        pairs += ((drawn @ kernel.mT) * drawn[:, rows]).sum(1)
+        crossed += drawn[:, rows] @ ((x[rows] @ y.mT / x.shape[1] + 1) ** 3).mean(1)
+    n = drawn.sum(1)
+    resampled = pairs / (n.square() - drawn.square().sum(1)) - 2 * crossed / n
+    return around(found[KEY_METRIC_KID_MEAN], resampled)
+
+
+def inception_score(logits: Float[Tensor, "n c"]) -> Figure:
+    """exp of the mean KL of p(y|x) and p(y) (Salimans et al. 2016, sec. 4), the mean over ten splits."""
+    value = isc_features_to_metric(logits, SPLITS)[KEY_METRIC_ISC_MEAN]
+    rows = [torch.arange(len(logits)).repeat_interleave(count.long()) for count in counts(len(logits))]
+    resampled = [isc_features_to_metric(logits[row], SPLITS)[KEY_METRIC_ISC_MEAN] for row in rows]
+    return around(value, torch.tensor(resampled))
+
+
+def precision_recall(
+    real: Float[Tensor, "m d"], generated: Float[Tensor, "n d"], neighbours: int = NEIGHBOURS
+) -> tuple[Figure, Figure]:
+    """Shares of generated pictures among the real ones, and of real ones among the generated (Kynkaanniemi et
+    al. 2019, eq. 2): within the distance of some picture's k-th nearest neighbour of its own kind.
+    """
+    return (
+        of_mean(_within(generated, real, neighbours)),
+        of_mean(_within(real, generated, neighbours)),
+    )
+
+
+def _within(points: Float[Tensor, "p d"], others: Float[Tensor, "o d"], neighbours: int) -> Tensor:
+    """Which points lie in some other's ball, 1 or 0."""
+    parts = others.split(ROWS)  # the nearest of all to a point is itself
+    radius = torch.cat([torch.cdist(p, others).kthvalue(neighbours + 1).values for p in parts])
+    return torch.cat([(torch.cdist(part, others) <= radius).any(1) for part in points.split(ROWS)]).double()
