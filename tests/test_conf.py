@@ -24,6 +24,7 @@ FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CON
 # Parameters of every preset that is not for a laptop. CLIP has those of the released ViT-B/32. Table 3 of
 # Ramesh et al. 2022 says 1B for the prior, 3.5B for the decoder with a text transformer that is absent here.
 PAPER = {"clip_paper": 151_277_313, "prior_paper": 1_228_551_168, "decoder_paper": 2_259_067_398}
+PAPER["dvae_paper"] = 53_786_240 + 43_829_766  # encoder and decoder as released
 
 
 def files_of(group: str) -> list[str]:

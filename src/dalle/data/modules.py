@@ -164,6 +164,13 @@ def _position(trainer: L.Trainer, batches: int, overfit: bool) -> tuple[int, int
     return (0 if overfit else epoch), start
 
 
+class ImageDataModule(SourceDataModule):
+    """Batches of `image`, `caption`, `index`: what tokenizers and other autoencoders train on."""
+
+    def dataset(self, name: str) -> SourceDataset:
+        return SourceDataset(self.split(name), seed=self.seed if name == "train" else None)
+
+
 class TextImageDataModule(SourceDataModule):
     """Batches of `image`, `caption`, `index`, `text`: what CLIP trains on.
 

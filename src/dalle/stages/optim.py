@@ -18,8 +18,8 @@ class Recipe:
         weight_decay: applied to matrices and kernels only, never to gains, biases or one-dimensional
             embeddings.
         warmup: optimizer steps of linear warm-up from zero.
-        decay: shape of the way down to ``final * lr``; it fills the steps after ``decay_start``.
-        decay_start: fraction of all steps after which the learning rate begins to fall.
+        decay: shape of the way down to ``final * lr``, from ``decay_start`` to ``decay_end``.
+        decay_start, decay_end: fractions of all steps at which the learning rate begins and ends to fall.
         options: further arguments of the algorithm (betas, eps, fused, momentum ...).
     """
 
@@ -31,11 +31,13 @@ class Recipe:
         warmup: int = 0,
         decay: Literal["constant", "linear", "cosine"] = "cosine",
         decay_start: float | int = 0.0,
+        decay_end: float | int = 1.0,
         final: float | int = 0.0,
         **options: Any,
     ) -> None:
         self.algorithm, self.lr, self.weight_decay, self.options = algorithm, lr, weight_decay, options
-        self.warmup, self.decay, self.decay_start, self.final = warmup, decay, decay_start, final
+        self.warmup, self.decay, self.decay_start = warmup, decay, decay_start
+        self.decay_end, self.final = decay_end, final
 
     def build(self, net: nn.Module, total_steps: float | int) -> tuple[Optimizer, LambdaLR]:
         """The optimizer of `net`'s trainable parameters and its schedule over `total_steps` (or inf)."""
@@ -53,6 +55,6 @@ class Recipe:
         if self.decay == "constant" or math.isinf(total_steps):
             return rising
         start = max(self.warmup, self.decay_start * total_steps)
-        done = min(max((step - start) / max(total_steps - start, 1), 0.0), 1.0)
+        done = min(max((step - start) / max(self.decay_end * total_steps - start, 1), 0.0), 1.0)
         falling = 1 - done if self.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
         return rising * (self.final + (1 - self.final) * falling)
