@@ -85,7 +85,7 @@ def untrained(model: str, logs: Path, *more: str, seed: int = 0) -> Run:
     run = Run(Path(config["paths"]["run"]))
     run.path.mkdir(parents=True)
     (run.path / "config.yaml").write_text(yaml.safe_dump(config))
-    if model == "clip":
+    if "tokenizer" in config["datamodule"]:
         run.tokenizer.write_text(json.dumps(datamodule.tokenizer.to_dict()))
     run.save(stage.net, {"stage": config["stage"], **datamodule.describe(), "metrics": {}})
     return run
@@ -93,9 +93,12 @@ def untrained(model: str, logs: Path, *more: str, seed: int = 0) -> Run:
 
 @pytest.fixture(scope="session")
 def untrained_stages(tmp_path_factory) -> Path:
-    """logs/ with CLIP, prior and decoder named `default`. Read only: copy what you change."""
+    """logs/ with a run of each stage that others need or pipelines use, named `default`.
+
+    Read only: copy what you change.
+    """
     logs = tmp_path_factory.mktemp("untrained") / "logs"
-    for model in ("clip", "prior", "decoder"):
+    for model in ("clip", "prior", "decoder", "dvae", "dalle"):
         untrained(model, logs)
     return logs
 

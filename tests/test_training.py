@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import shutil
 import signal
@@ -16,15 +17,16 @@ from tiny import column, configure, train, wandb_records, weights, without_accou
 from torch import Tensor
 
 from dalle import training
+from dalle.data.modules import tokenizer_facts
 from dalle.errors import UserError
 from dalle.runs import Run, load_stage
 
-STAGES = ("clip", "prior", "decoder")
+STAGES = ("clip", "prior", "decoder", "dvae", "dalle")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """logs/ with a tiny CLIP, prior and decoder, each found by the next one by convention."""
+    """logs/ with tiny stages, each found by the next one by convention."""
     logs = tmp_path_factory.mktemp("logs")
     for stage in STAGES:
         train(stage, logs)
@@ -33,8 +35,9 @@ def trained(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def logs(trained: Path, tmp_path: Path) -> Path:
-    """logs/ with the tiny CLIP alone."""
-    shutil.copytree(trained / "default" / "clip", tmp_path / "logs" / "default" / "clip")
+    """logs/ with the tiny stages alone that others need: CLIP and the dVAE."""
+    for stage in ("clip", "dvae"):
+        shutil.copytree(trained / "default" / stage, tmp_path / "logs" / "default" / stage)
     return tmp_path / "logs"
 
 
@@ -97,13 +100,14 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 def test_a_run_leaves_what_the_readme_says(trained, stage):
     run = Run(trained / "default" / stage)
     files = {"config.yaml", "last.ckpt", "model.safetensors", "manifest.json", "metrics.csv"}
-    assert {p.name for p in run.path.iterdir()} == files | ({"tokenizer.json"} if stage == "clip" else set())
+    tokenizer = {"tokenizer.json"} if stage in ("clip", "dalle") else set()
+    assert {p.name for p in run.path.iterdir()} == files | tokenizer
     manifest = run.manifest()
     assert (manifest["stage"], manifest["steps"], manifest["image_size"]) == (stage, 2, 16)
     assert manifest["parameters"] == sum(p.numel() for p in load_stage(run.path)[0].net.parameters())
     assert manifest["data"]["items"] == {"train": 32, "val": 8, "test": 8}
     assert manifest["versions"]["torch"] == torch.__version__
-    assert manifest["metrics"]["test/loss"] > 0
+    assert math.isfinite(manifest["metrics"]["test/loss"])
     assert list(column(run, "train/loss")) == [0, 1]
     config = yaml.safe_load((run.path / "config.yaml").read_text())
     assert config["model"]["net"].get("image_size", 16) == 16  # `auto` is resolved
@@ -111,10 +115,22 @@ def test_a_run_leaves_what_the_readme_says(trained, stage):
 
 
 def test_stages_name_the_clip_they_belong_to(trained):
-    clip, prior, decoder = (Run(trained / "default" / stage).manifest() for stage in STAGES)
+    clip, prior, decoder = (Run(trained / "default" / stage).manifest() for stage in STAGES[:3])
     assert prior["clip"] == decoder["clip"] == {"weights": clip["weights"], "embed_dim": 8}
     assert prior["image_embed_norm"] == decoder["image_embed_norm"] == {"kind": "unit_times_sqrt_dim"}
     assert prior["tokenizer"] == clip["tokenizer"]
+
+
+def test_dalle_names_the_tokenizers_it_belongs_to(trained):
+    dvae, dalle = (Run(trained / "default" / stage) for stage in ("dvae", "dalle"))
+    assert dalle.manifest()["image_tokenizer"] == {
+        "weights": dvae.manifest()["weights"],
+        "vocab_size": 32,
+        "grid": 4,
+    }
+    tokenizer = dalle.load_tokenizer()
+    assert dalle.manifest()["tokenizer"] == tokenizer_facts(tokenizer)
+    assert dalle.config()["model"]["net"]["text_vocab"] == tokenizer.vocab_size
 
 
 def test_metrics_of_each_stage(trained):
@@ -124,15 +140,18 @@ def test_metrics_of_each_stage(trained):
         "prior"
     ].keys()
     assert {"test/clip_score", "test/judge/all"} <= metrics["decoder"].keys()
-    assert metrics["decoder"]["test/pictures"] == 4
+    assert metrics["decoder"]["test/pictures"] == metrics["dalle"]["test/pictures"] == 4
     assert any(name.startswith("test/fid") for name in metrics["decoder"])
+    codes = {"test/text_loss", "test/image_loss", "test/bits_per_code", "test/accuracy", "test/judge/all"}
+    assert codes <= metrics["dalle"].keys()
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_checkpoints_hold_nothing_that_runs_code(trained, stage):
     state = torch.load(trained / "default" / stage / "last.ckpt", weights_only=True)
     assert state["global_step"] == 2
-    assert not any("clip" in key for key in state["state_dict"])  # frozen networks are not in there
+    frozen = ("clip", "tokenizer")
+    assert not any(name in key for key in state["state_dict"] for name in frozen)
 
 
 def test_weights_are_the_moving_average(logs, probe):
@@ -279,6 +298,8 @@ def test_another_network_cannot_go_on(logs, probe):
         ("decoder", ("precision=bf16", "optimizer=adam", "optimizer.warmup=2")),
         ("prior", ("precision=bf16", "optimizer=sgd", "datamodule.image_embed_norm=standardized")),
         ("clip", ("precision=bf16", "model.net.checkpoint=true", "optimizer=adam")),
+        ("dalle", ("precision=bf16", "model.net.attention=dalle", "model.net.checkpoint=true")),
+        ("dalle", ("model.net.style=llama", "model.pad_loss=false", "datamodule.cache_items=0")),
         ("prior", ("trainer.accumulate_grad_batches=2", "datamodule.cache_items=0", "sampler=dpmpp")),
         (
             "decoder",
@@ -335,7 +356,7 @@ def test_one_batch_leaves_no_finished_run(logs, stage):
     train(stage, logs, "debug=one_batch", "name=default")
     train(stage, logs, "debug=one_batch")  # again: its directory is its own
     assert not Run(logs / "debug" / stage).finished
-    assert not (logs / "default" / stage / "metrics.csv").exists() or stage == "clip"
+    assert not (logs / "default" / stage / "metrics.csv").exists() or stage in ("clip", "dvae")
 
 
 def test_overfit_sees_the_same_batches(logs):
@@ -424,6 +445,10 @@ def test_a_clip_elsewhere_must_be_there(logs):
     assert missing == {"clip": Run(logs / "other" / "clip")}
     assert training.missing_runs(configure("prior", logs)) == {}
     assert training.missing_runs(configure("clip", logs, "name=other")) == {}
+    config = configure("dalle", logs, "name=other")
+    assert training.missing_runs(config) == {"dvae": Run(logs / "other" / "dvae")}
+    config = configure("dalle", logs, "image_tokenizer=vqgan")
+    assert training.missing_runs(config) == {"vqgan": Run(logs / "default" / "vqgan")}
 
 
 def test_manifest_is_plain_json(trained):

@@ -33,6 +33,16 @@ NETS = {
         "model.net.attention=[4]", "model.net.head_dim=8", "model.net.condition_width=16",
         "callbacks.generation.items=4",
     ),
+    "gan": (
+        "model.net.width=16", "model.net.multipliers=[1,1]", "model.net.attention=[4]",
+        "model.net.head_dim=8", "model.net.condition_width=16", "model.net.latent_dim=8",
+        "model.discriminator.width=16", "model.discriminator.multipliers=[1,1]",
+        "model.discriminator.features=16", "callbacks.generation.items=4",
+    ),
+    "dvae": ("model.net.width=16", "model.net.inlet=16", "model.net.vocab_size=32"),
+    "dalle": (
+        "model.net.width=16", "model.net.depth=2", "model.net.heads=2", "callbacks.generation.items=4",
+    ),
     "dit": (
         "model/net=dit", "model.net.width=16", "model.net.depth=1", "model.net.heads=2",
         "callbacks.generation.items=4",
