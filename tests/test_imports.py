@@ -11,6 +11,7 @@ SOURCE = ROOT / "src"
 MAY = {
     "nets": {"torch", "einops", "jaxtyping"},
     "diffusion": {"torch", "jaxtyping"},
+    "decoding.py": {"torch", "jaxtyping"},
     "data": {
         "torch", "lightning", "jaxtyping", "torchvision", "PIL", "numpy", "tokenizers", "tqdm", "open_clip",
         "safetensors", "dalle.nets",

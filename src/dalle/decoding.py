@@ -1,0 +1,117 @@
+"""Drawing a picture's codes one after another from an autoregressive network (DALL-E sec. 2.6).
+
+Temperature, top-k and top-p (Holtzman et al. 2020), in this order; classifier-free guidance, with both
+streams in one batch that share the code drawn; a picture's first codes may be given (sec. 3.3, completion).
+A code is drawn by adding Gumbel noise made of given uniforms, so equal uniforms give equal codes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from dalle.errors import UserError
+
+Uniform = Callable[[Tensor], Tensor]  # numbers in [0, 1) like a given tensor
+OnStep = Callable[[int, Tensor], None]  # how many codes there are, and all (B, N), those to come being 0
+
+
+@torch.no_grad()
+def generate(
+    net: Any,
+    text: Int64[Tensor, "B T"],
+    keep_text: Bool[Tensor, "B"] | None = None,
+    *,
+    temperature: float | int = 1.0,
+    top_k: int | None = None,
+    top_p: float | int | None = None,
+    guidance: float | int = 1.0,
+    prefix: Int64[Tensor, "B P"] | None = None,
+    uniform: Uniform = torch.rand_like,
+    cached: bool = True,
+    on_step: OnStep | None = None,
+) -> Int64[Tensor, "B N"]:
+    """Codes of a picture for each caption.
+
+    Args:
+        net: `nets.dalle.DALLE` in evaluation mode, or what has its `prefill`, `step`, `image_vocab`, `codes`.
+        keep_text: where false, the caption is dropped.
+        temperature: 0 takes the likeliest code.
+        guidance: 1 + w of Ho & Salimans 2022; 1 is none, and costs half.
+        prefix: the first P codes, which are kept.
+        uniform: makes the uniforms (B, K) of a step, one call for each code drawn.
+        cached: false computes the whole stream anew for every code: slow, and the same codes.
+        on_step: called after each code drawn, to show what there is.
+
+    Raises:
+        UserError: an option out of its range, or a prefix longer than a picture.
+    """
+    check_options(net.image_vocab, temperature, top_k, top_p)
+    given = 0 if prefix is None else prefix.shape[1]
+    if given > net.codes:
+        raise UserError(f"prefix: {given} codes, but a picture has {net.codes}.")
+    codes = text.new_zeros(len(text), net.codes)
+    if prefix is not None:
+        codes[:, :given] = prefix
+    streams = 2 if guidance != 1 else 1
+    if guidance != 1:  # with the caption and without
+        keep = torch.ones_like(text[:, 0], dtype=torch.bool) if keep_text is None else keep_text
+        text, keep_text = text.repeat(2, 1), torch.cat((keep, torch.zeros_like(keep)))
+
+    cache = None
+    for i in range(given, net.codes):
+        if cache is None or not cached:
+            logits, cache = net.prefill(text, keep_text, codes[:, :i].repeat(streams, 1))
+        else:
+            logits = net.step(codes[:, i - 1].repeat(streams), i - 1, cache)
+        logits = logits.float()
+        if streams == 2:
+            told, null = logits.chunk(2)
+            logits = null + guidance * (told - null)
+        codes[:, i] = draw(logits, temperature, top_k, top_p, uniform)
+        if on_step is not None:
+            on_step(i + 1, codes)
+    return codes
+
+
+def draw(
+    logits: Float[Tensor, "B K"],
+    temperature: float | int,
+    top_k: int | None,
+    top_p: float | int | None,
+    uniform: Uniform,
+) -> Int64[Tensor, "B"]:
+    """One code for each row, by the Gumbel-max trick."""
+    if temperature == 0:
+        return logits.argmax(dim=1)
+    logits = keep_top_p(keep_top_k(logits / temperature, top_k), top_p)
+    u = uniform(logits).clamp(min=torch.finfo(logits.dtype).tiny)
+    return (logits - (-u.log()).log()).argmax(dim=1)
+
+
+def keep_top_k(logits: Float[Tensor, "B K"], k: int | None) -> Float[Tensor, "B K"]:
+    """The k largest, and what equals the last of them; the rest become -inf."""
+    if k is None:
+        return logits
+    return logits.masked_fill(logits < logits.topk(k).values[:, -1:], -torch.inf)
+
+
+def keep_top_p(logits: Float[Tensor, "B K"], p: float | int | None) -> Float[Tensor, "B K"]:
+    """The fewest of the largest whose probabilities add up to p, and what equals the last of them."""
+    if p is None or p == 1:
+        return logits
+    ordered = logits.sort(dim=1, descending=True).values
+    probs = ordered.softmax(dim=1)
+    kept = (probs.cumsum(dim=1) - probs < p).sum(dim=1, keepdim=True)  # the first always is
+    return logits.masked_fill(logits < ordered.gather(1, kept - 1), -torch.inf)
+
+
+def check_options(vocab: int, temperature: float | int, top_k: int | None, top_p: float | int | None) -> None:
+    if not temperature >= 0:
+        raise UserError(f"temperature is 0 (the likeliest code) or more, not {temperature}.")
+    if top_k is not None and not 1 <= top_k <= vocab:
+        raise UserError(f"top_k is 1 to {vocab}, the codes there are, not {top_k}.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise UserError(f"top_p is more than 0 and at most 1, not {top_p}.")
