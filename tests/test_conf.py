@@ -31,6 +31,11 @@ def files_of(group: str) -> list[str]:
     return [name.rsplit("/", 1)[1] for name in FILES if name.rsplit("/", 1)[0] == group]
 
 
+def model_of(net: str) -> str:
+    """The model that has a choice of networks, of which this is one."""
+    return "dalle" if net in ("gpt", "llama") else "decoder"
+
+
 def config_of(*overrides: str, primary: str = "train") -> dict:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -52,7 +57,7 @@ def command_of(file: str) -> tuple[str, list[str]]:
         assert experiment in files_of("experiment"), f"{file} is never used"
         return "train", [f"experiment={experiment}", f"model={model}"]
     if group == "model/net":
-        return "train", ["model=decoder", f"model/net={name}"]
+        return "train", [f"model={model_of(name)}", f"model/net={name}"]
     if group in ("pipeline", "paths", "debug"):
         return "sample", [f"{group}={name}"]
     return "train", [f"{group}={name}"]
@@ -81,10 +86,10 @@ def test_composes(file):
         check_all(config)
 
 
-@pytest.mark.parametrize("model", ["clip", "prior", "decoder"])
+@pytest.mark.parametrize("model", ["clip", "prior", "decoder", "dvae", "dalle"])
 def test_groups_switch_freely(model):
     """Every choice of every group under every model, several groups at a time."""
-    groups = ("debug", "optimizer", "precision", "trainer", "sampler", "data", "callbacks")
+    groups = ("debug", "optimizer", "precision", "trainer", "sampler", "data", "callbacks", "image_tokenizer")
     choices = {group: files_of(group) for group in groups}
     for k in range(max(map(len, choices.values()))):
         picked = [f"{group}={names[k % len(names)]}" for group, names in choices.items()]
@@ -123,16 +128,18 @@ def test_a_net_with_other_options_than_the_preset_is_refused():
         check_all(config_of("model=decoder_paper", "model/net=dit"))
 
 
-LAPTOP = [(name, None) for name in files_of("model") if not name.endswith("_paper") and name != "decoder"]
-LAPTOP += [("decoder", net) for net in files_of("model/net")]
+CHOICE = ("decoder", "dalle")
+LAPTOP = [(name, None) for name in files_of("model") if not name.endswith("_paper") and name not in CHOICE]
+LAPTOP += [(model_of(net), net) for net in files_of("model/net")]
 
 
 @pytest.mark.parametrize(("model", "net"), LAPTOP)
 def test_laptop_sizes(untrained_stages, model, net):
     """At their real size, on the sizes that data and CLIP have."""
-    clip = f"upstream.clip='{untrained_stages / 'default' / 'clip'}'"
-    small = ("data.size=64", "data.image_size=32", "trainer=cpu")
-    config = config_of(f"model={model}", clip, *small, *([f"model/net={net}"] if net else []))
+    upstream = [f"upstream.{name}='{untrained_stages / 'default' / name}'" for name in ("clip", "dvae")]
+    size = 16 if model == "dalle" else 32  # that of the dVAE
+    small = ("data.size=64", f"data.image_size={size}", "trainer=cpu")
+    config = config_of(f"model={model}", *upstream, *small, *([f"model/net={net}"] if net else []))
     datamodule = build(config["datamodule"], "datamodule")
     wanted = {key for key, value in config["model"]["net"].items() if value == "auto"}
     assert wanted
