@@ -2,12 +2,17 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test check bench clean
+.PHONY: demo demo-dalle test check bench clean
 
 demo: .venv/demo      ## train CLIP, prior and decoder on the CPU, sample a grid, print a table
 	$(PY) train.py -m model=clip,prior,decoder name=demo resume=true
 	$(PY) sample.py name=demo prompts=prompts/shapes.txt
 	$(PY) -m dalle.demo logs/demo
+
+demo-dalle: .venv/demo    ## the same with the first generation: dVAE and transformer
+	$(PY) train.py -m model=dvae,dalle name=demo resume=true
+	$(PY) sample.py pipeline=dalle name=demo prompts=prompts/shapes.txt
+	$(PY) -m dalle.demo logs/demo --pipeline dalle
 
 # One thread a process: two that spin for each other's cores slow small kernels down twentyfold.
 test: export OMP_NUM_THREADS = 1

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dalle.data.batch import Batch
-from dalle.data.frozen import FrozenCLIP, FrozenTokenizer
+from dalle.data.frozen import FrozenTokenizer
 from dalle.data.sources import mix
 from dalle.data.tokenizers import TextTokenizer
 from dalle.diffusion.noise import per_sample
 from dalle.errors import UserError
+from dalle.metrics.generation import Embedder
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ class DallePipeline(nn.Module):
         dalle: a stage with `sample(batch, randn=..., prefix=..., on_step=...) -> codes (B, N)`.
         image_tokenizer: decodes the codes.
         tokenizer: of the captions, the one the transformer was trained with.
-        clip: chooses among candidates.
+        clip: a `FrozenCLIP`, which chooses among candidates.
     """
 
     def __init__(
@@ -42,12 +43,16 @@ class DallePipeline(nn.Module):
         dalle: nn.Module,
         image_tokenizer: FrozenTokenizer,
         tokenizer: TextTokenizer,
-        clip: FrozenCLIP | None = None,
+        clip: Embedder | None = None,
     ) -> None:
         super().__init__()
         self.dalle, self.image_tokenizer, self.clip = dalle, image_tokenizer, clip
         self.tokenizer = tokenizer
         self.eval()
+
+    @property
+    def image_size(self) -> int:
+        return self.image_tokenizer.image_size
 
     @property
     def device(self) -> torch.device:

@@ -65,6 +65,10 @@ class UnCLIP(nn.Module):
         return cast(TextTokenizer, self.clip.tokenizer)
 
     @property
+    def image_size(self) -> int:
+        return self.decoder.net.image_size  # pyright: ignore
+
+    @property
     def device(self) -> torch.device:
         return next(self.decoder.parameters()).device
 
