@@ -86,7 +86,7 @@ def test_composes(file):
         check_all(config)
 
 
-@pytest.mark.parametrize("model", ["clip", "prior", "decoder", "dvae", "dalle"])
+@pytest.mark.parametrize("model", ["clip", "prior", "decoder", "dvae", "dalle", "gan"])
 def test_groups_switch_freely(model):
     """Every choice of every group under every model, several groups at a time."""
     groups = ("debug", "optimizer", "precision", "trainer", "sampler", "data", "callbacks", "image_tokenizer")

@@ -24,16 +24,30 @@ DECODER = (
     "model.denoiser.schedule.name=flow", "model.denoiser.schedule.shift=1.0",
 )  # fmt: skip
 PRIOR = ("model.text_dropout=0.1", "model.denoiser.prediction=x0", "model.denoiser.schedule.name=cosine")
-OF_STAGE = {"clip": (), "prior": PRIOR, "decoder": DECODER, "dit": DECODER}
+DALLE = ("model.text_dropout=0.1", "datamodule.bpe_dropout=0.1")
+DVAE = (
+    "model.likelihood=laplace", "model.ln_b=null", "model.temperature.steps=10", "model.kl_weight.end=1.0",
+    "model.kl_weight.steps=4", "model.net.logit_gain=2.0", "model.net.gain=0.5",
+)  # fmt: skip
+VQGAN = ("model.perceptual_weight=1.0", "model.adversarial_weight=0.8", "model.disc_start=2")
+VAE = ("model.likelihood=gaussian", "model.kl_weight=1.0")
+GAN = (
+    "model.loss=nonsaturating", "model.conditioning=matching", "model.r1_gamma=1.0", "model.r1_every=2",
+    "model.d_steps=1", "model.d_lr=1.0", "model.beta1=0.5", "model.augment=[translation]",
+)  # fmt: skip
+OF_STAGE = {
+    "clip": (), "prior": PRIOR, "decoder": DECODER, "dit": DECODER,
+    "dvae": DVAE, "vqgan": VQGAN, "vae": VAE, "gan": GAN, "dalle": DALLE,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def logs(tmp_path_factory) -> Path:
-    """Stages come after one another: the prior's and the decoder's losses depend on the CLIP before them."""
+    """Stages come after one another: their losses depend on the CLIP, or the dVAE, before them."""
     return tmp_path_factory.mktemp("logs")
 
 
-@pytest.mark.parametrize("model", ["clip", "prior", "decoder", "dit"])
+@pytest.mark.parametrize("model", OF_STAGE)
 def test_first_losses(model, logs):
     run = train(model, logs, "overwrite=true", *TUNED, *OF_STAGE[model], steps=STEPS)
     losses = list(column(run, "train/loss").values())
