@@ -1,20 +1,24 @@
 """Trains one stage: `train.py model=prior data=folder data.root=PICTURES`; several: `-m model=clip,prior`.
 
 Hydra only puts the configuration together, from conf/train.yaml and the command line, and all of it before
-any work starts; what happens then is dalle.training.
+any work starts; what happens then is dalle.training, and dalle.sweeps for the jobs of `-m hydra=sweep`.
 """
 
-import signal
-import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.callbacks import Callbacks
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
+from hydra.core.plugins import Plugins
+from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dalle import cli
+from dalle.errors import UserError
+from dalle.processes import call, fitting, only_one
 
 # What is about one stage alone; everything else also holds for those that have to be trained before it.
 OWN = ("model", "optimizer", "sampler", "callbacks", "datamodule", "batch_size", "stage", "debug", "resume",
@@ -23,6 +27,8 @@ OWN = ("model", "optimizer", "sampler", "callbacks", "datamodule", "batch_size",
 
 def main() -> None:
     jobs: list[tuple[DictConfig, list[str], RunMode | None]] = []
+    launcher = [a for a in sys.argv[1:] if a.lstrip("+").startswith(("hydra/launcher", "hydra.launcher"))]
+    sys.argv = [a for a in sys.argv if a not in launcher]  # all jobs are put together here: see `launch`
 
     @hydra.main(version_base="1.3", config_path="conf", config_name="train")
     def compose(cfg: DictConfig) -> None:
@@ -31,11 +37,17 @@ def main() -> None:
 
     compose()
     configs: list[Any] = [OmegaConf.to_container(c, resolve=True, throw_on_missing=True) for c, _, _ in jobs]
-    for config, (_, overrides, mode) in zip(configs, jobs, strict=True):
-        if mode == RunMode.MULTIRUN:
-            run_job([*overrides, f"paths.run='{config['paths']['run']}'"])
-        else:
-            train(config, overrides)
+    several = any(mode == RunMode.MULTIRUN for _, _, mode in jobs)
+    arguments = [
+        [*overrides, f"paths.run='{fitting(config['paths']['run'])}'"] if several else overrides
+        for config, (_, overrides, _) in zip(configs, jobs, strict=True)
+    ]
+    if several and "sweep" in configs[0]:
+        sys.exit(sweep(configs, arguments, launcher))
+    if launcher:
+        raise UserError("hydra/launcher is for -m hydra=sweep: other jobs build upon one another")
+    for config, overrides in zip(configs, arguments, strict=True):
+        run_job(overrides) if several else train(config, overrides)
 
 
 def train(config: dict, overrides: list[str]) -> None:
@@ -45,22 +57,52 @@ def train(config: dict, overrides: list[str]) -> None:
         return
     missing = training.missing_runs(config) if training.is_main_process() else {}
     for stage, run in missing.items():
-        print(f"{run} holds no finished {stage}: training it first", flush=True)
-        shared = [o for o in overrides if not o.lstrip("+~").startswith(OWN)]
-        run_job([*shared, f"model={stage}", f"paths.run='{run}'", f"resume={str(run.occupied).lower()}"])
+        with only_one(run.path) as lock:  # several jobs of a sweep may miss the same
+            if run.finished:
+                continue
+            print(f"{run} holds no finished {stage}: training it first", flush=True)
+            shared = [o for o in overrides if not o.lstrip("+~").startswith(OWN)]
+            upstream = [f"model={stage}", f"paths.run='{run}'", f"resume={str(run.occupied).lower()}"]
+            run_job([*shared, *upstream], lock)
     training.train(config)
 
 
-def run_job(overrides: list[str]) -> None:
-    """Runs this script in a process of its own: no process group or environment leaks into the next job."""
-    job = subprocess.Popen([sys.executable, __file__, *overrides])
-    signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the job itself: wait till it has saved
-    signal.signal(signal.SIGTERM, lambda *_: job.terminate())
-    code = job.wait()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if code:
+def run_job(overrides: list[str], lock: int | None = None) -> None:
+    if code := call([sys.executable, __file__, *overrides], lock):
         sys.exit(code)
+
+
+def sweep(configs: list[dict], arguments: list[list[str]], launcher: list[str]) -> int:
+    from dalle import sweeps
+
+    jobs = [
+        sweeps.Job(fitting(c["paths"]["run"]), [sys.executable, __file__, *a], c["resume"], c["overwrite"])
+        for c, a in zip(configs, arguments, strict=True)
+    ]
+    about = configs[0]["sweep"]
+    way = (lambda waiting: launch(waiting, launcher)) if launcher else None
+    return sweeps.sweep(jobs, Path(about["folder"]), about["metric"], way)
+
+
+def launch(jobs: list[Any], launcher: list[str]) -> list[str]:
+    """Has jobs done by one of Hydra's launchers, in parallel or on a cluster, and gives their states.
+
+    Hydra itself would have the jobs put together over there, too: nobody would know which are finished
+    already, or what came of them.
+    """
+
+    def work(_: DictConfig) -> str:
+        from dalle import sweeps
+
+        return sweeps.perform(jobs[HydraConfig.get().job.num])
+
+    overrides = [job.command[2:] for job in jobs]
+    with hydra.initialize_config_dir(str(Path(__file__).resolve().parent / "conf"), version_base="1.3"):
+        settings = [*overrides[0], *launcher, "hydra.job.name=train"]
+        config = hydra.compose("train", settings, return_hydra_config=True)
+        context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
+        plugin = Plugins.instance().instantiate_launcher(context, work, config)
+        return [job.return_value for job in plugin.launch(overrides, initial_job_idx=0)]
 
 
 if __name__ == "__main__":

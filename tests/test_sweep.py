@@ -3,10 +3,24 @@
 import importlib.util
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf.errors import OmegaConfBaseException
 from tiny import ROOT
+
+from dalle.errors import UserError
+from dalle.sweeps import Job
+
+
+def load_script() -> Any:
+    spec = importlib.util.spec_from_file_location("train_script", ROOT / "train.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
 
 
 @pytest.fixture
@@ -16,16 +30,22 @@ def jobs(monkeypatch, tmp_path):
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
 
     def run(*arguments: str) -> list[list[str]]:
-        spec = importlib.util.spec_from_file_location("train_script", ROOT / "train.py")
-        assert spec is not None
-        assert spec.loader is not None
-        script = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(script)
+        script = load_script()
         script.__name__ = "__main__"  # Hydra then looks for conf/ beside the file
         started: list[list[str]] = []
+
+        def sweep(configs: list[dict], jobs: list[list[str]], launcher: list[str]) -> int:
+            started.extend([*job, *launcher] for job in jobs)
+            return 0
+
         monkeypatch.setattr(script, "run_job", started.append)
+        monkeypatch.setattr(script, "sweep", sweep)
         monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), *arguments])
-        script.main()
+        if "hydra=sweep" in arguments:
+            with pytest.raises(SystemExit, match="0"):
+                script.main()
+        else:
+            script.main()
         return started
 
     return run
@@ -81,3 +101,40 @@ def test_the_overrides_of_a_job_are_those_it_was_given(jobs):
     assert "paths.logs='some where'" in job
     assert job[-1] == "paths.run='some where/default/clip'"
     assert Path(directories([job])[0]) == Path("some where/default/clip")
+
+
+def test_a_launcher_is_for_sweeps_alone(jobs):
+    words = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    for job in jobs("-m", "hydra=sweep", "model=clip", "seed=0,1", *words):
+        assert job[-2:] == words
+    with pytest.raises(UserError, match="hydra/launcher is for -m hydra=sweep"):
+        jobs("-m", "model=clip,prior", *words)
+
+
+MEETS = """
+import pathlib, sys, time
+mine, other = sys.argv[-1].split("=")[1].strip("'"), sys.argv[-2].split("=")[1]
+pathlib.Path(mine).mkdir(parents=True)
+for _ in range(600):
+    if pathlib.Path(other).exists():
+        sys.exit()
+    time.sleep(0.1)
+sys.exit("the other has not come")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_a_launcher_does_jobs_side_by_side(launcher, monkeypatch, tmp_path):
+    """Each job ends well only when it meets the other."""
+    pytest.importorskip(launcher.split("_")[0])
+    monkeypatch.chdir(tmp_path)
+    GlobalHydra.instance().clear()
+    (tmp_path / "meets.py").write_text(MEETS)
+    command = [sys.executable, str(tmp_path / "meets.py"), "model=clip"]
+    two = [
+        Job(tmp_path / mine, [*command, f"name={tmp_path / other}", f"paths.run='{tmp_path / mine}'"])
+        for mine, other in ("ab", "ba")
+    ]
+    words = [f"hydra/launcher={launcher}", *(["hydra.launcher.n_jobs=2"] if launcher == "joblib" else [])]
+    assert load_script().launch(two, words) == ["finished", "finished"]

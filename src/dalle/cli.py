@@ -3,6 +3,7 @@
 ``debug=true`` on the command line shows the traceback all the same.
 """
 
+import contextlib
 import difflib
 import os
 import re
@@ -11,6 +12,9 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from dalle.errors import UserError
+
+REASON = "DALLE_REASON"  # in the environment: the file in which a process leaves why it has failed
+STOPPED = "stopped"
 
 
 def run(main: Callable[[], None]) -> None:
@@ -24,11 +28,20 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("\nstopped")
+        _leave(STOPPED)
+        sys.exit(f"\n{STOPPED}")
     except Exception as error:
+        _leave(one_line(error) if _is_users(error) else f"{type(error).__name__}: {one_line(error)}")
         if shown or not _is_users(error):
             raise
         sys.exit(f"error: {one_line(error)}")
+
+
+def _leave(reason: str) -> None:
+    """Tells a sweep that has started this process why it ends; of several processes the first counts."""
+    if path := os.environ.get(REASON):
+        with contextlib.suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:
+            file.write(reason)
 
 
 def quoted(argument: str) -> str:
