@@ -9,8 +9,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from dalle.data.frozen import FrozenCLIP
+from dalle.data.frozen import FrozenCLIP, FrozenTokenizer
 from dalle.data.modules import (
+    CodeDataModule,
     EmbeddingDataModule,
     ImageEmbeddingDataModule,
     SourceDataModule,
@@ -18,7 +19,7 @@ from dalle.data.modules import (
     tokenizer_facts,
 )
 from dalle.data.sources import SourceDataset
-from dalle.data.tokenizers import CaptionTokenizer
+from dalle.data.tokenizers import CaptionTokenizer, ClipBPE
 from dalle.errors import UserError
 
 QUIET = {
@@ -326,3 +327,127 @@ def test_train_items_bounds_what_is_trained_on():
     seen = torch.cat([batch["index"] for batch in batches])
     assert len(batches) == 2
     assert int(seen.max()) < 10
+
+
+class Cells(nn.Module):
+    """Four codes a picture: its gray level, in 64 steps, in each quarter."""
+
+    image_size, vocab_size, grid = 4, 64, 2
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def encode(self, image):
+        return (image[:, 0, ::2, ::2].flatten(1) * 50).long()
+
+    def decode(self, codes):
+        return (
+            (codes / 50)
+            .view(-1, 1, 2, 2)
+            .repeat_interleave(2, 2)
+            .repeat_interleave(2, 3)
+            .expand(-1, 3, -1, -1)
+        )
+
+
+class Coded(Recorder):
+    """Writes down the text and codes it saw, too."""
+
+    def training_step(self, batch):
+        assert batch.keys() - {"image"} == {"index", "caption", "text", "codes"}
+        assert torch.equal(batch["codes"], (batch["index"].float() / 23 * 50).long()[:, None].expand(-1, 4))
+        loss = super().training_step(batch)
+        self.seen[-1] += (batch["text"].tolist(), "image" in batch)
+        return loss
+
+    def validation_step(self, batch):
+        assert batch.keys() == {"index", "caption", "text", "codes", "image"}
+        super().validation_step(batch)
+
+    test_step = validation_step
+
+
+def coded(tmp_path, make=tokenizer, source=Dots, **options) -> CodeDataModule:
+    options = {"batch_size": 5, "val_items": 3, **options}
+    return CodeDataModule(source, make(), FrozenTokenizer(Cells()), cache_dir=tmp_path, **options)
+
+
+def fit_coded(datamodule, steps, ckpt=None, **trainer):
+    module = Coded()
+    trainer = L.Trainer(max_steps=steps, **QUIET | trainer)
+    trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt)
+    return module, trainer
+
+
+def test_codes_come_from_the_cache_or_are_made_on_the_way_the_same(tmp_path):
+    cached, trainer = fit_coded(coded(tmp_path / "kept"), 9)
+    fresh, _ = fit_coded(coded(tmp_path / "none", cache_items=0), 9)
+    assert not (tmp_path / "none").exists()
+    assert len(list((tmp_path / "kept").iterdir())) == 2  # train and val
+    assert [row[:3] for row in cached.seen] == [row[:3] for row in fresh.seen]
+    assert {row[3] for row in cached.seen} == {False}  # pictures are not even read
+    trainer.test(cached, datamodule=coded(tmp_path / "kept"), verbose=False)
+    assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
+def test_text_drops_merges_in_training_alone(tmp_path):
+    data = coded(tmp_path, bpe_dropout=0.5)
+    module, _ = fit_coded(data, 12)
+    written = [
+        (caption, row)
+        for _, captions, text, _ in module.seen
+        for caption, row in zip(captions, text, strict=True)
+    ]
+    plain = {caption: data.tokenizer([caption])[0].tolist() for caption, _ in written}
+    assert 0 < sum(row == plain[caption] for caption, row in written) < len(written)
+    again, _ = fit_coded(coded(tmp_path, bpe_dropout=0.5), 12)
+    assert again.seen == module.seen
+    val = next(iter(data.val_dataloader()))
+    assert torch.equal(val["text"], data.tokenizer(val["caption"]))
+
+
+def test_sizes_and_facts_of_codes(tmp_path):
+    data = coded(tmp_path)
+    vocab = data.tokenizer.vocab_size
+    assert data.sizes == {
+        "image_size": 4, "text_vocab": vocab, "text_length": 12, "image_vocab": 64, "grid": 2
+    }  # fmt: skip
+    facts = data.describe()
+    weights = data.image_tokenizer.weights_hash
+    assert facts["image_tokenizer"] == {"weights": weights, "vocab_size": 64, "grid": 2}
+    assert facts["tokenizer"] == tokenizer_facts(data.tokenizer)
+    assert json.loads(json.dumps(facts)) == facts
+    codes = torch.tensor([[0, 1, 2, 50]])
+    assert torch.equal(data.pictures(codes)[0, 0, ::2, ::2].flatten(), codes[0] / 50)
+
+
+def test_pictures_of_another_size_do_not_fit_the_image_tokenizer(tmp_path):
+    class Large(Dots):
+        image_size = 8
+
+    with pytest.raises(
+        UserError, match=r"pictures of 8 px do not fit the image tokenizer.* at 4 px; set data.im"
+    ):
+        _ = coded(tmp_path, source=Large).sizes
+
+
+def test_captions_that_are_cut_are_counted_once(tmp_path):
+    short = partial(CaptionTokenizer.train, ["train dot 0 way 1 2"], 300, 7)
+    captions = [c for i in range(23) for c in Dots("train").captions(i)]
+    count = sum(map(short().too_long, captions))
+    assert 0 < count < len(captions)
+    data = coded(tmp_path, short)
+    with pytest.warns(
+        UserWarning, match=rf"^{count} of {len(captions)} captions are longer than the 7 tokens"
+    ):
+        data.prepare_data()
+
+
+def test_clips_tokenizer_has_no_dropout(tmp_path):
+    pytest.importorskip("open_clip")
+    with pytest.raises(
+        UserError, match=r"CLIP's own tokenizer knows no dropout; set datamodule.bpe_dropout=0"
+    ):
+        coded(tmp_path, ClipBPE)
+    assert coded(tmp_path, ClipBPE, bpe_dropout=0).sizes["text_length"] == 77

@@ -350,7 +350,7 @@ class CodeDataModule(TextImageDataModule):
         test_items: int | None = None,
         train_items: int | None = None,
         cache_items: int = 1_000_000,
-        bpe_dropout: float = 0.1,
+        bpe_dropout: float | int = 0.1,
     ):
         super().__init__(source, tokenizer, batch_size, num_workers, seed, val_items, test_items, train_items)
         self.image_tokenizer, self.cache_dir = image_tokenizer, Path(cache_dir)
