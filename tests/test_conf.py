@@ -25,6 +25,7 @@ FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CON
 # Ramesh et al. 2022 says 1B for the prior, 3.5B for the decoder with a text transformer that is absent here.
 PAPER = {"clip_paper": 151_277_313, "prior_paper": 1_228_551_168, "decoder_paper": 2_259_067_398}
 PAPER["dvae_paper"] = 53_786_240 + 43_829_766  # encoder and decoder as released
+PAPER |= {"dalle_paper": 12_293_824_256, "dalle_1b": 1_310_183_424}  # worked out in tests/nets/test_dalle.py
 
 
 def files_of(group: str) -> list[str]:
@@ -69,7 +70,7 @@ def check_all(config: dict) -> None:
     check({"_target_": "lightning.Trainer", **config["trainer"]}, "trainer")
 
 
-@pytest.mark.parametrize("primary", ["train", "sample"])
+@pytest.mark.parametrize("primary", ["train", "sample", "evaluate"])
 def test_no_setting_has_the_name_of_a_group_that_is_not_used(primary):
     """`key=value` chooses a file of the folder conf/key, if there is one, whatever the setting `key` says."""
     config = OmegaConf.to_container(OmegaConf.load(CONF / f"{primary}.yaml"))
@@ -112,7 +113,7 @@ def test_trainer_has_every_argument_of_lightnings():
     assert listed == arguments - {"callbacks", "logger", "default_root_dir"}
 
 
-@pytest.mark.parametrize("name", [name for name in files_of("model") if name.endswith("_paper")])
+@pytest.mark.parametrize("name", [name for name in files_of("model") if name.endswith(("_paper", "_1b"))])
 def test_paper_sizes(name):
     config = config_of(f"model={name}")
     assert "auto" not in config["model"]["net"].values()
@@ -129,7 +130,7 @@ def test_a_net_with_other_options_than_the_preset_is_refused():
 
 
 CHOICE = ("decoder", "dalle")
-LAPTOP = [(name, None) for name in files_of("model") if not name.endswith("_paper") and name not in CHOICE]
+LAPTOP = [(name, None) for name in files_of("model") if name not in PAPER and name not in CHOICE]
 LAPTOP += [(model_of(net), net) for net in files_of("model/net")]
 
 
