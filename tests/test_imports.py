@@ -9,7 +9,7 @@ from tiny import ROOT
 
 SOURCE = ROOT / "src"
 MAY = {
-    "nets": {"torch", "einops", "jaxtyping"},
+    "nets": {"torch", "einops", "jaxtyping", "vector_quantize_pytorch"},
     "diffusion": {"torch", "jaxtyping"},
     "decoding.py": {"torch", "jaxtyping"},
     "data": {

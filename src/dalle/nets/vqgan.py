@@ -1,0 +1,160 @@
+"""The autoencoder of VQGAN (Esser et al. 2021, sec. 3.1) and its discriminator.
+
+Residual blocks with group norms; the codebook is VQ-VAE's moving average of the encoder's outputs (van den
+Oord et al. 2017, App. A.1), and codes that died are drawn anew from them. What differs from the release: no
+attention, and the discriminator has group norms for batch norms, so that pictures do not see their
+neighbours and ranks need not agree.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from vector_quantize_pytorch import VectorQuantize
+
+from dalle.errors import UserError
+from dalle.nets.blocks import GroupNorm
+
+
+class Block(nn.Module):
+    """id(x) + conv(norm(conv(norm(x)))) with SiLU; id is a 1x1 convolution where channels change."""
+
+    def __init__(self, n_in: int, n_out: int):
+        super().__init__()
+        self.norm1, self.norm2 = GroupNorm(n_in), GroupNorm(n_out)
+        self.conv1 = nn.Conv2d(n_in, n_out, 3, padding=1)
+        self.conv2 = nn.Conv2d(n_out, n_out, 3, padding=1)
+        self.skip = nn.Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
+
+    def forward(self, x: Float[Tensor, "B I H W"]) -> Float[Tensor, "B O H W"]:
+        return self.skip(x) + self.conv2(self.norm2(self.conv1(self.norm1(x))))
+
+
+class VQGAN(nn.Module):
+    """Pictures to codes and back.
+
+    Args:
+        image_size: side of the pictures.
+        vocab_size: K, how many codes there are.
+        width: channels of the first feature map; `multipliers` give those of all, each of half the side
+            before, and the last is that of the codes.
+        blocks: residual blocks of each feature map.
+        code_dim: length of a code's vector.
+        patch: fold patch x patch pixels into channels first; 1 leaves them.
+        commitment: weight of the pull of the encoder's outputs to their codes.
+        decay: of the moving average that the codebook is.
+        dead_below: codes whose average use in a batch falls below are drawn anew; 0: never.
+
+    Raises:
+        UserError: sizes that do not divide, or pictures of another size.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        vocab_size: int,
+        width: int,
+        multipliers: Sequence[int],
+        blocks: int,
+        code_dim: int,
+        patch: int = 1,
+        commitment: float | int = 0.25,
+        decay: float | int = 0.99,
+        dead_below: float | int = 0.0,
+    ):
+        super().__init__()
+        halvings = len(multipliers) - 1
+        factor = patch << max(halvings, 0)
+        if halvings < 0 or patch < 1 or image_size % factor:
+            raise UserError(
+                f"image_size={image_size} does not divide into patches of {factor}: "
+                f"patch={patch} and {halvings} halvings by multipliers={list(multipliers)}."
+            )
+        self.image_size, self.vocab_size, self.grid = image_size, vocab_size, image_size // factor
+        self.patch = patch
+        widths = [width * m for m in multipliers]
+        pixels = 3 * patch**2
+
+        down: list[nn.Module] = [nn.Conv2d(pixels, widths[0], 3, padding=1)]
+        for level, n in enumerate(widths):
+            if level:
+                down.append(nn.Conv2d(widths[level - 1], n, 3, stride=2, padding=1))
+            down += [Block(n, n) for _ in range(blocks)]
+        down += [GroupNorm(widths[-1]), nn.Conv2d(widths[-1], code_dim, 1)]
+        self.encoder = nn.Sequential(*down)
+
+        self.codebook = VectorQuantize(
+            dim=code_dim,
+            codebook_size=vocab_size,
+            decay=decay,
+            commitment_weight=commitment,
+            threshold_ema_dead_code=dead_below,  # pyright: ignore[reportArgumentType]
+            kmeans_init=True,
+            rotation_trick=False,
+            accept_image_fmap=True,
+        )
+
+        up: list[nn.Module] = [nn.Conv2d(code_dim, widths[-1], 3, padding=1)]
+        for level, n in reversed(list(enumerate(widths))):
+            up += [Block(n, n) for _ in range(blocks)]
+            if level:
+                up += [nn.Upsample(scale_factor=2.0), nn.Conv2d(n, widths[level - 1], 3, padding=1)]
+        self.decoder = nn.Sequential(*up, GroupNorm(widths[0]))
+        self.outlet = nn.Conv2d(widths[0], pixels, 3, padding=1)
+
+    def latents(self, image: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D h w"]:
+        """What is looked up in the codebook."""
+        height, width = image.shape[2:]
+        if (height, width) != (self.image_size, self.image_size):
+            raise UserError(f"this VQGAN takes pictures of {self.image_size} px, not {width} x {height}.")
+        x = F.pixel_unshuffle(image, self.patch).contiguous(memory_format=torch.channels_last)
+        return self.encoder(x).float()
+
+    def draw(self, z: Float[Tensor, "B D h w"]) -> Float[Tensor, "B 3 H W"]:
+        return F.pixel_shuffle(self.outlet(self.decoder(z)).float(), self.patch)
+
+    def forward(
+        self, image: Float[Tensor, "B 3 H W"]
+    ) -> tuple[Float[Tensor, "B 3 H W"], Int64[Tensor, "B N"], Float[Tensor, ""]]:
+        """The picture through its codes (gradients pass straight), the codes, and the commitment loss.
+
+        In training the codebook moves.
+        """
+        z = self.latents(image)
+        with torch.autocast(image.device.type, enabled=False):
+            quantized, codes, commitment = self.codebook(z)
+        return self.draw(quantized), codes.flatten(1), commitment.sum()
+
+    def encode(self, image: Float[Tensor, "B 3 H W"]) -> Int64[Tensor, "B N"]:
+        """The nearest code of every place, row by row; the codebook stays as it is."""
+        z = self.latents(image).flatten(2).mT
+        with torch.autocast(image.device.type, enabled=False):
+            table = self.codebook.codebook.expand(len(z), -1, -1)
+            return torch.cdist(z, table).argmin(dim=2)
+
+    def decode(self, codes: Int64[Tensor, "B N"]) -> Float[Tensor, "B 3 H W"]:
+        z = F.embedding(codes.unflatten(1, (self.grid, self.grid)), self.codebook.codebook)
+        return self.draw(z.permute(0, 3, 1, 2)).clamp(-1, 1)
+
+
+class PatchDiscriminator(nn.Module):
+    """Says of every patch whether it is true (Isola et al. 2017): 4x4 convolutions, `layers` halving ones."""
+
+    def __init__(self, width: int, layers: int):
+        super().__init__()
+        parts: list[nn.Module] = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        n = width
+        for layer in range(1, layers + 1):
+            last, wider = layer == layers, width << min(layer, 3)
+            parts.append(nn.Conv2d(n, wider, 4, stride=1 if last else 2, padding=1, bias=False))
+            parts += [GroupNorm(wider, silu=False), nn.LeakyReLU(0.2)]
+            n = wider
+        self.parts = nn.Sequential(*parts, nn.Conv2d(n, 1, 4, padding=1))
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.normal_(m.weight, 0.0, 0.02)
+
+    def forward(self, image: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B h w"]:
+        return self.parts(image.contiguous(memory_format=torch.channels_last)).float()[:, 0]
