@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo demo-dalle test check bench clean
+.PHONY: demo demo-dalle test check bench gate clean
 
 demo: .venv/demo      ## train CLIP, prior and decoder on the CPU, sample a grid, print a table
 	$(PY) train.py -m model=clip,prior,decoder name=demo resume=true
@@ -39,6 +39,9 @@ check: .venv/dev      ## lint, format, types
 
 bench: .venv/dev      ## speed beside diffusers and open_clip; see benchmarks/README.md
 	$(PY) benchmarks/speed.py
+
+gate: .venv/demo      ## measure the demo's run again; fails when a figure has left its recorded interval. RECORD=1 records
+	$(PY) -m dalle.evaluation.gate logs/demo $(if $(RECORD),--record)
 
 clean:                ## remove the environment; runs in logs/ stay
 	rm -rf .venv

@@ -24,6 +24,11 @@ class Figure(NamedTuple):
     high: float
 
 
+def exact(value: float | int) -> Figure:
+    """What was counted, not estimated."""
+    return Figure(float(value), float(value), float(value))
+
+
 def counts(n: int, resamples: int = RESAMPLES) -> Float[Tensor, "R n"]:
     """How often each of n pictures is drawn in each resample of n; the same on every machine."""
     picks = torch.randint(n, (resamples, n), generator=torch.Generator().manual_seed(SEED))

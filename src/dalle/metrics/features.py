@@ -1,4 +1,4 @@
-"""Networks whose features pictures are compared by; each names the figures made from it and knows its weights.
+"""Networks whose features pictures are compared by; each names the figures made of it, and its weights.
 
 Inception's are called `fid`, `kid` ...; all others `fid_<name>`, and compare with nothing but themselves.
 """
@@ -7,12 +7,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from dalle.data.frozen import weights_hash
 from dalle.metrics.frechet import CLIPFeatures, find_inception
+from dalle.metrics.perceptual import RandomFeatures
 
 
 class FeatureNet:
@@ -63,22 +63,5 @@ def clip_features(clip: Any, name: str = "clip") -> FeatureNet:
 
 
 def random_features() -> FeatureNet:
-    """Means and deviations of a fixed random network: for tests, and where nothing trained is at hand."""
+    """A fixed random network: for tests, and where nothing trained is at hand."""
     return FeatureNet(RandomFeatures(), "random", "none")
-
-
-class RandomFeatures(nn.Module):
-    """Two layers of random filters, the same on every machine."""
-
-    def __init__(self, width: int = 16) -> None:
-        super().__init__()
-        self.num_features = 2 * width
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.filters = nn.Sequential(
-                nn.Conv2d(3, width, 3, 2, 1), nn.ReLU(), nn.Conv2d(width, width, 3, 2, 1)
-            ).requires_grad_(False)
-
-    def forward(self, image: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B D"]:
-        seen = self.filters(image.float() / 127.5 - 1).flatten(2)
-        return torch.cat([seen.mean(2), seen.std(2)], 1)

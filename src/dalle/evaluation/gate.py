@@ -1,0 +1,114 @@
+"""A gate against regressions: the demo's run is measured again and compared with recorded figures.
+
+Nothing is trained. `make gate` fails when a figure has left its recorded interval; `make gate RECORD=1`
+records anew. What the figures were made of is in the file beside them.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from dalle.cli import run
+from dalle.errors import UserError
+from dalle.evaluation.report import number
+from dalle.evaluation.results import Result, flat
+from dalle.metrics.bootstrap import Figure
+from dalle.runs import Run, write_aside
+
+CLIP = {"features.weights", "scorer.clip"}  # of the demo itself: another one makes other figures
+SETTINGS: tuple[str, ...] = (
+    "n=512",
+    "metrics=[fid,kid,precision_recall,clip_score,retrieval,judge]",
+    "features=clip",
+    "precision=fp32",
+    "trainer=cpu",
+)
+OTHER = ("machine", "processes", "time", "memory")  # of the protocol: of no matter to these figures
+
+
+def measure(folder: Path, script: str, settings: list[str]) -> Result:
+    """A fresh evaluation, whatever was evaluated before. Raises UserError where it fails."""
+    if not Run(folder / "decoder").finished:
+        raise UserError(f"{folder} holds no finished run to measure; `make demo` trains one in a few minutes")
+    with tempfile.TemporaryDirectory() as scratch:
+        command = [sys.executable, script, f"name='{folder.name}'", f"paths.logs='{folder.parent}'"]
+        command += [*settings, "overwrite=true", f"out='{scratch}/out'", f"note='{scratch}/note'"]
+        if subprocess.run(command, check=False).returncode:
+            raise UserError("the evaluation failed, see above")
+        return Result.read(Path(scratch, "note").read_text(encoding="utf-8").strip())
+
+
+def record(result: Result, settings: list[str], path: Path) -> None:
+    figures = {name: figure._asdict() for name, figure in result.figures.items()}
+    facts = {
+        "made_by": "make gate RECORD=1",
+        "settings": settings,
+        "weights": result.subject["weights"],
+        "protocol": result.protocol,
+        "environment": result.environment,
+        "figures": figures,
+    }
+    write_aside(path, json.dumps(facts, indent=2) + "\n")
+
+
+def compare(result: Result, recorded: dict[str, Any]) -> list[str]:
+    """A line for every figure that left its interval. With another CLIP only the judge's figures compare.
+
+    Raises:
+        UserError: the protocol is another one, so that nothing can be said.
+    """
+    facts = [
+        {k: v for k, v in flat(p).items() if k not in OTHER} for p in (recorded["protocol"], result.protocol)
+    ]
+    then, now = facts
+    different = {key for key in then | now if then.get(key) != now.get(key)}
+    if other := sorted(different - CLIP):
+        changes = "; ".join(f"{key} was {then.get(key)}, is {now.get(key)}" for key in other)
+        raise UserError(f"the recorded figures are of another protocol ({changes}); make gate RECORD=1")
+    left = []
+    for name, ends in recorded["figures"].items():
+        figure = Figure(**ends)
+        found = result.figures.get(name)
+        if different and not name.startswith("judge/"):
+            continue  # seen through another CLIP
+        if found is None:
+            left.append(f"{name} is missing; recorded was {number(figure.value)}")
+        elif not figure.low <= found.value <= figure.high:
+            interval = f"{number(figure.low)} to {number(figure.high)}"
+            left.append(f"{name} is {number(found.value)}, outside its interval {interval}")
+    return left
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("runs", type=Path, help="folder with clip, prior and decoder, e.g. logs/demo")
+    parser.add_argument("--file", type=Path, default=Path("benchmarks/gate.json"))
+    parser.add_argument("--script", default="evaluate.py")
+    parser.add_argument("--record", action="store_true", help="write the file instead of comparing with it")
+    parser.add_argument("settings", nargs="*", help="of evaluate.py, when recording; else those of the file")
+    args = parser.parse_args()
+    if args.record:
+        settings: list[str] = args.settings or list(SETTINGS)
+        record(measure(args.runs, args.script, settings), settings, args.file)
+        print(f"recorded in {args.file}")
+        return
+    if not args.file.is_file():
+        raise UserError(f"there are no recorded figures at {args.file}; make gate RECORD=1 writes them")
+    recorded = json.loads(args.file.read_text(encoding="utf-8"))
+    result = measure(args.runs, args.script, recorded["settings"])
+    left = compare(result, recorded)
+    retrained = result.subject["weights"] != recorded["weights"]
+    if retrained:
+        print(f"note: {args.runs} holds other weights than those recorded: it was trained again")
+    if left:
+        why = "; it was trained again, so the training may be why" if retrained else ""
+        raise UserError(f"{len(left)} figures left their recorded intervals{why}: {'; '.join(left)}")
+    print("all figures that compare are within their recorded intervals")
+
+
+if __name__ == "__main__":
+    run(main)

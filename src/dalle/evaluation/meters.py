@@ -1,0 +1,179 @@
+"""What is looked at in pictures, and what figures come of it.
+
+A meter turns a batch into rows, one for each picture; rows of all ranks are pooled before any figure is made
+of them. Rows of real pictures are the same in every evaluation, and kept.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import UInt8
+from torch import Tensor
+
+from dalle.data.frozen import FrozenCLIP
+from dalle.errors import UserError
+from dalle.metrics.bootstrap import Figure, of_mean
+from dalle.metrics.distances import frechet, inception_score, kid, precision_recall
+from dalle.metrics.features import FeatureNet
+from dalle.metrics.judge import Judge
+from dalle.metrics.retrieval import retrieve
+from dalle.pictures import from_uint8
+
+Rows = dict[str, Tensor]
+NEEDS = {  # metric -> the fewest pictures it can be made of
+    "fid": 2,
+    "kid": 2,
+    "inception": 10,
+    "precision_recall": 4,
+    "clip_score": 1,
+    "retrieval": 2,
+    "judge": 1,
+    "reconstruction": 1,
+    "zero_shot": 2,
+    "speed": 1,
+    "flops": 1,
+}
+KS = (1, 5, 10)
+
+
+class Meter:
+    """Figures of one kind. `key` tells the rows of real pictures apart; None: they are not needed."""
+
+    key: Any = None
+
+    def __init__(self, metrics: Sequence[str]) -> None:
+        self.metrics, self.notes = metrics, list[str]()
+
+    def rows(self, image: UInt8[Tensor, "B 3 H W"], captions: list[str], items: list[int]) -> Rows:
+        """Rows of a batch; `captions` is empty where pictures have none."""
+        raise NotImplementedError
+
+    def figures(self, made: Rows, real: Rows, captions: list[str]) -> dict[str, Figure]:
+        """Figures of all pictures, in the order of their items."""
+        raise NotImplementedError
+
+
+class Distances(Meter):
+    """FID, KID, inception score, precision and recall."""
+
+    def __init__(self, metrics: Sequence[str], network: FeatureNet, prefix: str = "") -> None:
+        super().__init__(metrics)
+        self.network, self.key, self.prefix = network, network.facts, prefix
+
+    def rows(self, image: UInt8[Tensor, "B 3 H W"], captions: list[str], items: list[int]) -> Rows:
+        return {"features": self.network(image)}
+
+    def called(self, figure: str) -> str:
+        return self.prefix + self.network.called(figure)
+
+    def figures(self, made: Rows, real: Rows, captions: list[str]) -> dict[str, Figure]:
+        sets = real["features"], made["features"]
+        for features, whose in zip(sets, ("real", "evaluated"), strict=True):
+            if bad := int((~features.isfinite().all(1)).sum()):
+                raise UserError(
+                    f"the features of {bad} of {len(features)} {whose} pictures are not finite; "
+                    "are the feature network's weights whole?"
+                )
+        found = {}
+        if "fid" in self.metrics:
+            fewest, dimension = min(map(len, sets)), sets[0].shape[1]
+            name = self.called("fid")
+            if fewest <= dimension:
+                self.notes.append(
+                    f"{name}_biased: {fewest} pictures are too few for {dimension} features; the figure is "
+                    "mostly bias, compare it only with figures of as many pictures"
+                )
+                name = f"{name}_biased"
+            found[name] = frechet(*sets)
+        if "kid" in self.metrics:
+            found[self.called("kid")] = kid(*sets)
+        if "inception" in self.metrics and self.network.head is not None:
+            found["inception_score"] = inception_score(sets[1] @ self.network.head.cpu().T)
+        if "precision_recall" in self.metrics:
+            found[self.called("precision")], found[self.called("recall")] = precision_recall(*sets)
+        return found
+
+
+class Scores(Meter):
+    """CLIP score (100 max(cos, 0), see `metrics.clip_score`) and retrieval of captions by pictures."""
+
+    def __init__(self, metrics: Sequence[str], clip: FrozenCLIP) -> None:
+        super().__init__(metrics)
+        self.clip, self.key = clip, {"clip": clip.weights_hash}
+
+    def rows(self, image: UInt8[Tensor, "B 3 H W"], captions: list[str], items: list[int]) -> Rows:
+        text = self.clip.embed_captions(captions)["text_embed"]
+        embed = self.clip.embed_image(from_uint8(image))
+        return {"image_embed": F.normalize(embed, dim=1), "text_embed": F.normalize(text, dim=1)}
+
+    def figures(self, made: Rows, real: Rows, captions: list[str]) -> dict[str, Figure]:
+        found = {}
+        if "clip_score" in self.metrics:
+            for name, rows in {"clip_score": made, "clip_score_real": real}.items():
+                cosine = (rows["image_embed"] * rows["text_embed"]).sum(1)
+                found[name] = of_mean(100 * cosine.clamp(min=0))
+        if "retrieval" in self.metrics:
+            found |= recalls(made, captions)
+        return found
+
+
+class ZeroShot(Scores):
+    """A CLIP itself: retrieval among real pictures, and the class of each among all classes."""
+
+    def __init__(self, metrics: Sequence[str], clip: FrozenCLIP, classes: "Classes | None") -> None:
+        super().__init__(metrics, clip)
+        self.classes = classes
+
+    def figures(self, made: Rows, real: Rows, captions: list[str]) -> dict[str, Figure]:
+        found = recalls(real, captions) if "retrieval" in self.metrics else {}
+        if "zero_shot" in self.metrics and self.classes:
+            sentences, labels = self.classes
+            texts = [self.clip.embed_captions(list(some))["text_embed"].cpu() for some in sentences]
+            # Radford et al. 2021, sec. 3.1.4: the mean over sentences of unit embeddings
+            means = torch.stack([F.normalize(F.normalize(text, dim=1).mean(0), dim=0) for text in texts])
+            labelled = labels >= 0
+            similarity = real["image_embed"][labelled] @ means.T
+            order = similarity.sort(dim=1, descending=True, stable=True).indices
+            right = order == labels[labelled][:, None]
+            for k in (1, 5):
+                if k < len(means):
+                    found[f"zero_shot/top{k}"] = of_mean(right[:, :k].any(1))
+            self.notes.append(f"zero_shot: {int(labelled.sum())} pictures of {len(means)} classes")
+        return found
+
+
+Classes = tuple[list[tuple[str, ...]], Tensor]  # sentences of each class; the class of each picture, -1: none
+
+
+class Verdicts(Meter):
+    """The judge of `shapes`, attribute by attribute; `groups` names each item's (seen, unseen)."""
+
+    def __init__(self, metrics: Sequence[str], groups: Callable[[list[int]], list[str]] | None) -> None:
+        super().__init__(metrics)
+        self.judge, self.groups = Judge(), groups
+
+    def rows(self, image: UInt8[Tensor, "B 3 H W"], captions: list[str], items: list[int]) -> Rows:
+        return self.judge(from_uint8(image), captions)
+
+    def figures(self, made: Rows, real: Rows, captions: list[str]) -> dict[str, Figure]:
+        names = self.groups(list(range(len(captions)))) if self.groups else []
+        found = {f"judge/{attribute}": of_mean(right) for attribute, right in made.items()}
+        for group in sorted(set(names)):
+            member = torch.tensor([name == group for name in names])
+            found |= {f"judge/{group}/{key}": of_mean(right[member]) for key, right in made.items()}
+        return {name: figure for name, figure in found.items() if figure.value == figure.value}
+
+
+def recalls(rows: Rows, captions: list[str]) -> dict[str, Figure]:
+    """Recall at k of captions by pictures and pictures by captions; equal captions are one."""
+    numbers = {caption: k for k, caption in enumerate(dict.fromkeys(captions))}
+    caption = torch.tensor([numbers[text] for text in captions])
+    found = retrieve(rows["image_embed"], rows["text_embed"], caption)
+    return {
+        f"retrieval/{way}_r{k}": of_mean(rank < k)
+        for way, rank in found.items()
+        for k in KS
+        if k < len(numbers)
+    }

@@ -1,0 +1,73 @@
+"""How steady a training was, read from its metrics.csv; over several runs (seeds) the mean, least and most.
+
+training/spikes        per thousand logged steps: losses above the median of the twenty before by more
+                       than six times their median absolute deviation
+training/not_finite    logged steps whose loss is no number
+training/skipped       steps left out by the training itself, where it says so
+training/grad_spread   95th percentile of the gradient norm over its median, where it is logged
+training/seconds       of the stage that makes the pictures
+"""
+
+import csv
+import math
+from collections.abc import Sequence
+from statistics import median
+
+from dalle.metrics.bootstrap import Figure
+from dalle.runs import Run
+
+BEFORE, DEVIATIONS = 20, 6.0
+LOSSES = ("train/loss", "train/loss_g", "train/loss_d")  # not those of parts of the time
+
+
+def stability(runs: Sequence[Run]) -> dict[str, Figure]:
+    """The figures of those runs that are finished."""
+    measured = [of_run(run) for run in runs if run.finished]
+    found = {}
+    for name in dict.fromkeys(name for figures in measured for name in figures):
+        values = [figures[name] for figures in measured if name in figures]
+        found[f"training/{name}"] = Figure(sum(values) / len(values), min(values), max(values))
+    return found
+
+
+def of_run(run: Run) -> dict[str, float]:
+    columns = read_columns(run)
+    losses = [columns[name] for name in LOSSES if columns.get(name)]
+    logged = sum(map(len, losses))
+    found = {"seconds": float(run.manifest().get("seconds_training", math.nan))}
+    if logged:
+        found["spikes"] = 1000 * sum(map(spikes, losses)) / logged
+        found["not_finite"] = float(sum(not math.isfinite(v) for values in losses for v in values))
+    if skipped := columns.get("train/skipped"):
+        found["skipped"] = sum(skipped)
+    if norms := next((column for name, column in columns.items() if "grad_norm" in name), None):
+        ordered = sorted(norm for norm in norms if math.isfinite(norm))
+        found["grad_spread"] = ordered[int(0.95 * (len(ordered) - 1))] / max(median(ordered), 1e-12)
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def read_columns(run: Run) -> dict[str, list[float]]:
+    """The numbers of each column, without gaps."""
+    path = run.path / "metrics.csv"
+    if not path.is_file():
+        return {}
+    columns: dict[str, list[float]] = {}
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            for name, text in row.items():
+                if text:
+                    columns.setdefault(name, []).append(float(text))
+    return columns
+
+
+def spikes(values: Sequence[float]) -> int:
+    """How often a value is far above those before it."""
+    count = 0
+    for k in range(BEFORE, len(values)):
+        before = [value for value in values[k - BEFORE : k] if math.isfinite(value)]
+        if len(before) < BEFORE // 2:
+            continue
+        middle = median(before)
+        deviation = median(abs(value - middle) for value in before)
+        count += values[k] > middle + DEVIATIONS * max(deviation, 1e-12)
+    return count

@@ -1,0 +1,305 @@
+"""evaluate.py on tiny stages with random weights: figures, protocol, what is kept, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import files_below, untrained
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+from PIL import Image
+from tiny import ROOT
+
+from dalle.data.shapes import Shapes
+from dalle.errors import UserError
+from dalle.evaluation import run as evaluation
+from dalle.evaluation.results import Result
+from dalle.evaluation.subjects import Pipeline
+from dalle.metrics.clip_score import CLIPScore
+from dalle.metrics.features import random_features
+from dalle.metrics.frechet import FrechetDistance
+from dalle.metrics.judge import Judge
+from dalle.metrics.perceptual import RandomFeatures
+from dalle.pictures import from_uint8
+from dalle.runs import load_clip
+
+FAST = ("steps=2", "pipeline.prior_sampler.steps=2")
+COMMON = ("precision=fp32", "trainer=cpu", "n=12", "batch_size=8")
+ALL = {"fid", "kid", "precision_recall", "clip_score", "retrieval", "judge", "speed", "flops"}
+
+
+@pytest.fixture
+def measure(untrained_stages, tmp_path):
+    """`measure("n=4")`: the result of evaluate.py with these settings on stages with random weights."""
+    places = {"paths.logs": untrained_stages, "paths.cache": tmp_path / "cache", "out": tmp_path / "out"}
+
+    def run(*overrides: str, fast: tuple[str, ...] = FAST) -> Result:
+        usual = [*(f"{key}='{path}'" for key, path in places.items()), *COMMON, *fast]
+        given = {override.split("=")[0] for override in overrides}
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            composed = compose(
+                "evaluate", [o for o in usual if o.split("=")[0] not in given] + list(overrides)
+            )
+        config = OmegaConf.to_container(composed, resolve=True)
+        assert isinstance(config, dict)
+        folder = evaluation.evaluate(config)
+        assert folder is not None
+        return Result.read(folder)
+
+    return run
+
+
+@pytest.fixture
+def out(tmp_path) -> Path:
+    return tmp_path / "out"
+
+
+def values(result: Result) -> dict[str, float]:
+    return {name: figure.value for name, figure in result.figures.items()}
+
+
+def pictures_in(folder: Path) -> torch.Tensor:
+    files = sorted((folder / "pictures").glob("*.png"))
+    return torch.stack([torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) for file in files])
+
+
+def test_all_that_can_be_had(measure, out):
+    result = measure("features=random", "save_pictures=true")
+    assert set(result.metrics) == ALL
+    names = set(result.figures)
+    assert {"fid_random_biased", "kid_random", "precision_random", "recall_random"} <= names
+    assert {"clip_score", "clip_score_real", "retrieval/image_to_text_r1", "judge/all"} <= names
+    assert {"judge/seen/all", "judge/unseen/all", "gflops_per_image", "parameters"} <= names
+    assert {"seconds_per_image", "images_per_second", "peak_memory_gb"} <= names
+    for name, figure in result.figures.items():
+        assert figure.low <= figure.value <= figure.high, name
+    assert any("12 pictures are too few for 224 features" in note for note in result.notes)
+    assert result.figures["parameters"].value == sum(result.parameters.values()) > 0
+    assert result.figures["gflops_per_image"].value > 1e-4
+    files = set(files_below(out / "001"))
+    assert files == {
+        "result.json",
+        "grid.png",
+        "pictures/metadata.jsonl",
+        *(f"pictures/{i:06d}.png" for i in range(12)),
+    }
+
+
+def test_figures_are_those_of_the_saved_pictures(measure, out, untrained_stages):
+    """Measured once more from the PNGs by the metrics that training itself uses."""
+    found = values(measure("features=random", "save_pictures=true"))
+    made, source = from_uint8(pictures_in(out / "001")), Shapes("test", image_size=16, size=32)
+    captions, real = source.captions_of(range(12)), source.images(range(12))
+    distance = FrechetDistance(RandomFeatures(), "fid_random")
+    distance.update(real, real=True)
+    distance.update(made, real=False)
+    score = CLIPScore(load_clip(untrained_stages / "default" / "clip"))
+    score.update(made, captions)
+    assert found["fid_random_biased"] == pytest.approx(distance.compute().item(), rel=1e-3)
+    assert found["clip_score"] == pytest.approx(score.compute().item(), rel=1e-4)
+    verdicts = Judge()(made, captions)
+    assert found["judge/all"] == verdicts["all"].mean().item()
+    assert found["judge/colour"] == pytest.approx(verdicts["colour"].nanmean().item())
+    unseen = source.unseen(range(12))
+    assert found["judge/unseen/count"] == pytest.approx(verdicts["count"][unseen].mean().item())
+
+
+def test_a_folder_of_the_same_pictures_gives_the_same_figures(measure, out, untrained_stages):
+    first = values(measure("features=random", "save_pictures=true"))
+    folder = (f"folder='{out / '001' / 'pictures'}'", f"scorer='{untrained_stages / 'default' / 'clip'}'")
+    data = ("data=shapes", "data.size=32")
+    again = values(measure("features=random", *folder, *data, "n=null", fast=()))
+    shared = {name for name in first if not name.startswith(("judge/seen", "judge/unseen"))} & set(again)
+    assert len(shared) > 12
+    assert {name: again[name] for name in shared} == pytest.approx(
+        {name: first[name] for name in shared}, rel=1e-5
+    )
+
+
+def test_the_protocol_is_beside_the_figures(measure, out, untrained_stages):
+    measure("features=random", "guidance=2", "sampler=dpmpp", "seed=3", "split=val")
+    facts = json.loads((out / "001" / "result.json").read_text())
+    protocol, subject = facts["protocol"], facts["subject"]
+    assert (protocol["pictures"], protocol["real_pictures"], protocol["split"]) == (12, 12, "val")
+    assert protocol["seed"] == 3
+    assert protocol["data"]["fingerprint"] == Shapes("val", image_size=16, size=32).fingerprint()
+    assert protocol["features"]["weights"] == random_features().facts["weights"]
+    assert protocol["features"]["resize"] == "none"
+    clip = load_clip(untrained_stages / "default" / "clip")
+    assert protocol["scorer"] == {"clip": clip.weights_hash}
+    assert {"time", "memory", "machine", "interval", "resize_of_real", "quantised"} <= protocol.keys()
+    decoder = subject["options"]["decoder"]
+    assert (decoder["guidance"], decoder["sampler"]["method"], decoder["sampler"]["steps"]) == (2, "dpmpp", 2)
+    assert set(subject["weights"]) == {"clip", "prior", "decoder"}
+    assert subject["precision"] == "fp32"
+    assert {"torch", "torch-fidelity", "dalle"} <= facts["environment"].keys()
+
+
+def test_the_batch_size_changes_no_picture(measure, out):
+    measure("metrics=[judge]", "save_pictures=true")
+    measure("metrics=[judge]", "save_pictures=true", "batch_size=5")
+    one, two = (pictures_in(out / name).int() for name in ("001", "002"))
+    assert (one - two).abs().max() <= 1
+
+
+def test_the_same_again_is_found_and_not_repeated(measure, out, monkeypatch, capsys):
+    first = measure("metrics=[judge]")
+    before = files_below(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "make_trainer", lambda _: pytest.fail("evaluated again"))
+        assert measure("metrics=[judge]").id == first.id
+    assert "this was evaluated before" in capsys.readouterr().out
+    assert files_below(out) == before
+    assert measure("metrics=[judge]", "guidance=3").path == out / "002"
+    assert measure("metrics=[judge]", "overwrite=true").path == out / "001"
+    assert sorted(path.name for path in out.iterdir()) == ["001", "002"]
+
+
+def test_features_of_real_pictures_are_kept(measure, monkeypatch, tmp_path):
+    first = values(measure("metrics=[fid,clip_score]", "features=random"))
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            evaluation.Looking, "look_at_real", lambda *_: pytest.fail("looked at real pictures again")
+        )
+        again = values(measure("metrics=[fid,clip_score]", "features=random", "overwrite=true"))
+        assert again == first
+    for file in (tmp_path / "cache").rglob("*.npy"):  # damaged: computed anew
+        file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert values(measure("metrics=[fid,clip_score]", "features=random", "overwrite=true")) == first
+
+
+def test_an_interrupted_evaluation_leaves_nothing(measure, out, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "speed", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            measure("metrics=[judge,speed]", "save_pictures=true")
+    assert list(out.iterdir()) == []
+    killed = out / f".{'0' * 16}.partial"
+    killed.mkdir()  # of a process that could not clean up: it is in nobody's way
+    assert measure("metrics=[judge]").path == out / "001"
+
+
+def test_an_image_tokenizer_is_measured_by_its_reconstructions(measure, tmp_path):
+    tokenizer = untrained("dvae", tmp_path / "logs")
+    result = measure(f"run='{tokenizer.path}'", "features=random", fast=())
+    assert {"rfid_random_biased", "rkid_random", "psnr", "ssim", "code_perplexity", "judge/all"} <= set(
+        result.figures
+    )
+    assert result.subject["kind"] == "dvae"
+    assert -1 <= result.figures["ssim"].value <= 1
+    assert 1 <= result.figures["code_perplexity"].value <= 32
+
+
+def test_a_clip_is_measured_without_making_anything(measure, out, untrained_stages):
+    clip = untrained_stages / "default" / "clip"
+    result = measure(f"run='{clip}'", "n=30", fast=())
+    assert result.protocol["pictures"] == 0
+    assert {"retrieval/image_to_text_r1", "retrieval/text_to_image_r5", "zero_shot/top1"} <= set(
+        result.figures
+    )
+    assert not (out / "001" / "grid.png").exists()
+
+
+def test_classes_of_class_folders(measure, untrained_stages, tmp_path):
+    """Colours that the embedding cannot but tell apart where each class is one picture."""
+    for name, colour in {"red_things": (255, 0, 0), "blue": (0, 0, 255)}.items():
+        for k in range(3):
+            path = tmp_path / "pictures" / name / f"{k}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 16), colour).save(path)
+    data = (
+        "data=imagefolder",
+        f"data.root='{tmp_path / 'pictures'}'",
+        "data.test_fraction=0.9",
+        "data.val_fraction=0.0",
+    )
+    clip = f"run='{untrained_stages / 'default' / 'clip'}'"
+    result = measure(clip, *data, "n=null", "metrics=[zero_shot]", fast=())
+    n = result.protocol["real_pictures"]
+    assert result.figures["zero_shot/top1"].value * n in range(n + 1)
+    assert f"zero_shot: {n} pictures of 2 classes" in result.notes
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["metrics=[fid,fit]"], "there is no metric 'fit'; there are fid, kid"),
+        (["metrics=[reconstruction]"], "reconstruction cannot be measured of this unclip; it has fid"),
+        (["metrics=[inception]"], "inception cannot be measured here: it reads the logits of Inception"),
+        (["metrics=[kid]", "n=1"], "kid needs at least 2 pictures, there are 1; give more"),
+        (["n=0"], "n=0 and batch_size=8 must be at least 1"),
+        (["n=many"], "n must be a whole number or null, got 'many'"),
+        (["n=33"], "n=33, but the split test has 32 items; give n=32"),
+        (["split=exam"], "split must be train, val or test, got 'exam'"),
+        (["features=inception"], "features=inception, but its weights are not on this machine"),
+        (["features=open_clip/ViT"], "names no weights; give open_clip/NAME/PRETRAINED"),
+        (["features=nowhere"], "nowhere holds no finished run"),
+        (["inception=nowhere.pth"], "no Inception weights at nowhere.pth"),
+        (["name=nobody"], "decoder holds no finished run"),
+        (["run=nowhere"], "nowhere holds no finished run"),
+        (["folder=nowhere", "data=shapes"], "folder=nowhere does not exist"),
+        (["run=a", "folder=b"], "give run= or folder=, not both"),
+        (["image_size=8"], "image_size is for a folder"),
+        (["guidance=strong"], "guidance must be a number or null"),
+        (["save_pictures=maybe"], "save_pictures must be true or false, got 'maybe'"),
+        (["trainer.strategy=fast"], "trainer: You selected an invalid strategy"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_write_nothing(measure, tmp_path, monkeypatch, settings, message):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        measure(*settings)
+    assert files_below(tmp_path) == {}
+
+
+def test_a_stage_that_is_part_of_a_pipeline(measure, untrained_stages):
+    with pytest.raises(
+        UserError, match=r"holds a prior, which is measured as part of a pipeline: give pipeline="
+    ):
+        measure(f"run='{untrained_stages / 'default' / 'prior'}'")
+
+
+def test_a_pipeline_whose_stages_are_missing_or_do_not_fit(measure, untrained_stages, tmp_path):
+    shutil.copytree(untrained_stages, tmp_path / "logs")
+    shutil.rmtree(tmp_path / "logs" / "default" / "prior")
+    with pytest.raises(UserError, match=r"prior holds no finished run"):
+        measure(f"paths.logs='{tmp_path / 'logs'}'")
+    untrained("clip", tmp_path / "other", seed=5)
+    with pytest.raises(UserError, match=r"do not fit together"):
+        measure(f"pipeline.clip='{tmp_path / 'other' / 'default' / 'clip'}'")
+
+
+def test_too_few_pictures_leave_out_what_nobody_asked_for(measure):
+    result = measure("n=3", "features=random")
+    assert "precision_recall is left out: it needs 4 pictures, there are 3" in result.notes
+    assert "precision_random" not in result.figures
+    assert "kid_random" in result.figures
+
+
+def test_features_that_are_not_finite(measure, out, monkeypatch):
+    def broken(self, image):
+        return torch.full((len(image), 224), torch.nan)
+
+    monkeypatch.setattr(RandomFeatures, "forward", broken)
+    with pytest.raises(UserError, match=r"the features of 12 of 12 real pictures are not finite"):
+        measure("features=random", "metrics=[fid]")
+    assert list(out.iterdir()) == []
+
+
+def test_pictures_that_are_not_finite(measure, out, monkeypatch):
+    monkeypatch.setattr(
+        Pipeline, "make",
+        lambda self, source, items, captions: (torch.full((len(items), 3, 16, 16), torch.nan), {}),
+    )  # fmt: skip
+    with pytest.raises(
+        UserError, match=r"8 of 8 pictures hold values that are not finite; try precision=fp32"
+    ):
+        measure("metrics=[judge]")
+    assert list(out.iterdir()) == []

@@ -1,0 +1,147 @@
+"""FID, KID, inception score, precision and recall: equal to torch-fidelity's, to known values, and sure."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch_fidelity
+from tiny import ROOT
+from torch import nn
+from torch.utils.data import Dataset
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+
+from dalle.metrics.distances import frechet, inception_score, kid, precision_recall
+from dalle.metrics.features import FeatureNet, random_features
+from dalle.metrics.frechet import FrechetDistance
+from dalle.metrics.perceptual import RandomFeatures
+from dalle.pictures import from_uint8
+
+KNOWN = json.loads((ROOT / "tests" / "metrics" / "known_values.json").read_text())
+
+
+class TheirFeatures(FeatureExtractorBase):
+    """The random network as torch-fidelity wants it, with its features as logits, too."""
+
+    def __init__(self, name, features_list, **_):
+        super().__init__(name, features_list)
+        self.net = RandomFeatures()
+
+    @staticmethod
+    def get_provided_features_list():
+        return ("all",)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric):
+        return "all"
+
+    @staticmethod
+    def can_be_compiled():
+        return False
+
+    def forward(self, image):
+        return (self.net(image),)
+
+
+class Pictures(Dataset):
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.images[index]
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randint(0, 256, (90, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    other = torch.randint(0, 200, (70, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    other[:20] = real[:20] // 2 + 60
+    return real, other
+
+
+def test_equal_to_torch_fidelity_on_the_same_pictures_and_features(pictures):
+    real, generated = pictures
+    torch_fidelity.register_feature_extractor("random-features", TheirFeatures)
+    theirs = torch_fidelity.calculate_metrics(
+        input1=Pictures(generated), input2=Pictures(real), fid=True, kid=True, isc=True, prc=True,
+        feature_extractor="random-features", kid_subset_size=70, cuda=False, verbose=False, cache=False,
+    )  # fmt: skip
+    network = random_features()
+    ours = [network(images) for images in (real, generated)]
+    precision, recall = precision_recall(*ours)
+    assert frechet(*ours).value == pytest.approx(theirs["frechet_inception_distance"], rel=1e-3)
+    assert kid(*ours).value == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-3)
+    assert inception_score(ours[1]).value == pytest.approx(theirs["inception_score_mean"], rel=1e-3)
+    assert (precision.value, recall.value) == pytest.approx((theirs["precision"], theirs["recall"]), abs=1e-6)
+    assert 0 < precision.value < 1
+    assert 0 < recall.value < 1
+
+
+def test_equal_to_the_streaming_distance(pictures):
+    real, generated = pictures
+    metric = FrechetDistance(RandomFeatures(), "fid_random")
+    metric.update(from_uint8(real), real=True)
+    metric.update(from_uint8(generated), real=False)
+    network = random_features()
+    assert frechet(network(real), network(generated)).value == pytest.approx(
+        metric.compute().item(), rel=1e-4
+    )
+
+
+def test_exact_gaussians():
+    known = KNOWN["frechet_full"]
+
+    def sample(mean, covariance, count=40):
+        noise = np.random.default_rng(0).standard_normal((count, 2))
+        noise -= noise.mean(0)
+        white = noise @ np.linalg.inv(np.linalg.cholesky(np.cov(noise, rowvar=False))).T
+        return torch.from_numpy(white @ np.linalg.cholesky(np.asarray(covariance)).T + mean)
+
+    real, generated = sample(known["m1"], known["S1"]), sample(known["m2"], known["S2"])
+    assert frechet(real, generated).value == pytest.approx(known["value"], rel=1e-9)
+    few = sample(known["m2"], known["S2"], 3)  # fewer pictures than twice the features: the other Gram matrix
+    assert frechet(real, few).value == pytest.approx(known["value"], rel=1e-9)
+
+
+def test_known_values():
+    tiny = {key: torch.tensor(KNOWN["kid_tiny"][key], dtype=torch.float32) for key in "XY"}
+    assert kid(tiny["X"], tiny["Y"]).value == pytest.approx(KNOWN["kid_tiny"]["value"], rel=1e-6)
+    logits = torch.tensor(KNOWN["inception_score"]["logits"], dtype=torch.float64)
+    ten = logits.repeat(10, 1)  # each of the ten splits is ...
+    order = np.random.RandomState(2020).permutation(40)  # ... the whole set, once their shuffling is undone
+    unshuffled = torch.empty_like(ten)
+    unshuffled[torch.from_numpy(order)] = ten
+    assert inception_score(unshuffled).value == pytest.approx(KNOWN["inception_score"]["value"], rel=1e-9)
+    balls = {key: torch.tensor(KNOWN["precision_recall_k1"][key])[:, None] for key in ("real", "fake")}
+    found = precision_recall(balls["real"].double(), balls["fake"].double(), neighbours=1)
+    assert [figure.value for figure in found] == KNOWN["precision_recall_k1"]["precision_recall"]
+
+
+@pytest.mark.parametrize("statistic", [frechet, kid])
+def test_intervals_are_as_wide_as_fresh_samples_scatter(statistic):
+    generator = torch.Generator().manual_seed(1)
+    real = torch.randn(300, 4, generator=generator)
+    fresh = [statistic(real, torch.randn(200, 4, generator=generator) + 0.5) for _ in range(30)]
+    scatter = torch.tensor([figure.value for figure in fresh]).std().item()
+    width = torch.tensor([(figure.high - figure.low) / (2 * 1.96) for figure in fresh]).mean().item()
+    assert width == pytest.approx(scatter, rel=0.5)
+
+
+def test_the_interval_of_the_inception_score_holds_it():
+    value, low, high = inception_score(torch.randn(100, 5, generator=torch.Generator().manual_seed(2)) * 2)
+    assert 1 < low < value < high < 5
+
+
+def test_names_and_facts():
+    network = random_features()
+    assert network.called("fid") == "fid_random"
+    assert network.facts["dimension"] == RandomFeatures.num_features
+    assert network.facts["weights"] == random_features().facts["weights"]
+    assert network.head is None
+    inception = FeatureNet(nn.ModuleDict({"fc": nn.Linear(2048, 3)}), "", "none")
+    assert inception.called("fid") == "fid"
+    assert inception.head.shape == (3, 2048)
