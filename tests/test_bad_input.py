@@ -53,6 +53,11 @@ from dalle.errors import UserError
             ["model=clip", "model.net.image_size=24"],
             "model.net.image_size=24 does not fit the data, which has 16",
         ),
+        (
+            ["model=dalle", "upstream.dvae=nowhere"],
+            "upstream.dvae=nowhere holds no finished dvae run; train one with model=dvae",
+        ),
+        (["model=dalle", "image_tokenizer=dvea"], "there is no image_tokenizer=dvea; did you mean"),
         (["model=clip", "trainer.strategy=fast"], "trainer: You selected an invalid strategy"),
         (["model=clip", "trainer.devices=0"], "trainer: "),
     ],
@@ -68,6 +73,33 @@ def test_train(command, no_training, tmp_path, arguments, line):
     ended = command("train.py", *(o for o in usual if o.split("=")[0] not in given), *arguments)
     assert line in ended.error
     assert files_below(tmp_path).keys() <= {"logs/.multirun/multirun.yaml"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "line"),
+    [
+        (
+            "model.net.attention=diagonal",
+            "attention is one of full, row, column, conv, dalle, not 'diagonal'",
+        ),
+        ("model.net.image_vocab=512", "model.net.image_vocab=512 does not fit the data, which has 32"),
+        ("model.net.text_vocab=512", "model.net.text_vocab=512 does not fit the data, which has 419"),
+        ("model.net.grid=8", "model.net.grid=8 does not fit the data, which has 4"),
+        (
+            "data.image_size=32",
+            "pictures of 32 px do not fit the image tokenizer, which was trained at 16 px",
+        ),
+        ("tokenizer=clip", "CLIP's own tokenizer knows no dropout; set datamodule.bpe_dropout=0"),
+    ],
+)
+def test_a_transformer_that_does_not_fit_its_tokenizers(
+    command, no_training, untrained_stages, tmp_path, setting, line
+):
+    shutil.copytree(untrained_stages / "default" / "dvae", tmp_path / "logs" / "default" / "dvae")
+    before = files_below(tmp_path)
+    usual = [o for o in overrides("dalle", Path("logs")) if o.split("=")[0] != setting.split("=")[0]]
+    assert line in command("train.py", *usual, setting).error
+    assert files_below(tmp_path) == before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
