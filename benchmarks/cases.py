@@ -19,11 +19,13 @@ from dalle.diffusion.samplers import Sampler
 from dalle.diffusion.schedule import Schedule
 from dalle.metrics.judge import Judge
 from dalle.nets.clip import CLIP
+from dalle.nets.dalle import DALLE
 from dalle.nets.prior import Prior
 from dalle.nets.small_unet import SmallUNet
 from dalle.nets.unet import UNet
 from dalle.pipelines.unclip import UnCLIP
 from dalle.stages.clip import ClipStage
+from dalle.stages.dalle import DalleStage
 from dalle.stages.decoder import DecoderStage
 from dalle.stages.prior import PriorStage
 
@@ -63,7 +65,7 @@ def sampler(name: str) -> Sampler:
 
 
 class Demo:
-    """The demo's three stages and pipeline, and a batch for each, from the first training pictures."""
+    """The demo's stages, the pipeline of DALL-E 2, and a batch for each, from the first training pictures."""
 
     def __init__(self, precision: str) -> None:
         self.precision = precision
@@ -103,6 +105,20 @@ class Demo:
             stage: self.batch(configs[stage]["batch_size"], captions, frozen, norm) for stage in configs
         }
         self.captions = captions[:SAMPLED]
+
+        dvae = settings("model/dvae")["model"]["net"]
+        self.dalle_sizes = sized(
+            settings("model/net/gpt"),
+            text_vocab=tokenizer.vocab_size,
+            text_length=CONTEXT_LENGTH,
+            image_vocab=dvae["vocab_size"],
+            grid=side // dvae["factor"],
+        )
+        net = DALLE(**self.dalle_sizes)
+        self.dalle, self.codes = DalleStage(net), net.codes
+        text = tokenizer(captions[: settings("model/dalle")["batch_size"]])
+        codes = torch.randint(dvae["vocab_size"], (len(text), self.codes))
+        self.batches["dalle"] = {"text": text, "codes": codes}
 
     def batch(self, n: int, captions: list[str], clip: FrozenCLIP, norm: EmbedNorm) -> dict[str, Tensor]:
         image = self.source.images(range(n))
@@ -158,6 +174,10 @@ def group_of_sampling(stage: str, run: Sampler) -> str:
     return f"{stage}, {run.method} {len(run)} steps"
 
 
+def group_of_codes(demo: Demo) -> str:
+    return f"dalle sampling, {demo.codes} codes"
+
+
 def our_cases(demo: Demo) -> list[Case]:
     return [*our_training(demo), *our_sampling(demo), *our_data(demo)]
 
@@ -186,6 +206,8 @@ def our_sampling(demo: Demo) -> list[Case]:
         sampling(demo, group, OURS, prior, partial(prior.sample, batch, candidates=1, guidance=1.0)),
         sampling(demo, group, f"{OURS}, no text cache", prior, recomputed),
     ]
+    texts = first(demo.batches["dalle"], SAMPLED)
+    cases.append(sampling(demo, group_of_codes(demo), OURS, demo.dalle, partial(demo.dalle.sample, texts)))
     pictures = first(demo.batches["decoder"], SAMPLED)
     for run in (sampler("ddim"), sampler("dpmpp")):
         group = group_of_sampling("decoder sampling", run)

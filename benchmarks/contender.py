@@ -10,17 +10,19 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from t2ibench.config import CLIPSpec, DecoderSpec, PriorSpec
+from t2ibench.config import CLIPSpec, DalleSpec, DecoderSpec, PriorSpec
 from t2ibench.core import Case, Contender, Context
 
 from dalle.diffusion.denoiser import Denoiser
 from dalle.diffusion.samplers import Sampler
 from dalle.diffusion.schedule import Schedule
 from dalle.nets.clip import CLIP
+from dalle.nets.dalle import DALLE
 from dalle.nets.prior import Prior
 from dalle.nets.unet import UNet
 from dalle.stages.base import Stage
 from dalle.stages.clip import ClipStage
+from dalle.stages.dalle import DalleStage
 from dalle.stages.decoder import DecoderStage
 from dalle.stages.prior import PriorStage
 
@@ -77,6 +79,71 @@ def clip_train(spec: CLIPSpec, ctx: Context) -> list[Case]:
         return ClipStage(net), {"image": image, "text": text}
 
     return training(make, ctx, spec.batch, "the same network as open_clip's")
+
+
+DALLE_NOTES = {
+    "gpt": "full attention; feed-forward of 4 widths without a gate, no rotary",
+    "llama": "full attention, rotary; gated feed-forward with as many weights as gpt's",
+}
+
+
+def dalle(spec: DalleSpec, style: str, ctx: Context) -> tuple[DalleStage, Batch]:
+    net = DALLE(
+        text_vocab=spec.text_vocab,
+        text_length=spec.text_len,
+        image_vocab=spec.image_vocab,
+        grid=spec.grid,
+        width=spec.dim,
+        depth=spec.depth,
+        heads=spec.heads,
+        style=style,
+    )
+    text = ctx.randint(1, spec.text_vocab - 1, (spec.batch, spec.text_len))
+    text[:, -1] = spec.text_vocab - 1  # the end token
+    codes = ctx.randint(0, spec.image_vocab, (spec.batch, spec.image_len))
+    stage = DalleStage(net, guidance=spec.guidance, top_k=spec.image_vocab // 2)  # half, as the peers
+    return stage.to(ctx.device), {"text": text, "codes": codes}
+
+
+def dalle_cases(
+    spec: DalleSpec, ctx: Context, build: Callable[[DalleStage, Batch, Context], Case]
+) -> list[Case]:
+    """Both styles and, under `--compile`, gpt compiled: its training step, or its step of sampling."""
+
+    def made(style: str, compile: bool) -> list[Case]:
+        def one(ctx: Context) -> Case:
+            stage, batch = dalle(spec, style, ctx)
+            if compile:
+                stage.net.compile()
+                stage.net.step = torch.compile(stage.net.step, dynamic=True)
+            return replace(build(stage, batch, ctx), notes=DALLE_NOTES[style])
+
+        return [replace(case, variant=f"{style}, {case.variant}") for case in variants(ctx, one)]
+
+    eager = [case for style in DALLE_NOTES for case in made(style, compile=False)]
+    pairs = zip(made("gpt", compile=True), eager, strict=False) if ctx.compile else ()
+    compiled = [
+        replace(case, variant=f"{case.variant}, compiled", flop_step=twin.step) for case, twin in pairs
+    ]
+    return eager + compiled
+
+
+@ours.builds("dalle_train")
+def dalle_train(spec: DalleSpec, ctx: Context) -> list[Case]:
+    def build(stage: DalleStage, batch: Batch, ctx: Context) -> Case:
+        return ctx.train_case(stage, lambda: stage.step(batch)["loss"], spec.batch)
+
+    return dalle_cases(spec, ctx, build)
+
+
+@ours.builds("dalle_sample")
+def dalle_sample(spec: DalleSpec, ctx: Context) -> list[Case]:
+    """Codes only, no image decoding."""
+
+    def build(stage: DalleStage, batch: Batch, ctx: Context) -> Case:
+        return ctx.sample_case(stage, partial(stage.sample, batch), spec.batch)
+
+    return dalle_cases(spec, ctx, build)
 
 
 def prior(spec: PriorSpec, ctx: Context) -> tuple[PriorStage, Batch]:

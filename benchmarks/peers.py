@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cases import SAMPLED, Case, Demo, group_of_sampling, sampling, training
+from cases import SAMPLED, Case, Demo, group_of_codes, group_of_sampling, sampling, training
 from torch import Tensor, nn
 
 
@@ -133,4 +133,44 @@ def diffusers_decoder_cases(demo: Demo) -> list[Case]:
     ]
 
 
-PEERS = {"open_clip": [open_clip_cases], "diffusers": [diffusers_prior_cases, diffusers_decoder_cases]}
+def transformers_cases(demo: Demo) -> list[Case]:
+    """GPT-2 with one vocabulary for text and codes: the same blocks, its own cache and sampling loop."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    s, batch = demo.dalle_sizes, demo.batches["dalle"]
+    config = GPT2Config(
+        vocab_size=s["text_vocab"] + s["image_vocab"],
+        n_positions=s["text_length"] + demo.codes,
+        n_embd=s["width"],
+        n_layer=s["depth"],
+        n_head=s["heads"],
+        activation_function="gelu",
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=1,
+        eos_token_id=None,
+    )
+    model = GPT2LMHeadModel(config)
+    stream = torch.cat((batch["text"], s["text_vocab"] + batch["codes"]), dim=1)
+    text = batch["text"][:SAMPLED]
+    options = {"do_sample": True, "top_k": 0, "pad_token_id": 0}
+    options |= {"min_new_tokens": demo.codes, "max_new_tokens": demo.codes}
+
+    def loss() -> Tensor:
+        return model(input_ids=stream, labels=stream, use_cache=False).loss
+
+    def sample() -> Tensor:
+        return model.generate(text, attention_mask=torch.ones_like(text), **options)
+
+    return [
+        training(demo, "dalle training", "transformers", model, loss, len(stream)),
+        sampling(demo, group_of_codes(demo), "transformers", model, sample),
+    ]
+
+
+PEERS = {
+    "open_clip": [open_clip_cases],
+    "diffusers": [diffusers_prior_cases, diffusers_decoder_cases],
+    "transformers": [transformers_cases],
+}

@@ -1,9 +1,9 @@
 """How fast this project's hot paths are on this machine's CPU, beside packages of the same kind.
 
-Networks have the demo's sizes, read from `conf/`. Peers are networks of about the same size from diffusers
-and open_clip, each left out where the package is missing, trained by the same optimizer and sampled with as
-many steps. Every case takes its turn in every round, in rotating order, so that a machine that slows down
-slows all of them. Weights are random: this is about speed only.
+Networks have the demo's sizes, read from `conf/`. Peers are networks of about the same size from diffusers,
+open_clip and transformers, each left out where the package is missing, trained by the same optimizer and
+sampled with as many steps. Every case takes its turn in every round, in rotating order, so that a machine
+that slows down slows all of them. Weights are random: this is about speed only.
 """
 
 import argparse
