@@ -17,7 +17,7 @@ from dalle.build import build, check_arguments, describe, fits
 from dalle.data.pictures import BadPicture, read
 from dalle.errors import UserError
 from dalle.pictures import from_uint8, grid, save_png, to_pil
-from dalle.pipelines.load import PUBLIC, Loaded, load_dalle, load_unclip
+from dalle.pipelines.load import PUBLIC, Loaded, load_dalle, load_gan, load_unclip, load_vae
 from dalle.pipelines.recipe import Recipe
 from dalle.runs import Run
 from dalle.training import fast_in_bf16
@@ -59,6 +59,10 @@ class Request:
         settings = {field.name: config[field.name] for field in fields(cls)}
         check_arguments(cls, settings, "", partial_call=False)
         return cls(**settings)
+
+    def prompts_read(self) -> list[str]:
+        """The prompts themselves."""
+        return read_prompts(self)
 
     def runs(self) -> dict[str, str | None]:
         """Where the stages are."""
@@ -195,7 +199,56 @@ class DalleRequest(Request):
         )
 
 
-REQUESTS: dict[str, type[Request]] = {"unclip": UnclipRequest, "dalle": DalleRequest}
+@dataclass(frozen=True, kw_only=True)
+class GanRequest(Request):
+    """A GAN: conf/pipeline/gan.yaml."""
+
+    def runs(self) -> dict[str, str | None]:
+        return {name: self.pipeline[name] for name in ("clip", "gan")}
+
+    def options(self) -> dict[str, dict[str, Any]]:
+        return _without_guidance(self)
+
+    @staticmethod
+    def load(runs: Mapping[str, str | None]) -> Loaded:
+        clip, gan = runs.get("clip"), runs["gan"]
+        assert gan
+        return load_gan(gan, clip if clip and Path(clip).exists() else None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaeRequest(Request):
+    """A VAE, which reads no prompts: conf/pipeline/vae.yaml."""
+
+    def prompts_read(self) -> list[str]:
+        if self.prompt is not None or self.prompts is not None:
+            raise UserError("pipeline=vae reads no prompts; leave them out, n= says how many pictures")
+        return [""]
+
+    def runs(self) -> dict[str, str | None]:
+        return {"vae": self.pipeline["vae"]}
+
+    def options(self) -> dict[str, dict[str, Any]]:
+        return _without_guidance(self)
+
+    @staticmethod
+    def load(runs: Mapping[str, str | None]) -> Loaded:
+        vae = runs["vae"]
+        assert vae
+        return load_vae(vae)
+
+
+def _without_guidance(request: Request) -> dict[str, dict[str, Any]]:
+    if request.guidance is not None:
+        raise UserError(
+            f"guidance={request.guidance}: pipeline={request.pipeline['kind']} knows none; leave it out"
+        )
+    return {}
+
+
+REQUESTS: dict[str, type[Request]] = {
+    "unclip": UnclipRequest, "dalle": DalleRequest, "gan": GanRequest, "vae": VaeRequest
+}  # fmt: skip
 
 
 def sample(config: dict[str, Any]) -> Path:
@@ -206,7 +259,7 @@ def sample(config: dict[str, Any]) -> Path:
     """
     request = REQUESTS[config["pipeline"]["kind"]].of(config)
     again = Recipe.read(request.recipe) if request.recipe else None
-    recipe = again or make_recipe(request, read_prompts(request))
+    recipe = again or make_recipe(request, request.prompts_read())
     if recipe.pipeline not in REQUESTS:
         raise UserError(f"the recipe is of pipeline {recipe.pipeline!r}; there are {', '.join(REQUESTS)}")
     if recipe.device == "cuda" and not torch.cuda.is_available():

@@ -13,6 +13,7 @@ from dalle.data.open_clip import load_open_clip
 from dalle.errors import UserError
 from dalle.pipelines.dalle import DallePipeline
 from dalle.pipelines.unclip import UnCLIP, check_norms
+from dalle.pipelines.unconditional import Unconditional
 from dalle.runs import Run, load_clip, load_image_tokenizer, load_stage
 from dalle.stages.base import Stage
 
@@ -75,6 +76,26 @@ def load_dalle(
     pipeline = DallePipeline(stage, frozen, Run(Path(dalle)).load_tokenizer(), chooser)
     paths = {"image_tokenizer": str(where), "dalle": str(dalle), "clip": str(clip)}
     return _loaded(pipeline, paths, {"image_tokenizer": frozen, "dalle": stage, "clip": chooser})
+
+
+def load_gan(gan: str | Path, clip: str | Path | None = None) -> Loaded:
+    """A GAN, on the CPU: it draws from the caption alone, as a decoder without a prior does.
+
+    `clip` None is the one it was trained with. Raises UserError as the others do.
+    """
+    stage, manifest = load_stage(gan, "gan")
+    frozen, where = _clip_of(Path(gan), clip)
+    own = {"weights": frozen.weights_hash, "embed_dim": frozen.embed_dim}
+    check_fit({"clip": {"clip": own}, "gan": manifest})
+    norm = EmbedNorm.from_dict(manifest["image_embed_norm"])
+    pipeline = UnCLIP(frozen, None, stage, None, norm)
+    return _loaded(pipeline, {"clip": where, "gan": str(gan)}, {"clip": frozen, "gan": stage})
+
+
+def load_vae(vae: str | Path) -> Loaded:
+    """A VAE, on the CPU, which draws without any caption. Raises UserError as the others do."""
+    stage, _ = load_stage(vae, "vae")
+    return _loaded(Unconditional(stage), {"vae": str(vae)}, {"vae": stage})
 
 
 def load_any_clip(path: str) -> FrozenCLIP:
