@@ -331,7 +331,10 @@ class DALLE(nn.Module):
         return self.image_head(x[:, -1]), cache
 
     def step(self, code: Int64[Tensor, "B"], rank: int, cache: Cache) -> Float[Tensor, "B K"]:
-        """Logits of the code after `code`, which is the one of raster rank `rank` (from 0)."""
+        """Logits of the code after `code`, which is the one of raster rank `rank` (from 0).
+
+        `net.step = torch.compile(net.step, dynamic=True)` makes one graph for all ranks.
+        """
         x = (
             self.image_embedding(code)
             + self.row.weight[rank // self.grid]
