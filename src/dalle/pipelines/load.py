@@ -143,8 +143,8 @@ def check_fit(manifests: Mapping[str, Mapping[str, Any]]) -> None:
     """
     facts = {name: dict(_facts(manifest)) for name, manifest in manifests.items()}
     for (a, of_a), (b, of_b) in combinations(facts.items(), 2):
-        for key in of_a.keys() & of_b.keys():
-            if of_a[key] != of_b[key]:
+        for key in of_a:
+            if key in of_b and of_a[key] != of_b[key]:
                 shared = "image tokenizer" if "image tokenizer" in key else "CLIP"
                 raise UserError(
                     f"{a} and {b} do not fit together: {key} is {of_a[key]} in {a}, but {of_b[key]} in {b}; "
