@@ -5,9 +5,9 @@ times the codes' divergence from the uniform prior, KL(q || uniform), likewise s
 by the number of pixels and channels: beta / (3 factor^2) times its mean. Codes are soft in training, at a
 temperature that falls; wherever the network is used or validated they are its argmax.
 
-What differs: the paper learns the scale b of each value. On few, flat pictures that goes wrong, for where a
-network is bad it widens b and stops to learn; `ln_b` fixes it. With a fixed b, `normal` noise on the logit in
-place of Laplace's learns several times as fast to begin with.
+What differs: the paper learns the scale b of each value, so that where a network is still bad it widens b
+and learns less; `ln_b` fixes it. And `normal` noise on the logit in place of Laplace's learns faster to begin
+with: on `shapes` reconstructions of 22 dB after 400 steps of 32 pictures, where Laplace's have 18.
 """
 
 import math
