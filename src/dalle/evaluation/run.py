@@ -150,7 +150,7 @@ class Job:
 
     def __init__(self, config: dict[str, Any], subject: Subject, source: Source) -> None:
         self.subject, self.source, self.seed = subject, source, config["seed"]
-        self.notes: list[str] = []
+        self.notes = list(subject.notes)
         self.made, self.real = self.numbers(config)
         self.captions = subject.captions(source, self.made or self.real)
         self.metrics = self.affordable(config["metrics"])

@@ -35,6 +35,7 @@ from dalle.metrics.codes import code_use
 from dalle.pictures import from_uint8, to_uint8
 from dalle.pipelines.load import load_any_clip
 from dalle.pipelines.recipe import Recipe
+from dalle.pipelines.unconditional import Unconditional
 from dalle.runs import IMAGE_TOKENIZERS, Run, load_clip, load_image_tokenizer
 from dalle.sampling import REQUESTS, arguments, make_recipe
 
@@ -54,6 +55,7 @@ class Subject:
         makes: whether it makes pictures. `captioned`: whether these belong to captions.
         prefix: of the names of distances: `rfid`.
         pictures: how many there are; None: as many as are asked for.
+        metrics: what can be measured. `skipped`: broken pictures. `notes`: what to know of its figures.
     """
 
     home: Path
@@ -68,6 +70,7 @@ class Subject:
     pictures: int | None = None
     metrics: tuple[str, ...] = ("fid", "kid", "inception", "precision_recall")
     skipped = 0
+    notes: tuple[str, ...] = ()
 
     def captions(self, source: Source, n: int) -> list[str]:
         """Of the pictures 0 .. n-1: the first caption of each item of the split."""
@@ -104,6 +107,8 @@ class Pipeline(Subject):
         self.home = Path(config["paths"]["logs"], config["name"])
         main = Run(Path(loaded.paths[MAIN.get(kind, str(kind))]))
         self.image_size, self.data = loaded.pipeline.image_size, main.config()["datamodule"]["source"]
+        if isinstance(loaded.pipeline, Unconditional):
+            self.notes = (f"{kind} reads no captions: what is said of them is how often chance has it right",)
         self.facts = {
             "kind": kind,
             "weights": loaded.weights,
