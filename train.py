@@ -42,7 +42,7 @@ def main() -> None:
         [*overrides, f"paths.run='{fitting(config['paths']['run'])}'"] if several else overrides
         for config, (_, overrides, _) in zip(configs, jobs, strict=True)
     ]
-    if several and "sweep" in configs[0]:
+    if several and "sweep" in configs[0] and configs[0]["preflight"] is False:
         sys.exit(sweep(configs, arguments, launcher))
     if launcher:
         raise UserError("hydra/launcher is for -m hydra=sweep: other jobs build upon one another")
@@ -57,6 +57,11 @@ def train(config: dict, overrides: list[str]) -> None:
         return
     missing = training.missing_runs(config) if training.is_main_process() else {}
     for stage, run in missing.items():
+        if config["preflight"]:
+            raise UserError(
+                f"{run} holds no finished {stage}, and preflight trains none: train it first, "
+                f"or see what that takes with model={stage} preflight=true"
+            )
         with only_one(run.path) as lock:  # several jobs of a sweep may miss the same
             if run.finished:
                 continue

@@ -15,8 +15,9 @@ from tiny import ROOT, configure
 from dalle.build import build, check
 from dalle.diffusion.samplers import Sampler
 from dalle.errors import UserError
+from dalle.preflight import count
 from dalle.runs import Run
-from dalle.training import check_machine, count, fill_sizes, make_trainer
+from dalle.training import check_machine, fill_sizes, make_trainer
 
 CONF = ROOT / "conf"
 FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*.yaml"))

@@ -19,9 +19,9 @@ import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
-from torch import nn
 
 import dalle
+from dalle import preflight
 from dalle.build import build, check
 from dalle.callbacks import Ema
 from dalle.data.tokenizers import load_tokenizer
@@ -53,20 +53,26 @@ def train(config: Config) -> dict[str, float]:
     datamodule = build(config["datamodule"], "datamodule", **kept_tokenizer(config, run))
     fill_sizes(config, datamodule.sizes)
     stage: Stage = build(config["model"], "model")
-    if config["compile"]:
-        stage.net.compile()
     if resuming:
         check_same_network(run.checkpoint, stage)
+    if config["preflight"]:
+        preflight.report(config, stage, datamodule, steps_behind(run.checkpoint) if resuming else 0)
+        return {}
+    if config["compile"]:
+        stage.net.compile()
     trainer = make_trainer(config, run)
     datamodule.trainer = trainer
     datamodule.train_dataloader()  # refuses a batch larger than the data, while nothing has been touched
     if is_main_process():
+        print(preflight.outline(config, stage, datamodule, trainer.world_size), flush=True)
+        for line in preflight.strangers(config, datamodule):
+            print(f"careful: {line}", flush=True)
         claim(run, config)
         if "tokenizer" in config["datamodule"]:
             write_aside(run.tokenizer, json.dumps(datamodule.tokenizer.to_dict(), ensure_ascii=False))
         write_aside(run.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         for logger in trainer.loggers:
-            logger.log_hyperparams({**config, "parameters": count(stage.net)})
+            logger.log_hyperparams({**config, "parameters": preflight.count(stage.net)})
 
     started = time.perf_counter()
     trainer.fit(
@@ -147,7 +153,7 @@ def may_start(config: Config) -> bool:
     check_machine(config)
     if not is_main_process():
         return True  # the main process has looked, and the directory may already be its own
-    for key in ("resume", "overwrite", "compile"):
+    for key in ("resume", "overwrite", "compile", "preflight"):
         if not isinstance(config[key], bool):
             raise UserError(f"{key} must be true or false, got {config[key]!r}")
     for key in ("datamodule", "model", "callbacks", "logger"):
@@ -164,7 +170,7 @@ def may_start(config: Config) -> bool:
             return False
         if run.checkpoint.exists():
             check_readable(run.checkpoint)
-    elif run.occupied and not config["overwrite"]:
+    elif run.occupied and not config["overwrite"] and not config["preflight"]:
         raise UserError(
             f"{run} already holds a run; resume=true goes on with it, name=other trains beside it, "
             "overwrite=true deletes it and starts again "
@@ -188,6 +194,10 @@ def check_readable(checkpoint: Path) -> None:
             f"{checkpoint} cannot be read ({str(error).splitlines()[0]}); "
             "delete it, or start again with overwrite=true"
         ) from None
+
+
+def steps_behind(checkpoint: Path) -> int:
+    return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
 
 
 def check_same_network(checkpoint: Path, stage: Stage) -> None:
@@ -259,7 +269,7 @@ def facts(
     """What manifest.json says of a run besides its schema and the hash of its weights."""
     return {
         "stage": config["stage"],
-        "parameters": count(stage.net),
+        "parameters": preflight.count(stage.net),
         "steps": trainer.global_step,
         "seconds_training": round(seconds, 1),
         "metrics": dict(metrics),
@@ -271,8 +281,3 @@ def facts(
             "python": platform.python_version(),
         },
     }
-
-
-def count(net: nn.Module) -> int:
-    """The number of trained parameters."""
-    return sum(p.numel() for p in net.parameters() if p.requires_grad)
