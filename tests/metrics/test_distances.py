@@ -59,7 +59,8 @@ def pictures():
     generator = torch.Generator().manual_seed(0)
     real = torch.randint(0, 256, (90, 3, 16, 16), dtype=torch.uint8, generator=generator)
     other = torch.randint(0, 200, (70, 3, 16, 16), dtype=torch.uint8, generator=generator)
-    other[:20] = real[:20] // 2 + 60
+    other[:40] = real[:40]
+    other[:40, :, :2] = 128
     return real, other
 
 
