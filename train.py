@@ -26,27 +26,30 @@ OWN = ("model", "optimizer", "sampler", "callbacks", "datamodule", "batch_size",
 
 
 def main() -> None:
-    jobs: list[tuple[DictConfig, list[str], RunMode | None]] = []
+    composed: list[tuple[DictConfig, list[str], RunMode | None]] = []
     launcher = [a for a in sys.argv[1:] if a.lstrip("+").startswith(("hydra/launcher", "hydra.launcher"))]
     sys.argv = [a for a in sys.argv if a not in launcher]  # all jobs are put together here: see `launch`
 
     @hydra.main(version_base="1.3", config_path="conf", config_name="train")
     def compose(cfg: DictConfig) -> None:
         cfg.paths.run = str(cfg.paths.run)  # may name the job, which only Hydra knows
-        jobs.append((cfg, list(HydraConfig.get().overrides.task), HydraConfig.get().mode))
+        composed.append((cfg, list(HydraConfig.get().overrides.task), HydraConfig.get().mode))
 
     compose()
-    configs: list[Any] = [OmegaConf.to_container(c, resolve=True, throw_on_missing=True) for c, _, _ in jobs]
-    several = any(mode == RunMode.MULTIRUN for _, _, mode in jobs)
-    arguments = [
-        [*overrides, f"paths.run='{fitting(config['paths']['run'])}'"] if several else overrides
-        for config, (_, overrides, _) in zip(configs, jobs, strict=True)
-    ]
-    if several and "sweep" in configs[0] and configs[0]["preflight"] is False:
-        sys.exit(sweep(configs, arguments, launcher))
-    if launcher:
+    jobs: list[Any] = []
+    for cfg, overrides, mode in composed:
+        config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        run = [f"paths.run='{fitting(config['paths']['run'])}'"] if mode == RunMode.MULTIRUN else []
+        jobs.append((config, [*overrides, *run]))
+    several = any(mode == RunMode.MULTIRUN for _, _, mode in composed)
+    special = {"sweep", "search"} & jobs[0][0].keys() if jobs and jobs[0][0]["preflight"] is False else set()
+    if launcher and special != {"sweep"}:
         raise UserError("hydra/launcher is for -m hydra=sweep: other jobs build upon one another")
-    for config, overrides in zip(configs, arguments, strict=True):
+    if "search" in special:
+        sys.exit(max(search(*job) for job in jobs))
+    if "sweep" in special and several:
+        sys.exit(sweep(jobs, launcher))
+    for config, overrides in jobs:
         run_job(overrides) if several else train(config, overrides)
 
 
@@ -57,11 +60,6 @@ def train(config: dict, overrides: list[str]) -> None:
         return
     missing = training.missing_runs(config) if training.is_main_process() else {}
     for stage, run in missing.items():
-        if config["preflight"]:
-            raise UserError(
-                f"{run} holds no finished {stage}, and preflight trains none: train it first, "
-                f"or see what that takes with model={stage} preflight=true"
-            )
         with only_one(run.path) as lock:  # several jobs of a sweep may miss the same
             if run.finished:
                 continue
@@ -77,16 +75,23 @@ def run_job(overrides: list[str], lock: int | None = None) -> None:
         sys.exit(code)
 
 
-def sweep(configs: list[dict], arguments: list[list[str]], launcher: list[str]) -> int:
+def sweep(jobs: list[tuple[dict, list[str]]], launcher: list[str]) -> int:
     from dalle import sweeps
 
-    jobs = [
+    about = jobs[0][0]["sweep"]
+    made = [
         sweeps.Job(fitting(c["paths"]["run"]), [sys.executable, __file__, *a], c["resume"], c["overwrite"])
-        for c, a in zip(configs, arguments, strict=True)
+        for c, a in jobs
     ]
-    about = configs[0]["sweep"]
     way = (lambda waiting: launch(waiting, launcher)) if launcher else None
-    return sweeps.sweep(jobs, Path(about["folder"]), about["metric"], way)
+    return sweeps.sweep(made, Path(about["folder"]), about["metric"], way)
+
+
+def search(config: dict, overrides: list[str]) -> int:
+    from dalle.build import build
+
+    command = [sys.executable, __file__, *overrides]
+    return build(config["search"], "search").run(Path(config["paths"]["run"]), command, config["overwrite"])
 
 
 def launch(jobs: list[Any], launcher: list[str]) -> list[str]:

@@ -34,8 +34,8 @@ def jobs(monkeypatch, tmp_path):
         script.__name__ = "__main__"  # Hydra then looks for conf/ beside the file
         started: list[list[str]] = []
 
-        def sweep(configs: list[dict], jobs: list[list[str]], launcher: list[str]) -> int:
-            started.extend([*job, *launcher] for job in jobs)
+        def sweep(jobs: list[tuple[dict, list[str]]], launcher: list[str]) -> int:
+            started.extend([*job, *launcher] for _, job in jobs)
             return 0
 
         monkeypatch.setattr(script, "run_job", started.append)

@@ -123,12 +123,17 @@ def sweep(
     for job in jobs:
         if states[job.run] == "finished" and read(job.notes).get("state") != "finished":
             job.note("finished")  # by a process that outlived the sweep that had started it
-    rows = table(folder)
-    write_aside(folder / "sweep.csv", as_csv(rows))
-    show(rows, metric)
+    close(folder, metric)
     if "failed" in states.values():
         print("what has failed stays so; the same command with resume=true tries it again")
     return int(set(states.values()) != {"finished"})
+
+
+def close(folder: Path, metric: str) -> None:
+    """Writes the table and shows it."""
+    rows = table(folder)
+    write_aside(folder / "sweep.csv", as_csv(rows))
+    show(rows, metric)
 
 
 def until_stopped(states: Iterable[str]) -> Iterator[str]:

@@ -101,7 +101,7 @@ def missing_runs(config: Config) -> dict[str, Run]:
     networks. Those that are there, or come from elsewhere, are not among them.
 
     Raises:
-        UserError: another place was named, and there is no finished run in it.
+        UserError: another place was named, and there is no finished run in it; or nothing may be trained.
     """
     nodes = [node for node in config["datamodule"].values() if isinstance(node, dict)]
     used = {node["path"] for node in nodes if node.get("_target_", "").startswith("dalle.runs.load_")}
@@ -113,6 +113,11 @@ def missing_runs(config: Config) -> dict[str, Run]:
                 raise UserError(
                     f"upstream.{stage}={path} holds no finished {stage} run; train one with model={stage}, "
                     "or leave it out"
+                )
+            if config["preflight"]:
+                raise UserError(
+                    f"{usual} holds no finished {stage}, and preflight trains none: train it first, "
+                    f"or see what that takes with model={stage} preflight=true"
                 )
             missing[stage] = Run(usual)
     return missing
