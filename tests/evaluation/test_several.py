@@ -102,7 +102,8 @@ def test_ctrl_c_stops_the_sweep(command, stages, jobs, monkeypatch, tmp_path):
     def stopped(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dalle.evaluation.run.finish", stopped)
+    monkeypatch.setattr("dalle.evaluation.looking.Looking.look_at_made", stopped)
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # Lightning goes deaf once it has heard
     ended = command("evaluate.py", "-m", "guidance=1,2", "metrics=[judge]", *FAST)
     assert ended.err.strip().endswith("stopped")
     assert len(jobs) == 1

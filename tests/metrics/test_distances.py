@@ -10,6 +10,7 @@ from tiny import ROOT
 from torch import nn
 from torch.utils.data import Dataset
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
 from dalle.metrics.distances import frechet, inception_score, kid, precision_recall
 from dalle.metrics.features import FeatureNet, random_features
@@ -104,8 +105,18 @@ def test_exact_gaussians():
 
     real, generated = sample(known["m1"], known["S1"]), sample(known["m2"], known["S2"])
     assert frechet(real, generated).value == pytest.approx(known["value"], rel=1e-9)
-    few = sample(known["m2"], known["S2"], 3)  # fewer pictures than twice the features: the other Gram matrix
-    assert frechet(real, few).value == pytest.approx(known["value"], rel=1e-9)
+
+
+@pytest.mark.parametrize(("real", "generated"), [(50, 12), (12, 50), (12, 12), (5, 4), (20, 20)])
+def test_equal_to_torch_fidelity_with_few_pictures(real, generated):
+    """More and fewer pictures than the twenty features take other ways to the same number."""
+    generator = torch.Generator().manual_seed(4)
+    sets = [
+        torch.randn(n, 20, generator=generator, dtype=torch.float64) * (1 + k) + k
+        for k, n in enumerate((real, generated))
+    ]
+    theirs = fid_statistics_to_metric(*map(fid_features_to_statistics, sets), verbose=False)
+    assert frechet(*sets).value == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
 
 
 def test_known_values():

@@ -45,9 +45,14 @@ def frechet(real: Float[Tensor, "m d"], generated: Float[Tensor, "n d"]) -> Figu
 
 def _root(features: Float[Tensor, "m d"]) -> Float[Tensor, "d r"]:
     """R with R R' = covariance, without the directions in which nothing varies."""
-    values, vectors = torch.linalg.eigh(features.mT.cov())
-    kept = values > 1e-12 * values[-1]
-    return vectors[:, kept] * values[kept].sqrt()
+    centred = (features - features.mean(0)) / (len(features) - 1) ** 0.5
+    if len(centred) <= centred.shape[1]:  # few pictures: few directions
+        _, spread, vectors = torch.linalg.svd(centred, full_matrices=False)
+    else:
+        values, columns = torch.linalg.eigh(centred.mT @ centred)
+        spread, vectors = values.clamp(min=0).sqrt(), columns.mT
+    kept = spread > 1e-6 * spread.max()
+    return (spread[kept, None] * vectors[kept]).mT
 
 
 def kid(real: Float[Tensor, "m d"], generated: Float[Tensor, "n d"]) -> Figure:

@@ -1,0 +1,210 @@
+"""What an evaluation will do: how many pictures, which metrics, by whose eyes, and the protocol of it.
+
+Whatever cannot work is refused here, before anything is made or written.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from dalle.build import build
+from dalle.data.shapes import Shapes
+from dalle.data.sources import Source
+from dalle.errors import UserError
+from dalle.evaluation.meters import NEEDS, Distances, Meter, Scores, Verdicts, ZeroShot
+from dalle.evaluation.results import Result, machine
+from dalle.evaluation.subjects import Clip, Subject, classes_of, groups_of, scorer_of
+from dalle.metrics.bootstrap import RESAMPLES
+from dalle.metrics.distances import FEWER, LARGE
+from dalle.metrics.features import FeatureNet, clip_features, inception_features, random_features
+from dalle.pipelines.load import PUBLIC, load_any_clip
+
+USUAL = 1000  # pictures, where nobody says how many
+
+
+def check_settings(
+    n: int | None,
+    split: str,
+    seed: int,
+    batch_size: int,
+    metrics: list[str] | None,
+    features: str | None,
+    inception: str | None,
+    download: bool,
+    scorer: str | None,
+    image_size: int | None,
+    save_pictures: bool,
+    overwrite: bool,
+    run: str | None,
+    folder: str | None,
+    out: str | None,
+    note: str | None,
+) -> None:
+    """The settings of conf/evaluate.yaml that belong to no group; their types are checked by these hints."""
+    if (n is not None and n < 1) or batch_size < 1:
+        raise UserError(f"n={n} and batch_size={batch_size} must be at least 1")
+    if split not in ("train", "val", "test"):
+        raise UserError(f"split must be train, val or test, got {split!r}")
+    for name in metrics or ():
+        if name not in NEEDS:
+            raise UserError(f"there is no metric {name!r}; there are {', '.join(NEEDS)}")
+
+
+def source_of(config: dict[str, Any], subject: Subject) -> Source:
+    """The split of real pictures, at the size of those that are compared with it."""
+    node = config.get("data") or subject.data
+    if node is None:
+        raise UserError(
+            "pictures of a folder are compared with real ones; say which: data=folder data.root=PICTURES"
+        )
+    node = {**node, "image_size": subject.image_size, "_partial_": True}
+    return build(node, "data")(split=config["split"])
+
+
+class Plan:
+    """What is looked at, by whom, and the protocol of it."""
+
+    def __init__(self, config: dict[str, Any], subject: Subject, source: Source) -> None:
+        self.subject, self.source, self.seed = subject, source, config["seed"]
+        self.notes = list(subject.notes)
+        self.made, self.real = self.numbers(config)
+        self.captions = subject.captions(source, self.made or self.real)
+        self.metrics = self.affordable(config["metrics"])
+        wanted = subject.captioned or config["features"] in (None, "clip")
+        self.scorer = scorer_of(config, subject) if wanted else None
+        self.meters = list(self.choose_meters(config))
+        self.result = Result(
+            subject.facts,
+            self.protocol(config),
+            self.metrics,
+            notes=self.notes,
+            parameters=dict(subject.parameters),
+        )
+
+    def numbers(self, config: dict[str, Any]) -> tuple[int, int]:
+        """How many pictures are made, and how many real ones they are compared with."""
+        there, asked, name = len(self.source), config["n"], config["split"]
+        if self.subject.pictures is not None:
+            if asked and asked > self.subject.pictures:
+                raise UserError(f"n={asked}, but the folder holds {self.subject.pictures} pictures")
+            made = asked or self.subject.pictures
+            return made, min(made, there)
+        if asked and asked > there:
+            raise UserError(
+                f"n={asked}, but the split {name} has {there} items; give n={there}, or another split"
+            )
+        n = asked or min(USUAL, there)
+        if not n:
+            raise UserError(f"the split {name} has no items; give another one with split=")
+        return (n if self.subject.makes else 0), n
+
+    def affordable(self, asked: list[str] | None) -> list[str]:
+        """The metrics asked for; without a list, all that so many pictures allow."""
+        fewest, kept = min(self.made or self.real, self.real), []
+        for name in asked or self.subject.metrics:
+            if name not in self.subject.metrics:
+                raise UserError(
+                    f"{name} cannot be measured of this {self.subject.facts['kind']}; "
+                    f"it has {', '.join(self.subject.metrics)}"
+                )
+            if fewest >= NEEDS[name]:
+                kept.append(name)
+            elif asked:
+                raise UserError(
+                    f"{name} needs at least {NEEDS[name]} pictures, there are {fewest}; give more"
+                )
+            else:
+                self.notes.append(f"{name} is left out: it needs {NEEDS[name]} pictures, there are {fewest}")
+        return kept
+
+    def choose_meters(self, config: dict[str, Any]) -> Iterator[Meter]:
+        """Those that can be had. A metric that was asked for by name and cannot is refused."""
+        asked, lacking = config["metrics"] or (), {}
+        shapes, captioned = isinstance(self.source, Shapes), self.subject.captioned
+        if isinstance(self.subject, Clip):
+            assert self.scorer is not None
+            classes = classes_of(self.source, range(self.real))
+            if classes is None:
+                lacking["zero_shot"] = "the data have no classes (data=imagefolder has)"
+            yield ZeroShot(self.metrics, self.scorer, classes)
+        distances = [m for m in ("fid", "kid", "inception", "precision_recall") if m in self.metrics]
+        network = self.features(config) if distances else None
+        if network is None:
+            reason = (
+                "there is no feature network: give inception=FILE, scorer=RUN or features=open_clip/NAME/TAG"
+            )
+            lacking |= dict.fromkeys(distances, reason)
+        else:
+            if network.head is None:
+                lacking["inception"] = (
+                    "it reads the logits of Inception: give its weights with inception=FILE"
+                )
+            yield Distances(distances, network, self.subject.prefix)
+        scores = [m for m in ("clip_score", "retrieval") if m in self.metrics and self.subject.makes]
+        if scores and self.scorer and captioned:
+            yield Scores(scores, self.scorer)
+        elif scores:
+            reason = "there is no CLIP: give scorer=RUN" if captioned else "not every picture has a caption"
+            lacking |= dict.fromkeys(scores, reason)
+        if "judge" in self.metrics and shapes and captioned:
+            yield Verdicts(["judge"], self.group if self.subject.pictures is None else None)
+        elif "judge" in self.metrics:
+            lacking["judge"] = "it reads captioned pictures of data=shapes only"
+        for name, reason in lacking.items():
+            if name in asked:
+                raise UserError(f"{name} cannot be measured here: {reason}")
+        self.metrics = [name for name in self.metrics if name not in lacking]
+
+    def group(self, items: list[int]) -> list[str]:
+        return groups_of(self.source, items)
+
+    def features(self, config: dict[str, Any]) -> FeatureNet | None:
+        """The feature network that is named; without a name Inception where it is here, else a CLIP."""
+        name = config["features"]
+        if name in (None, "inception"):
+            found = inception_features(config["inception"], config["download"])
+            if found or name:
+                if not found:
+                    raise UserError(
+                        "features=inception, but its weights are not on this machine; "
+                        "give inception=FILE, or download=true"
+                    )
+                return found
+        if name == "random":
+            return random_features()
+        if name in (None, "clip"):
+            if name and not self.scorer:
+                raise UserError("features=clip, but there is no CLIP beside the runs; give scorer=RUN")
+            clip, name = self.scorer, config["scorer"] or "clip"
+            return clip_features(clip, short(name)) if clip else None
+        return clip_features(load_any_clip(name), short(name))
+
+    def protocol(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Everything but the subject that figures depend on."""
+        return {
+            "pictures": self.made,
+            "real_pictures": self.real,
+            "split": config["split"],
+            "data": {"source": type(self.source).__name__, "fingerprint": self.source.fingerprint()},
+            "image_size": self.subject.image_size,
+            "seed": self.seed,
+            "quantised": "8 bit, rounded",
+            "resize_of_real": "none, drawn at this size"
+            if isinstance(self.source, Shapes)
+            else "bicubic with antialiasing (Pillow), middle square",
+            "features": next((m.key for m in self.meters if isinstance(m, Distances)), None),
+            "scorer": next((m.key for m in self.meters if isinstance(m, Scores)), None),
+            "interval": f"95 %, {RESAMPLES} resamples of the pictures ({FEWER} for FID of over {LARGE} features)",
+            "time": "wall clock of the sampling alone, the first batch of several left out",
+            "memory": "peak allocated on the GPU"
+            if torch.cuda.is_available()
+            else "peak of the whole process",
+            "machine": machine(),
+            "processes": config["trainer"]["devices"],
+        }
+
+
+def short(name: str) -> str:
+    """A figure's suffix: open_clip/ViT-B-32/openai -> ViT-B-32-openai, a run -> clip."""
+    return name.removeprefix(PUBLIC).replace("/", "-") if name.startswith(PUBLIC) else "clip"
