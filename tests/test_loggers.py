@@ -85,6 +85,28 @@ def test_wandb_is_offline_without_an_account(no_account, tmp_path):
     assert len(list(offline.glob("files/media/images/samples_*.png"))) == 1
 
 
+def test_a_wandb_run_is_named_after_its_directory_and_goes_on_when_resumed(no_account, tmp_path):
+    import wandb
+
+    run = tmp_path / "logs" / "default" / "prior" / "optimizer.lr=0.1"
+
+    def begun(**options) -> tuple[str, str]:
+        log = loggers.wandb(run, logs=tmp_path / "logs", **options)
+        try:
+            return log.experiment.name, log.experiment.id
+        finally:
+            wandb.finish()
+
+    name, first = begun(resume=True)  # nothing to resume yet
+    assert name == "default-prior-optimizer.lr=0.1"
+    assert begun(resume=True) == (name, first)
+    second = begun()[1]
+    assert second != first
+    assert begun(resume=True, name="mine") == ("mine", second)
+    assert loggers.wandb(run, logs=tmp_path / "elsewhere")._wandb_init["name"] == "optimizer.lr=0.1"
+    assert len(loggers.wandb(tmp_path / ("x" * 200))._wandb_init["name"]) == 128
+
+
 def test_wandb_missing_is_said(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"pip install 'dalle\[wandb\]'"):

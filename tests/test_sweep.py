@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf.errors import OmegaConfBaseException
 from tiny import ROOT
@@ -41,7 +42,7 @@ def jobs(monkeypatch, tmp_path):
         monkeypatch.setattr(script, "run_job", started.append)
         monkeypatch.setattr(script, "sweep", sweep)
         monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), *arguments])
-        if "hydra=sweep" in arguments:
+        if {"-m", "hydra=sweep"} <= set(arguments):
             with pytest.raises(SystemExit, match="0"):
                 script.main()
         else:
@@ -138,3 +139,23 @@ def test_a_launcher_does_jobs_side_by_side(launcher, monkeypatch, tmp_path):
     ]
     words = [f"hydra/launcher={launcher}", *(["hydra.launcher.n_jobs=2"] if launcher == "joblib" else [])]
     assert load_script().launch(two, words) == ["finished", "finished"]
+
+
+def test_wandbs_own_sweeps(jobs, monkeypatch):
+    """What an agent of docs/wandb_sweep.yaml calls, put together as W&B does it, is a training that works."""
+    utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
+    sweep = yaml.safe_load((ROOT / "docs" / "wandb_sweep.yaml").read_text())
+    lr = sweep["parameters"]["optimizer.lr"]
+    assert isinstance(lr["min"], float)
+    assert isinstance(lr["max"], float)  # 1e-4 would be a word to W&B
+    given = {"optimizer.lr": {"value": lr["min"]}, "optimizer.warmup": {"value": 50}}
+    words = utils.create_sweep_command_args({"args": given})["args_no_hyphens"]
+    command = [w for w in sweep["command"] if not w.startswith("${")] + words
+    assert sweep["command"][-1] == "${args_no_hyphens}"
+    started: list[dict] = []
+    monkeypatch.setattr("dalle.training.may_start", lambda config: started.append(config))
+    jobs(*command)
+    (config,) = started
+    assert config["paths"]["run"] == "logs/wandb_sweep/prior/optimizer.lr=0.0001,optimizer.warmup=50"
+    assert config["logger"]["wandb"]["project"] == sweep["project"]
+    assert sweep["program"] == "train.py"

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from dalle.errors import UserError
 
+MAX_NAME = 128  # of a run, in W&B
+
 
 class MetricsCsv(Logger):
     """``metrics.csv``: a row per logged step, a column per metric. A resumed run goes on in the same file.
@@ -75,16 +77,35 @@ class MetricsCsv(Logger):
 
 
 def wandb(
-    directory: str | Path, project: str = "dalle", name: str | None = None, group: str | None = None
+    directory: str | Path,
+    project: str = "dalle",
+    name: str | None = None,
+    group: str | None = None,
+    logs: str | Path | None = None,
+    resume: bool = False,
 ) -> WandbLogger:
-    """A W&B logger; offline where no account is set up here (``wandb sync`` uploads such a run later)."""
+    """A W&B logger; offline where no account is set up here (``wandb sync`` uploads such a run later).
+
+    Args:
+        name: without one, where `directory` is below `logs`: ``default-prior-optimizer.lr=0.001``.
+        resume: go on in the W&B run that was last written to `directory`, if any.
+    """
     try:
         import wandb  # noqa: F401
     except ImportError:
         raise UserError("logger=wandb needs the wandb package: pip install 'dalle[wandb]'") from None
     mode = os.environ.get("WANDB_MODE", "online" if has_account() else "offline")
-    Path(directory).mkdir(parents=True, exist_ok=True)
-    return WandbLogger(project=project, name=name, group=group, save_dir=directory, mode=mode)
+    folder = Path(directory)
+    below = logs is not None and folder.is_relative_to(logs)
+    name = name or "-".join(
+        folder.relative_to(logs).parts if logs is not None and below else folder.parts[-1:]
+    )
+    begun = sorted(folder.glob("wandb/*run-*-*/"), key=lambda path: path.stat().st_mtime_ns)
+    number = begun[-1].name.rsplit("-", 1)[1] if resume and begun else None
+    folder.mkdir(parents=True, exist_ok=True)
+    return WandbLogger(
+        project=project, name=name[:MAX_NAME], group=group, save_dir=folder, mode=mode, id=number
+    )
 
 
 def has_account() -> bool:
