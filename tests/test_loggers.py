@@ -104,7 +104,9 @@ def test_a_wandb_run_is_named_after_its_directory_and_goes_on_when_resumed(no_ac
     assert second != first
     assert begun(resume=True, name="mine") == ("mine", second)
     assert loggers.wandb(run, logs=tmp_path / "elsewhere")._wandb_init["name"] == "optimizer.lr=0.1"
-    assert len(loggers.wandb(tmp_path / ("x" * 200))._wandb_init["name"]) == 128
+    long = loggers.wandb(tmp_path / ("x" * 200 + "~1a2b3c4d"))._wandb_init["name"]
+    assert len(long) == 128
+    assert long.endswith("xxx~1a2b3c4d")
 
 
 def test_wandb_missing_is_said(monkeypatch, tmp_path):

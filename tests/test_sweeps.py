@@ -145,6 +145,16 @@ def test_a_job_that_outlives_its_sweep_is_waited_for(job, tmp_path, capsys):
     assert noted(orphan)["state"] == "finished"
 
 
+def test_other_ranks_of_a_job_on_slurm_wait_for_nobody(job, monkeypatch):
+    """SLURM itself starts the ranks of a job: all but the first only join in."""
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    with only_one(job("a").run):
+        assert perform(job("a")) == "finished"
+        assert perform(job("b", "import sys; sys.exit(1)")) == "failed"
+    assert times(job("a")) == 1
+    assert not job("a").notes.exists()
+
+
 def test_the_table_has_all_metrics_and_says_what_distinguishes(job, tmp_path, capsys):
     jobs = [job("lr=1"), job("lr=2"), job("bad", FAILS.format(error="UserError('no, or: \"never\"')"))]
     for number, each in enumerate(jobs):

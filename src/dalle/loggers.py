@@ -102,10 +102,10 @@ def wandb(
     )
     begun = sorted(folder.glob("wandb/*run-*-*/"), key=lambda path: path.stat().st_mtime_ns)
     number = begun[-1].name.rsplit("-", 1)[1] if resume and begun else None
+    if len(name) > MAX_NAME:
+        name = f"{name[: MAX_NAME - 31]}...{name[-28:]}"  # what tells jobs of many settings apart ends it
     folder.mkdir(parents=True, exist_ok=True)
-    return WandbLogger(
-        project=project, name=name[:MAX_NAME], group=group, save_dir=folder, mode=mode, id=number
-    )
+    return WandbLogger(project=project, name=name, group=group, save_dir=folder, mode=mode, id=number)
 
 
 def has_account() -> bool:

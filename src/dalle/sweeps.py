@@ -22,6 +22,7 @@ from typing import Any
 from dalle.cli import REASON, STOPPED
 from dalle.processes import beside, call, only_one
 from dalle.runs import Run, write_aside
+from dalle.training import is_main_process
 
 COLUMNS = ("job", "state", "reason", "seconds", "overrides")
 
@@ -77,6 +78,8 @@ def perform(job: Job) -> str:
 
     Returns: finished, stopped or failed.
     """
+    if not is_main_process():  # of several that SLURM has started for one job: its other ranks
+        return "failed" if call(job.command) else "finished"
     with only_one(job.run) as lock:
         if (state := job.settled) is not None:
             return state
