@@ -61,6 +61,7 @@ def train(config: Config) -> dict[str, float]:
     if config["compile"]:
         stage.net.compile()
     trainer = make_trainer(config, run)
+    stage.check_trainer(trainer)
     datamodule.trainer = trainer
     datamodule.train_dataloader()  # refuses a batch larger than the data, while nothing has been touched
     if is_main_process():

@@ -397,7 +397,7 @@ def test_what_needs_a_gpu_is_refused_too(setting, changes):
     assert (stage.clip, stage.trainer.gradient_clip_val) == (1.0, None)
     vars(stage._trainer).update(changes)
     with pytest.raises(UserError, match=f"{setting} does not go with a stage of several optimizers"):
-        stage.configure_callbacks()
+        stage.check_trainer(stage.trainer)
 
 
 PROBE = """

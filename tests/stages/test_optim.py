@@ -80,3 +80,12 @@ def test_only_matrices_and_kernels_are_decayed():
 def test_a_net_without_matrices():
     optimizer, _ = recipe().build(nn.LayerNorm(3), 10)
     assert len(optimizer.param_groups) == 1
+
+
+def test_options_of_another_algorithm_are_left_out():
+    net = nn.Linear(2, 2)
+    tuned = {"betas": (0.5, 0.9), "momentum": 0.9}
+    sgd, _ = Recipe(torch.optim.SGD, lr=0.1, **tuned).build(net, 10)
+    adam, _ = Recipe(torch.optim.AdamW, lr=0.1, **tuned).build(net, 10)
+    assert sgd.defaults["momentum"] == 0.9
+    assert adam.defaults["betas"] == (0.5, 0.9)

@@ -47,7 +47,8 @@ def attend(
     """Multi-head softmax attention of `q` over the keys | values packed in `kv`."""
     q = rearrange(q, "b n (h d) -> b h n d", h=heads)
     k, v = rearrange(kv, "b m (two h d) -> two b h m d", two=2, h=heads)
-    if q.device.type == "cpu" and torch.is_grad_enabled() and q.shape[2] * k.shape[2] <= 2**16:
+    few = torch.is_grad_enabled() and q.shape[2] * k.shape[2] <= 2**16
+    if few and q.device.type == "cpu" and q.dtype != torch.float32:
         # SDPA's backward on the CPU takes 4 to 10 times as long on a few tokens in bf16
         scores = (q * q.shape[3] ** -0.5) @ k.mT
         if causal:

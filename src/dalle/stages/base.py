@@ -109,20 +109,27 @@ class Stage(lightning.LightningModule):
     # Stages with several optimizers set `automatic_optimization = False` and call `descend` in their own
     # `training_step`. Optimizer 0 is that of `net`: its steps are `trainer.global_step`.
 
-    def configure_callbacks(self) -> list[Any]:
-        """Lightning's first call to a stage: takes over what it will not do for such a one, or refuses."""
-        if not self.automatic_optimization:
-            trainer: Any = self.trainer
-            refused = {
-                "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches != 1,
-                "trainer.gradient_clip_algorithm=value": trainer.gradient_clip_algorithm == "value",
-                "precision=fp16": trainer.precision == "16-mixed",
-                "trainer=fsdp": isinstance(trainer.strategy, FSDPStrategy),
-            }
-            for setting in [setting for setting, given in refused.items() if given]:
+    def check_trainer(self, trainer: Any) -> None:
+        """Refuses what a stage that steps by hand cannot do.
+
+        Raises:
+            UserError: naming the setting.
+        """
+        refused = {
+            "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches != 1,
+            "trainer.gradient_clip_algorithm=value": trainer.gradient_clip_algorithm == "value",
+            "precision=fp16": trainer.precision == "16-mixed",
+            "trainer=fsdp": isinstance(trainer.strategy, FSDPStrategy),
+        }
+        for setting in [setting for setting, given in refused.items() if given]:
+            if not self.automatic_optimization:
                 raise UserError(f"{setting} does not go with a stage of several optimizers; leave it out")
-            if trainer.gradient_clip_val is not None:
-                self.clip, trainer.gradient_clip_val = trainer.gradient_clip_val, None
+
+    def configure_callbacks(self) -> list[Any]:
+        """Lightning's first call to a stage: takes over the clipping that it will not do for such a one."""
+        trainer: Any = self.trainer
+        if not self.automatic_optimization and trainer.gradient_clip_val is not None:
+            self.clip, trainer.gradient_clip_val = trainer.gradient_clip_val, None
         return []
 
     def descend(self, loss: Tensor, net: nn.Module, which: int) -> Tensor:

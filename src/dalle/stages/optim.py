@@ -1,5 +1,6 @@
 """How a stage is optimised: the algorithm, the step size over time, and what is decayed."""
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -20,7 +21,8 @@ class Recipe:
         warmup: optimizer steps of linear warm-up from zero.
         decay: shape of the way down to ``final * lr``, from ``decay_start`` to ``decay_end``.
         decay_start, decay_end: fractions of all steps at which the learning rate begins and ends to fall.
-        options: further arguments of the algorithm (betas, eps, fused, momentum ...).
+        options: further arguments of the algorithm (betas, eps, fused, momentum ...). Those it does not have
+            are left out: a model's preset may tune AdamW's betas, and `optimizer=sgd` still works.
     """
 
     def __init__(
@@ -46,7 +48,9 @@ class Recipe:
             {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": self.weight_decay},
             {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
         ]
-        optimizer = self.algorithm([g for g in groups if g["params"]], lr=self.lr, **self.options)
+        known = inspect.signature(self.algorithm).parameters
+        options = {key: value for key, value in self.options.items() if key in known}
+        optimizer = self.algorithm([g for g in groups if g["params"]], lr=self.lr, **options)
         return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
 
     def factor(self, step: int, total_steps: float | int) -> float | int:
