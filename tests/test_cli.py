@@ -41,6 +41,10 @@ def mistake(*overrides: str, primary: str = "train") -> Exception:
         ("sampler=dd", "there is no sampler=dd; did you mean sampler=ddim or sampler=ddpm?"),
         ("modl/net=dit", "there is no setting modl/net; did you mean model/net?"),
         ("model/nte=dit", "there is no setting model/nte; did you mean model/net?"),
+        (
+            "hydra/launcher=basik",
+            "there is no hydra/launcher=basik; did you mean hydra/launcher=basic?; pip install",
+        ),
         ("steps=3", "there is no setting steps; did you mean sampler.steps?"),
         ("lr=1", "there is no setting lr; did you mean optimizer.lr or callbacks.lr?"),
         ("model.width=3", "there is no setting model.width; did you mean model.net.width?"),

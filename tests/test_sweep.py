@@ -1,6 +1,7 @@
 """What train.py does with `-m`: which jobs it starts, in which directories. Nothing is trained here."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -124,10 +125,28 @@ sys.exit("the other has not come")
 """
 
 
+SLURM = {  # as much of it as submitit sees: an array of tasks, started at once
+    "sbatch": """
+for i in $(seq 0 $(grep -oE 'array=0-[0-9]+' "${@: -1}" | grep -oE '[0-9]+$')); do
+  SLURM_JOB_ID=$((9 + i)) SLURM_ARRAY_JOB_ID=9 SLURM_ARRAY_TASK_ID=$i bash "${@: -1}" >/dev/null 2>&1 &
+done
+echo Submitted batch job 9""",
+    "srun": """
+while [[ $1 == -* ]]; do [[ $1 == *=* || $1 == --unbuffered ]] || shift; shift; done
+SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NTASKS=1 SLURM_NNODES=1 SLURM_NODEID=0 SLURM_JOB_NODELIST=here "$@" """,
+    "sacct": "echo 'JobID|State|NodeList'",
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local", "submitit_slurm"])
 def test_a_launcher_does_jobs_side_by_side(launcher, monkeypatch, tmp_path):
-    """Each job ends well only when it meets the other."""
+    """Each job ends well only when it meets the other. SLURM is played by three scripts."""
+    for name, script in SLURM.items():
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{script}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     pytest.importorskip(launcher.split("_")[0])
     monkeypatch.chdir(tmp_path)
     GlobalHydra.instance().clear()

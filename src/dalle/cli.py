@@ -81,7 +81,8 @@ def one_line(error: Exception) -> str:
         )
     if "/" in (wanted := facts.get("missing_cfg_file") or ""):
         group, _, name = wanted.rpartition("/")
-        return f"there is no {group}={name}{_instead(name, facts['options'] or [], group + '=')}"
+        more = "; pip install 'dalle[sweeps]' brings others" if group == "hydra/launcher" else ""
+        return f"there is no {group}={name}{_instead(name, facts['options'] or [], group + '=')}{more}"
     if key and re.match(r"Key '.*' (is )?not in ", str(facts.get("msg"))):
         return f"there is no setting {key}{_settings(key, facts['parent_node'] or {})}"
     if several := re.search(r"Ambiguous value for argument '(.*?)'", message):
