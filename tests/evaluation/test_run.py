@@ -303,3 +303,19 @@ def test_pictures_that_are_not_finite(measure, out, monkeypatch):
     ):
         measure("metrics=[judge]")
     assert list(out.iterdir()) == []
+
+
+def test_time_is_that_of_all_batches_but_the_first():
+    slow_start = [(10.0, 2), (1.0, 2), (2.0, 2)]
+    found = evaluation.speed([slow_start, slow_start], 2**30)
+    assert found["seconds_per_image"].value == 0.75
+    assert found["images_per_second"].value == pytest.approx(2 / 0.75)
+    assert found["images_per_second"].low < 2 / 0.75 < found["images_per_second"].high
+    assert found["peak_memory_gb"].value == 1
+    assert evaluation.speed([[(10.0, 2)]], 0)["seconds_per_image"] == (5.0, 5.0, 5.0)
+
+
+def test_sharded_networks_are_refused(measure, monkeypatch):
+    monkeypatch.setattr(evaluation, "check_machine", lambda _: None)
+    with pytest.raises(UserError, match="trainer=fsdp shards what is trained; evaluate with trainer=ddp"):
+        measure("trainer=fsdp")

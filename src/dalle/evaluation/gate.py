@@ -21,7 +21,7 @@ from dalle.runs import Run, write_aside
 
 CLIP = {"features.weights", "scorer.clip"}  # of the demo itself: another one makes other figures
 SETTINGS: tuple[str, ...] = (
-    "n=512",
+    "n=256",
     "metrics=[fid,kid,precision_recall,clip_score,retrieval,judge]",
     "features=clip",
     "precision=fp32",

@@ -16,7 +16,7 @@ from dalle.evaluation.meters import NEEDS, Distances, Meter, Scores, Verdicts, Z
 from dalle.evaluation.results import Result, machine
 from dalle.evaluation.subjects import Clip, Subject, classes_of, groups_of, scorer_of
 from dalle.metrics.bootstrap import RESAMPLES
-from dalle.metrics.distances import FEWER, LARGE
+from dalle.metrics.distances import FEWER, LARGE, NEIGHBOURS, SPLITS, SUBSET_SIZE, SUBSETS
 from dalle.metrics.features import FeatureNet, clip_features, inception_features, random_features
 from dalle.pipelines.load import PUBLIC, load_any_clip
 
@@ -188,15 +188,22 @@ class Plan:
             "split": config["split"],
             "data": {"source": type(self.source).__name__, "fingerprint": self.source.fingerprint()},
             "image_size": self.subject.image_size,
+            "captions": "the first of each item",
             "seed": self.seed,
             "quantised": "8 bit, rounded",
             "resize_of_real": "none, drawn at this size"
             if isinstance(self.source, Shapes)
             else "bicubic with antialiasing (Pillow), middle square",
+            "constants": {
+                "kid": f"{SUBSETS} subsets of {SUBSET_SIZE}",
+                "inception_score": f"{SPLITS} splits",
+                "precision_recall": f"{NEIGHBOURS} neighbours",
+            },
             "features": next((m.key for m in self.meters if isinstance(m, Distances)), None),
             "scorer": next((m.key for m in self.meters if isinstance(m, Scores)), None),
-            "interval": f"95 %, {RESAMPLES} resamples of the pictures ({FEWER} for FID of over {LARGE} features)",
-            "time": "wall clock of the sampling alone, the first batch of several left out",
+            "interval": f"95 %, {RESAMPLES} resamples of the pictures ({FEWER} for FID of more than {LARGE} "
+            "features)",
+            "time": "wall clock of the sampling alone, mean over batches, the first of several left out",
             "memory": "peak allocated on the GPU"
             if torch.cuda.is_available()
             else "peak of the whole process",

@@ -41,7 +41,6 @@ def evaluate(config: dict[str, Any]) -> Path | None:
     check_machine(config)
     quiet()
     warnings.filterwarnings("ignore", ".*predict returned None.*")  # on purpose: see `Looking`
-    torch.set_float32_matmul_precision("high")
 
     subject = subject_of(config)
     source = source_of(config, subject)
@@ -87,6 +86,8 @@ def noted(config: dict[str, Any], folder: Path) -> Path:
 
 def make_trainer(config: dict[str, Any]) -> lightning.Trainer:
     """Networks decide on their precision themselves: features are always float32."""
+    if config["trainer"]["strategy"] == "fsdp":
+        raise UserError("trainer=fsdp shards what is trained; evaluate with trainer=ddp, or on one device")
     chosen = {key: config["trainer"][key] for key in TRAINER}
     off = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "barebones": False,
            "enable_model_summary": False, "use_distributed_sampler": False}  # fmt: skip
@@ -132,9 +133,7 @@ def finish(plan: Plan, looking: Looking, pooled: dict[str, Any], work: Path) -> 
 def speed(ranks: list[list[tuple[float, int]]], memory: int) -> dict[str, Figure]:
     """Seconds per picture on one device, pictures per second on all, peak memory of the hungriest process."""
     timed = [batch for batches in ranks for batch in (batches[1:] or batches)]
-    each = of_mean(torch.tensor([seconds / count for seconds, count in timed for _ in range(count)]))
-    if len(timed) > 1:  # batches, not pictures, were timed
-        each = of_mean(torch.tensor([seconds / count for seconds, count in timed]))
+    each = of_mean(torch.tensor([seconds / count for seconds, count in timed]))
     return {
         "seconds_per_image": each,
         "images_per_second": Figure(*(len(ranks) / s for s in (each.value, each.high, each.low))),
