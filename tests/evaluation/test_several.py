@@ -119,8 +119,10 @@ def test_families_side_by_side_on_the_same_prompts(command, stages, jobs, tmp_pa
         decoder = stages / name / "decoder"
         lines = "".join(f"{step},{1 / (step + 1)},{1 + k}\n" for step in range(30))
         (decoder / "metrics.csv").write_text(f"step,train/loss,train/grad_norm\n{lines}")
-        manifest = json.loads((decoder / "manifest.json").read_text())
-        (decoder / "manifest.json").write_text(json.dumps({**manifest, "seconds_training": 10.0 * (k + 1)}))
+        for stage in ("clip", "prior", "decoder"):
+            manifest = stages / name / stage / "manifest.json"
+            facts = {**json.loads(manifest.read_text()), "seconds_training": 10.0 * (k + 1)}
+            manifest.write_text(json.dumps(facts))
     shared = ("n=8", "precision=fp32", "trainer=cpu", "features=random")
     ended = command(
         "evaluate.py", f"compare=['{stages}/default*']", *shared, "metrics=[fid,judge,speed,clip_score]"
@@ -132,7 +134,7 @@ def test_families_side_by_side_on_the_same_prompts(command, stages, jobs, tmp_pa
     assert len({row["protocol"] for row in families.values()}) == 1
     assert "measured by another protocol" not in ended.out
     unclip = families["unclip"]
-    assert (unclip["training/seconds.low"], unclip["training/seconds.high"]) == ("10.0", "20.0")
+    assert (unclip["training/seconds.low"], unclip["training/seconds.high"]) == ("30.0", "60.0")
     for kind, row in families.items():
         assert f"| {kind} |" in ended.out
         assert all(row[name] for name in ("fid_random_biased", "judge/all", "clip_score", "parameters")), kind

@@ -36,20 +36,25 @@ def test_spikes():
 def test_figures_of_one_run(tmp_path):
     losses = wave()
     losses[50] = 9.0
-    found = stability([run(tmp_path / "a", [*losses[:-1], math.nan], norms=[1.0] * 90 + [4.0] * 10)])
+    run(tmp_path / "decoder", [*losses[:-1], math.nan], norms=[1.0] * 90 + [4.0] * 10)
+    run(tmp_path / "prior", wave(), seconds=5.0)
+    run(tmp_path / "clip", wave(), seconds=99.0)
+    found = stability([tmp_path], "decoder", ["prior", "decoder", "ViT-B-32"])
     assert found["training/spikes"].value == pytest.approx(1000 / 100)
     assert found["training/not_finite"].value == 1
     assert found["training/grad_spread"].value == 4.0
-    assert found["training/seconds"].value == 10.0
+    assert found["training/seconds"].value == 15.0
 
 
 def test_several_seeds_give_mean_least_and_most(tmp_path):
-    runs = [run(tmp_path / str(k), wave(), seconds=10.0 * k) for k in (1, 2, 6)]
-    runs.append(run(tmp_path / "not done", wave(), seconds=1e6, finished=False))
-    assert stability(runs)["training/seconds"] == (30.0, 10.0, 60.0)
+    for k in (1, 2, 6):
+        run(tmp_path / str(k) / "gan", wave(), seconds=10.0 * k)
+    run(tmp_path / "not done" / "gan", wave(), seconds=1e6, finished=False)
+    found = stability(sorted(tmp_path.iterdir()), "gan", ["gan"])
+    assert found["training/seconds"] == (30.0, 10.0, 60.0)
 
 
 def test_a_run_without_a_log_has_its_time_only(tmp_path):
-    one = run(tmp_path / "a", wave())
+    one = run(tmp_path / "gan", wave())
     (one.path / "metrics.csv").unlink()
-    assert set(stability([one])) == {"training/seconds"}
+    assert set(stability([tmp_path], "gan", ["gan"])) == {"training/seconds"}

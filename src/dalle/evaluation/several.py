@@ -56,8 +56,8 @@ def compare(script: str, config: dict[str, Any], overrides: Sequence[str]) -> No
     for job, (kind, folders) in zip(jobs, families, strict=True):
         found, missing = run_all(script, [job])
         for result in found:
-            stage = MAIN.get(kind, kind)
-            result.figures |= stability([Run(folder / stage) for folder in folders])
+            stages = [Path(path).name for path in result.subject["paths"].values()]
+            result.figures |= stability(folders, MAIN.get(kind, kind), stages)
         results, failed = results + found, failed + missing
     home = Path(config["paths"]["logs"], "comparisons")
     conclude(results, failed, home, f"compare={','.join(entries(config['compare']))}")

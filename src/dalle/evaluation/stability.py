@@ -5,12 +5,13 @@ training/spikes        per thousand logged steps: losses above the median of the
 training/not_finite    logged steps whose loss is no number
 training/skipped       steps left out by the training itself, where it says so
 training/grad_spread   95th percentile of the gradient norm over its median, where it is logged
-training/seconds       of the stage that makes the pictures
+training/seconds       of all stages together
 """
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from statistics import median
 
 from dalle.metrics.bootstrap import Figure
@@ -20,9 +21,16 @@ BEFORE, DEVIATIONS = 20, 6.0
 LOSSES = ("train/loss", "train/loss_g", "train/loss_d")  # not those of parts of the time
 
 
-def stability(runs: Sequence[Run]) -> dict[str, Figure]:
-    """The figures of those runs that are finished."""
-    measured = [of_run(run) for run in runs if run.finished]
+def stability(folders: Sequence[Path], main: str, stages: Iterable[str]) -> dict[str, Figure]:
+    """The figures of those folders (one for each seed) whose stage `main`, which makes the pictures, is
+    finished; `stages` are the names of all runs that the pipeline is put together from.
+    """
+    stages, measured = list(stages), []
+    for folder in [folder for folder in folders if Run(folder / main).finished]:
+        runs = [run for run in (Run(folder / stage) for stage in stages) if run.finished]
+        seconds = sum(run.manifest().get("seconds_training", math.nan) for run in runs)
+        known = {"seconds": float(seconds)} if math.isfinite(seconds) else {}
+        measured.append({**known, **of_run(Run(folder / main))})
     found = {}
     for name in dict.fromkeys(name for figures in measured for name in figures):
         values = [figures[name] for figures in measured if name in figures]
@@ -34,16 +42,16 @@ def of_run(run: Run) -> dict[str, float]:
     columns = read_columns(run)
     losses = [columns[name] for name in LOSSES if columns.get(name)]
     logged = sum(map(len, losses))
-    found = {"seconds": float(run.manifest().get("seconds_training", math.nan))}
+    found: dict[str, float] = {}
     if logged:
         found["spikes"] = 1000 * sum(map(spikes, losses)) / logged
         found["not_finite"] = float(sum(not math.isfinite(v) for values in losses for v in values))
     if skipped := columns.get("train/skipped"):
         found["skipped"] = sum(skipped)
     if norms := next((column for name, column in columns.items() if "grad_norm" in name), None):
-        ordered = sorted(norm for norm in norms if math.isfinite(norm))
+        ordered = sorted(norm for norm in norms if math.isfinite(norm)) or [0.0]
         found["grad_spread"] = ordered[int(0.95 * (len(ordered) - 1))] / max(median(ordered), 1e-12)
-    return {name: value for name, value in found.items() if math.isfinite(value)}
+    return found
 
 
 def read_columns(run: Run) -> dict[str, list[float]]:
