@@ -121,6 +121,26 @@ def test_a_folder_of_the_same_pictures_gives_the_same_figures(measure, out, untr
     )
 
 
+def test_a_folder_with_broken_pictures_and_without_captions(measure, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for k in range(5):
+        Image.new("RGB", (16, 16), (50 * k, 0, 0)).save(folder / f"{k}.png")
+    (folder / "2.png").write_bytes(b"no picture")
+    given = (f"folder='{folder}'", "features=random", "n=null")
+    with pytest.raises(UserError, match="compared with real ones; say which: data=folder"):
+        measure(*given, fast=())
+    with pytest.warns(UserWarning, match="4 pictures are used; 1 are broken"):
+        result = measure(*given, "data=shapes", "data.size=32", fast=())
+    assert result.figures["broken_pictures"].value == 1
+    assert (result.protocol["pictures"], result.protocol["real_pictures"]) == (4, 4)
+    assert {"fid", "kid", "precision_recall"} == set(result.metrics)
+    with pytest.raises(
+        UserError, match="clip_score cannot be measured here: not every picture has"
+    ):
+        measure(*given, "data=shapes", "metrics=[clip_score]", fast=())
+
+
 def test_the_protocol_is_beside_the_figures(measure, out, untrained_stages):
     measure("features=random", "guidance=2", "sampler=dpmpp", "seed=3", "split=val")
     facts = json.loads((out / "001" / "result.json").read_text())

@@ -31,6 +31,8 @@ def one(config: dict[str, Any]) -> None:
 
 def sweep(script: str, configs: Sequence[dict[str, Any]], overrides: Sequence[list[str]]) -> None:
     """All jobs of `-m`, then a table and a report of them."""
+    if configs[0]["compare"]:
+        raise UserError("compare= measures several pipelines by itself; leave out -m")
     results, failed = run_all(script, overrides)
     home = Path(configs[0]["paths"]["logs"], configs[0]["name"], "reports")
     conclude(results, failed, home, " ".join(dict.fromkeys(word for words in overrides for word in words)))
