@@ -106,6 +106,32 @@ class TestCodebook:
         assert torch.equal(net.codebook.codebook, before)
 
 
+class TestFiniteScalars:
+    """Mentzer et al. 2023: a code is the mixed-radix number of a few rounded ones."""
+
+    LEVELS = (3, 4)
+
+    def test_codes_and_pictures(self):
+        net = make(levels=self.LEVELS).train()
+        made, codes, commitment = net(pictures())
+        assert commitment == 0
+        assert codes.shape == (4, 16)
+        assert 0 <= codes.min() <= codes.max() < 12
+        assert torch.equal(net.encode(pictures()), codes)
+        torch.testing.assert_close(net.decode(codes), made.clamp(-1, 1))
+
+    def test_every_code_is_a_point_of_the_grid(self):
+        table = make(levels=self.LEVELS).codebook.implicit_codebook
+        assert table.shape == (12, 2)
+        assert [len(column.unique()) for column in table.T] == list(self.LEVELS)
+        assert len(table.unique(dim=0)) == 12
+
+    def test_gradients_reach_the_encoder(self):
+        net = make(levels=self.LEVELS).train()
+        net(pictures())[0].square().mean().backward()
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.encoder.parameters())
+
+
 @pytest.mark.parametrize(("multipliers", "patch", "grid"), [([1], 1, 16), ([1, 2], 2, 4), ([1, 1, 2], 1, 4)])
 def test_grids(multipliers, patch, grid):
     net = make(multipliers=multipliers, patch=patch).train()
@@ -132,6 +158,8 @@ def test_codes_and_their_distances_are_fp32():
     [
         ({"image_size": 18}, "image_size=18 does not divide into patches of 4"),
         ({"multipliers": []}, "does not divide"),
+        ({"levels": [4, 4]}, r"levels=\[4, 4\] make 16 codes, but vocab_size=12"),
+        ({"levels": [2, 6]}, "each level is at least 3"),
     ],
 )
 def test_sizes_that_do_not_fit(options, message):

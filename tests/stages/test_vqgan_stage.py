@@ -47,6 +47,13 @@ def test_loss_without_the_discriminator():
     torch.testing.assert_close(out["reconstruction"], stage.net.decode(codes))
 
 
+def test_squared_error_alone():
+    stage, batch = make_stage(perceptual_weight=0.0, pixel_loss="mse").eval(), make_batch()
+    out = stage.step(batch)
+    torch.testing.assert_close(out["loss"], (stage.net(batch["image"])[0] - batch["image"]).square().mean())
+    assert "perceptual" not in out
+
+
 def test_the_perceptual_network_is_no_part_of_the_stage():
     stage = make_stage()
     stage.step(make_batch())

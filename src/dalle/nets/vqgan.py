@@ -1,18 +1,21 @@
 """The autoencoder of VQGAN (Esser et al. 2021, sec. 3.1) and its discriminator.
 
 Residual blocks with group norms; the codebook is VQ-VAE's moving average of the encoder's outputs (van den
-Oord et al. 2017, App. A.1), and codes that died are drawn anew from them. What differs from the release: no
+Oord et al. 2017, App. A.1), and codes that died are drawn anew from them. Or there is none: finite scalar
+quantization (Mentzer et al. 2023) rounds a few numbers, and no code can die. What differs from the release: no
 attention, and the discriminator has group norms for batch norms, so that pictures do not see their
 neighbours and ranks need not agree.
 """
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from vector_quantize_pytorch import VectorQuantize
+from vector_quantize_pytorch import FSQ, VectorQuantize
 
 from dalle.errors import UserError
 from dalle.nets.blocks import GroupNorm
@@ -46,9 +49,11 @@ class VQGAN(nn.Module):
         commitment: weight of the pull of the encoder's outputs to their codes.
         decay: of the moving average that the codebook is.
         dead_below: codes whose average use in a batch falls below are drawn anew; 0: never.
+        levels: of finite scalar quantization, whose product is `vocab_size`; the four before are of a
+            codebook, so `code_dim` is then only what the rounded numbers are projected from and to.
 
     Raises:
-        UserError: sizes that do not divide, or pictures of another size.
+        UserError: sizes that do not divide, levels of another vocabulary, or pictures of another size.
     """
 
     def __init__(
@@ -63,6 +68,7 @@ class VQGAN(nn.Module):
         commitment: float | int = 0.25,
         decay: float | int = 0.99,
         dead_below: float | int = 0.0,
+        levels: Sequence[int] | None = None,
     ):
         super().__init__()
         halvings = len(multipliers) - 1
@@ -85,15 +91,24 @@ class VQGAN(nn.Module):
         down += [GroupNorm(widths[-1]), nn.Conv2d(widths[-1], code_dim, 1)]
         self.encoder = nn.Sequential(*down)
 
-        self.codebook = VectorQuantize(
-            dim=code_dim,
-            codebook_size=vocab_size,
-            decay=decay,
-            commitment_weight=commitment,
-            threshold_ema_dead_code=dead_below,  # pyright: ignore[reportArgumentType]
-            kmeans_init=True,
-            rotation_trick=False,
-            accept_image_fmap=True,
+        if levels is not None and (min(levels, default=0) < 3 or math.prod(levels) != vocab_size):
+            raise UserError(
+                f"levels={list(levels)} make {math.prod(levels)} codes, but vocab_size={vocab_size}; "
+                "each level is at least 3 and their product the vocabulary."
+            )
+        self.codebook: Any = (
+            VectorQuantize(
+                dim=code_dim,
+                codebook_size=vocab_size,
+                decay=decay,
+                commitment_weight=commitment,
+                threshold_ema_dead_code=dead_below,  # pyright: ignore[reportArgumentType]
+                kmeans_init=True,
+                rotation_trick=False,
+                accept_image_fmap=True,
+            )
+            if levels is None
+            else FSQ(list(levels), dim=code_dim)
         )
 
         up: list[nn.Module] = [nn.Conv2d(code_dim, widths[-1], 3, padding=1)]
@@ -124,18 +139,24 @@ class VQGAN(nn.Module):
         """
         z = self.latents(image)
         with torch.autocast(image.device.type, enabled=False):
-            quantized, codes, commitment = self.codebook(z)
-        return self.draw(quantized), codes.flatten(1), commitment.sum()
+            quantized, codes, *commitment = self.codebook(z)
+        pull = commitment[0].sum() if commitment else z.new_zeros(())
+        return self.draw(quantized), codes.long().flatten(1), pull
 
     def encode(self, image: Float[Tensor, "B 3 H W"]) -> Int64[Tensor, "B N"]:
         """The nearest code of every place, row by row; the codebook stays as it is."""
-        z = self.latents(image).flatten(2).mT
+        z = self.latents(image)
         with torch.autocast(image.device.type, enabled=False):
-            table = self.codebook.codebook.expand(len(z), -1, -1)
+            if isinstance(self.codebook, FSQ):
+                return self.codebook(z)[1].long().flatten(1)
+            z, table = z.flatten(2).mT, self.codebook.codebook.expand(len(z), -1, -1)
             return torch.cdist(z, table).argmin(dim=2)
 
     def decode(self, codes: Int64[Tensor, "B N"]) -> Float[Tensor, "B 3 H W"]:
-        z = F.embedding(codes.unflatten(1, (self.grid, self.grid)), self.codebook.codebook)
+        codes = codes.unflatten(1, (self.grid, self.grid))
+        if isinstance(self.codebook, FSQ):
+            return self.draw(self.codebook.indices_to_codes(codes)).clamp(-1, 1)
+        z = F.embedding(codes, self.codebook.codebook)
         return self.draw(z.permute(0, 3, 1, 2)).clamp(-1, 1)
 
 

@@ -1,6 +1,6 @@
 """VQGAN's training (Esser et al. 2021, sec. 3.1): codes whose pictures look right, not only near.
 
-    G: |x - G(x)| + perceptual distance + lambda * (-D(G(x))) + commitment
+    G: |x - G(x)| + perceptual distance + lambda * (-D(G(x))) + commitment; or (x - G(x))^2 for the first
     D: hinge loss, (relu(1 - D(x)) + relu(1 + D(G(x)))) / 2
     lambda = weight * |grad of the first two| / |grad of -D|, both at the last layer of the decoder
 
@@ -10,7 +10,7 @@ encoder's side; there the default puts it on the codebook's.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +32,9 @@ class VQGANStage(Stage):
         discriminator: (B, 3, H, W) -> logits of patches.
         perceptual: makes a distance of two batches of pictures -> (B,); called when training begins.
         optimizer: the recipe of both networks.
-        perceptual_weight: of that distance, beside the absolute error.
-        adversarial_weight: of the discriminator's opinion, before the adaptive weight.
+        pixel_loss: l1, the absolute error, or mse, the squared one: VQ-VAE's, blind to texture and quick.
+        perceptual_weight: of that distance, beside the pixels' error; 0: it is not computed.
+        adversarial_weight: of the discriminator's opinion, before the adaptive weight; 0: there is none.
         disc_start: step at which the discriminator joins.
     """
 
@@ -45,6 +46,7 @@ class VQGANStage(Stage):
         discriminator: nn.Module,
         perceptual: Callable[[], nn.Module],
         optimizer: Recipe | None = None,
+        pixel_loss: Literal["l1", "mse"] = "l1",
         perceptual_weight: float | int = 1.0,
         adversarial_weight: float | int = 0.8,
         disc_start: int = 0,
@@ -56,7 +58,7 @@ class VQGANStage(Stage):
         self.make_perceptual = perceptual
         self.frozen: tuple[nn.Module, ...] = ()  # no child: neither trained nor saved
         self.perceptual_weight, self.adversarial_weight = perceptual_weight, adversarial_weight
-        self.disc_start = disc_start
+        self.disc_start, self.pixel_loss = disc_start, pixel_loss
 
     def perceptual(self, made: Tensor, image: Tensor) -> Float[Tensor, "B"]:
         if not self.frozen:
@@ -68,8 +70,12 @@ class VQGANStage(Stage):
         """The picture through its codes, and the losses that do not need the discriminator."""
         image = batch["image"]
         made, codes, commitment = self.net(image)
-        out = {"l1": (made - image).abs().mean(), "perceptual": self.perceptual(made, image).mean()}
-        out["nll"] = out["l1"] + self.perceptual_weight * out["perceptual"]
+        error = made - image
+        pixels = error.square().mean() if self.pixel_loss == "mse" else error.abs().mean()
+        out = {self.pixel_loss: pixels, "nll": pixels}
+        if self.perceptual_weight:
+            out["perceptual"] = self.perceptual(made, image).mean()
+            out["nll"] = pixels + self.perceptual_weight * out["perceptual"]
         return made, {**out, "commitment": commitment, "codes": codes}
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
