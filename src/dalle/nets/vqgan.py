@@ -2,8 +2,8 @@
 
 Residual blocks with group norms; the codebook is VQ-VAE's moving average of the encoder's outputs (van den
 Oord et al. 2017, App. A.1), and codes that died are drawn anew from them. Or there is none: finite scalar
-quantization (Mentzer et al. 2023) rounds a few numbers, and no code can die. What differs from the release: no
-attention, and the discriminator has group norms for batch norms, so that pictures do not see their
+quantization (Mentzer et al. 2023) rounds a few numbers, and no code can die. What differs from the release:
+no attention, and the discriminator has group norms for batch norms, so that pictures do not see their
 neighbours and ranks need not agree.
 """
 
