@@ -135,9 +135,7 @@ def test_a_folder_with_broken_pictures_and_without_captions(measure, tmp_path):
     assert result.figures["broken_pictures"].value == 1
     assert (result.protocol["pictures"], result.protocol["real_pictures"]) == (4, 4)
     assert {"fid", "kid", "precision_recall"} == set(result.metrics)
-    with pytest.raises(
-        UserError, match="clip_score cannot be measured here: not every picture has"
-    ):
+    with pytest.raises(UserError, match="clip_score cannot be measured here: not every picture has"):
         measure(*given, "data=shapes", "metrics=[clip_score]", fast=())
 
 
