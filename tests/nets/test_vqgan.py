@@ -132,6 +132,16 @@ class TestFiniteScalars:
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.encoder.parameters())
 
 
+def test_a_patchwise_code_is_of_its_own_patch_alone():
+    net = make(levels=(3, 4), patchwise=16)
+    image, other = pictures(2)[:1], pictures(2)[1:]
+    image[:, :, 4:8, 8:12] = other[:, :, 4:8, 8:12]  # row 1, column 2 of a grid of 4
+    before, same, mixed = net.latents(pictures(2)[:1]), net.latents(other), net.latents(image)
+    torch.testing.assert_close(mixed[:, :, 1, 2], same[:, :, 1, 2])
+    mixed[:, :, 1, 2] = before[:, :, 1, 2]
+    torch.testing.assert_close(mixed, before)
+
+
 @pytest.mark.parametrize(("multipliers", "patch", "grid"), [([1], 1, 16), ([1, 2], 2, 4), ([1, 1, 2], 1, 4)])
 def test_grids(multipliers, patch, grid):
     net = make(multipliers=multipliers, patch=patch).train()

@@ -3,8 +3,8 @@
 Residual blocks with group norms; the codebook is VQ-VAE's moving average of the encoder's outputs (van den
 Oord et al. 2017, App. A.1), and codes that died are drawn anew from them. Or there is none: finite scalar
 quantization (Mentzer et al. 2023) rounds a few numbers, and no code can die. What differs from the release:
-no attention, and the discriminator has group norms for batch norms, so that pictures do not see their
-neighbours and ranks need not agree.
+no attention; a code may be made of its own patch alone; and the discriminator has group norms for batch
+norms, so that pictures do not see their neighbours and ranks need not agree.
 """
 
 import math
@@ -35,6 +35,32 @@ class Block(nn.Module):
         return self.skip(x) + self.conv2(self.norm2(self.conv1(self.norm1(x))))
 
 
+class PatchEncoder(nn.Module):
+    """An MLP on patches that know nothing of each other: equal patches have equal codes.
+
+    Convolutions hide much of a picture's detail in the codes of plain background beside it; those are then
+    as hard to predict for a transformer as the rest. What a patch does not say the decoder sees around it.
+    """
+
+    def __init__(self, patch: int, width: int, code_dim: int):
+        super().__init__()
+        self.patch = patch
+        self.inlet = nn.Linear(3 * patch**2, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+            )
+            for _ in range(2)
+        )
+        self.outlet = nn.Linear(width, code_dim)
+
+    def forward(self, image: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D h w"]:
+        x = self.inlet(F.pixel_unshuffle(image, self.patch).permute(0, 2, 3, 1))
+        for block in self.blocks:
+            x = x + block(x)
+        return self.outlet(x).permute(0, 3, 1, 2)
+
+
 class VQGAN(nn.Module):
     """Pictures to codes and back.
 
@@ -51,6 +77,7 @@ class VQGAN(nn.Module):
         dead_below: codes whose average use in a batch falls below are drawn anew; 0: never.
         levels: of finite scalar quantization, whose product is `vocab_size`; the four before are of a
             codebook, so `code_dim` is then only what the rounded numbers are projected from and to.
+        patchwise: width of a `PatchEncoder` in place of the convolutions on the way to the codes.
 
     Raises:
         UserError: sizes that do not divide, levels of another vocabulary, or pictures of another size.
@@ -69,6 +96,7 @@ class VQGAN(nn.Module):
         decay: float | int = 0.99,
         dead_below: float | int = 0.0,
         levels: Sequence[int] | None = None,
+        patchwise: int | None = None,
     ):
         super().__init__()
         halvings = len(multipliers) - 1
@@ -83,13 +111,15 @@ class VQGAN(nn.Module):
         widths = [width * m for m in multipliers]
         pixels = 3 * patch**2
 
-        down: list[nn.Module] = [nn.Conv2d(pixels, widths[0], 3, padding=1)]
+        down: list[nn.Module] = [nn.PixelUnshuffle(patch), nn.Conv2d(pixels, widths[0], 3, padding=1)]
         for level, n in enumerate(widths):
             if level:
                 down.append(nn.Conv2d(widths[level - 1], n, 3, stride=2, padding=1))
             down += [Block(n, n) for _ in range(blocks)]
         down += [GroupNorm(widths[-1]), nn.Conv2d(widths[-1], code_dim, 1)]
-        self.encoder = nn.Sequential(*down)
+        self.encoder = (
+            nn.Sequential(*down) if patchwise is None else PatchEncoder(factor, patchwise, code_dim)
+        )
 
         if levels is not None and (min(levels, default=0) < 3 or math.prod(levels) != vocab_size):
             raise UserError(
@@ -124,8 +154,7 @@ class VQGAN(nn.Module):
         height, width = image.shape[2:]
         if (height, width) != (self.image_size, self.image_size):
             raise UserError(f"this VQGAN takes pictures of {self.image_size} px, not {width} x {height}.")
-        x = F.pixel_unshuffle(image, self.patch).contiguous(memory_format=torch.channels_last)
-        return self.encoder(x).float()
+        return self.encoder(image.contiguous(memory_format=torch.channels_last)).float()
 
     def draw(self, z: Float[Tensor, "B D h w"]) -> Float[Tensor, "B 3 H W"]:
         return F.pixel_shuffle(self.outlet(self.decoder(z)).float(), self.patch)
