@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from dalle.callbacks import Ema, GenerationTest, LastCheckpoint, LossByTime, SampleGrid, Throughput, take
 from dalle.data.shapes import Shapes
+from dalle.loggers import log_verdicts
 from dalle.stages.base import Stage
 from dalle.stages.optim import Recipe
 
@@ -237,8 +238,9 @@ class TestLossByTime:
 
 class TestThroughput:
     def test_counts_samples_of_all_ranks_but_no_validation(self, monkeypatch):
-        clock = iter([10.0, 12.0, 50.0, 54.0])
+        clock, work = iter([10.0, 12.0, 50.0, 54.0]), iter([1.0, 4.0, 4.0, 8.0])
         monkeypatch.setattr("dalle.callbacks.time.perf_counter", lambda: next(clock))
+        monkeypatch.setattr("dalle.callbacks.time.process_time", lambda: next(work))
         callback, logged = Throughput(), []
         stage, trainer = Line(), fake_trainer(world_size=2, global_step=1, log_every_n_steps=2)
         stage.log = lambda key, value: logged.append((key, value))
@@ -248,11 +250,11 @@ class TestThroughput:
         trainer.global_step = 2
         callback.on_train_batch_start(trainer, stage, batch, 1)
         callback.on_train_batch_end(trainer, stage, None, batch, 1)  # at 12 s
-        assert logged == [("train/samples_per_second", 2 * 16 / 2)]
+        assert logged == [("train/samples_per_second", 2 * 16 / 2), ("train/cpu_cores", (4 - 1) / 2)]
         callback.on_validation_start()
         callback.on_train_batch_start(trainer, stage, batch, 2)  # at 50 s
         callback.on_train_batch_end(trainer, stage, None, batch, 2)  # at 54 s
-        assert logged[1][1] == 16 / 4
+        assert [value for _, value in logged[2:]] == [16 / 4, (8 - 4) / 4]
 
 
 class Ender(lightning.Callback):
@@ -375,6 +377,10 @@ class Clip(nn.Module):
 
 
 class TestGenerationTest:
+    @pytest.fixture(autouse=True)
+    def place(self, tmp_path):
+        self.folder = tmp_path / "samples"
+
     def run(self, items: int, world: int = 1, clip: nn.Module | None = None, pictures=lambda made: made):
         source = Shapes("test", image_size=32, size=64)
         batch = {
@@ -383,9 +389,10 @@ class TestGenerationTest:
             "image": source.images(range(16)),
         }
         datamodule = SimpleNamespace(split=lambda name: source, clip=clip, pictures=pictures)
-        trainer, stage, logged = fake_trainer(datamodule=datamodule, world_size=world), Copyist(), {}
+        trainer = fake_trainer(datamodule=datamodule, world_size=world, loggers=[])
+        stage, logged = Copyist(), {}
         stage.log_dict = lambda table, **_: logged.update(table)
-        callback = GenerationTest(items=items)
+        callback = GenerationTest(self.folder, items=items, rows=10)
         callback.on_test_start(trainer, stage)
         for i in range(2):
             part = {k: v[8 * i : 8 * i + 8] for k, v in batch.items()}
@@ -402,6 +409,20 @@ class TestGenerationTest:
         )
         assert 0 < source.unseen(range(12)).sum() < 12
         assert logged[next(k for k in logged if k.startswith("test/fid"))] == pytest.approx(0, abs=1e-3)
+
+    def test_the_first_are_shown_with_their_verdicts(self, monkeypatch):
+        shown = []
+        monkeypatch.setattr(
+            "dalle.callbacks.log_verdicts", lambda *given: shown.append(given) or log_verdicts(*given)
+        )
+        _, _, source = self.run(items=12, clip=Clip())
+        ((_, key, captions, images, verdicts),) = shown
+        assert key == "test/verdicts"
+        assert list(captions) == [source.captions(i)[0] for i in range(10)]
+        assert (images - source.images(range(10))).abs().max() < 0.5 / 127.5 + 1e-5
+        assert verdicts["all"].tolist() == [1.0] * 10
+        with Image.open(self.folder / "test.png") as picture:
+            assert picture.width > 4 * 32
 
     def test_without_a_clip_the_judge_judges(self, tmp_path, monkeypatch):
         monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))  # no Inception either

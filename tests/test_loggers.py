@@ -1,16 +1,21 @@
-"""metrics.csv across resumed runs, and W&B without an account."""
+"""metrics.csv across resumed runs, W&B without an account, and what loggers are given besides numbers."""
 
 import csv
+import shutil
 import sys
+from types import SimpleNamespace
+from unittest.mock import Mock
 
+import lightning
 import pytest
 import torch
 from PIL import Image
-from tiny import wandb_records, without_account
+from tiny import wandb_history, wandb_records, without_account
 
 from dalle import loggers
 from dalle.errors import UserError
-from dalle.loggers import MetricsCsv
+from dalle.loggers import MetricsCsv, RunLogger, artifact_name, in_words, log_verdicts
+from dalle.runs import Run
 
 
 def read(path) -> list[dict[str, str]]:
@@ -81,7 +86,7 @@ def test_wandb_is_offline_without_an_account(no_account, tmp_path):
     finally:
         wandb.finish()
     (offline,) = (run / "wandb").glob("offline-run-*")
-    assert b"train/loss" in wandb_records(offline)
+    assert wandb_history(wandb_records(offline))["train/loss"] == 0.5
     assert len(list(offline.glob("files/media/images/samples_*.png"))) == 1
 
 
@@ -135,3 +140,77 @@ def test_wandb_login_is_found(no_account, monkeypatch, tmp_path):
     assert not loggers.has_account()
     netrc.write_text("nonsense\n")
     assert not loggers.has_account()
+
+
+class Account:
+    """What an online W&B run is told."""
+
+    offline = False
+
+    def __init__(self):
+        self.config, self.used, self.logged = {}, [], []
+
+    def use_artifact(self, artifact, aliases):
+        self.used.append((artifact.name, artifact.digest, aliases))
+
+    def log_artifact(self, artifact, aliases=("latest",)):
+        self.logged.append((artifact.name, artifact.digest, list(aliases)))
+
+
+def run_logger(logs, artifact_gb: float = 1.0) -> tuple[RunLogger, Account]:
+    log = loggers.wandb(logs / "w", logs=logs, artifact_gb=artifact_gb)
+    account = Account()
+    account.config = SimpleNamespace(update=lambda values, **_: account.__dict__.update(values))
+    log._experiment = account
+    return log, account
+
+
+def test_what_one_run_leaves_is_what_the_next_is_made_from(no_account, untrained_stages, tmp_path):
+    logs = tmp_path / "logs"
+    shutil.copytree(untrained_stages, logs)
+    clip = Run(logs / "default" / "clip")
+    weights = clip.manifest()["weights"]
+    log, first = run_logger(logs)
+    log.log_run(clip)
+    log, second = run_logger(logs)
+    log.log_upstream([clip])
+    (logged,), (used,) = first.logged, second.used
+    assert logged == ("default-clip", used[1], ["latest", weights])
+    assert used == ("default-clip", logged[1], [weights])
+    assert second.uses == [f"default-clip:{weights}"]
+
+
+def test_large_weights_stay_here(no_account, untrained_stages, tmp_path, capsys):
+    logs = tmp_path / "logs"
+    shutil.copytree(untrained_stages, logs)
+    prior = Run(logs / "default" / "prior")
+    (prior.path / "samples").mkdir()
+    Image.new("RGB", (8, 8)).save(prior.path / "samples" / "step-0000002.png")
+    log, account = run_logger(logs, artifact_gb=1e-6)
+    log.log_run(prior)
+    log.log_upstream([prior])
+    assert [name for name, _, _ in account.logged] == ["default-prior-samples"]
+    assert account.used == []
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert f"not given the weights in {prior}: over logger.wandb.artifact_gb=1e-06" in said
+    log, account = run_logger(logs, artifact_gb=0)
+    log.log_run(prior)
+    assert capsys.readouterr().out == ""
+
+
+def test_names_of_artifacts(tmp_path):
+    job = tmp_path / "default" / "prior" / "optimizer.lr=0.1,model.net.width=64"
+    assert artifact_name(job, tmp_path) == "default-prior-optimizer.lr-0.1-model.net.width-64"
+    assert len(artifact_name(tmp_path / ("x" * 300), tmp_path) + "-samples") <= 128
+
+
+def test_verdicts_without_a_judge_and_in_words():
+    trainer = Mock(spec=lightning.Trainer, loggers=[], global_step=1)
+    bare = log_verdicts(trainer, "key", ["a dog", "a cat"], torch.zeros(2, 3, 8, 8), {})
+    marks = {"colour": torch.tensor([0.0, float("nan")]), "all": torch.tensor([0.0, 1.0])}
+    judged = log_verdicts(trainer, "key", ["a dog", "a cat"], torch.zeros(2, 3, 8, 8), marks)
+    assert bare.tobytes() != judged.tobytes()
+    assert in_words({}) == ""
+    assert in_words({"colour": None, "count": True, "all": True}) == "(right)"
+    assert in_words({"colour": False, "count": False, "all": False}) == "(not: colour, count)"

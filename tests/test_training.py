@@ -14,7 +14,16 @@ import lightning
 import pytest
 import torch
 import yaml
-from tiny import column, configure, train, wandb_records, weights, without_account
+from tiny import (
+    column,
+    configure,
+    train,
+    wandb_config,
+    wandb_history,
+    wandb_records,
+    weights,
+    without_account,
+)
 from torch import Tensor
 
 from dalle import training
@@ -102,7 +111,8 @@ def test_a_run_leaves_what_the_readme_says(trained, stage):
     run = Run(trained / "default" / stage)
     files = {"config.yaml", "last.ckpt", "model.safetensors", "manifest.json", "metrics.csv"}
     tokenizer = {"tokenizer.json"} if stage in ("clip", "dalle") else set()
-    assert {p.name for p in run.path.iterdir()} == files | tokenizer
+    samples = {"samples"} if stage in ("decoder", "dalle") else set()
+    assert {p.name for p in run.path.iterdir()} == files | tokenizer | samples
     manifest = run.manifest()
     assert (manifest["stage"], manifest["steps"], manifest["image_size"]) == (stage, 2, 16)
     assert manifest["parameters"] == sum(p.numel() for p in load_stage(run.path)[0].net.parameters())
@@ -377,7 +387,7 @@ def test_several_loggers(logs):
 
     events = EventAccumulator(str(run.path / "tensorboard"), size_guidance={"images": 0}).Reload()
     assert {"train/loss", "val/loss", "test/judge/all"} <= set(events.Tags()["scalars"])
-    assert events.Tags()["images"] == ["samples"]
+    assert events.Tags()["images"] == ["samples", "test/verdicts_sheet"]
     assert [round(e.value, 5) for e in events.Scalars("train/loss")] == [
         round(v, 5) for v in column(run, "train/loss").values()
     ]
@@ -386,14 +396,43 @@ def test_several_loggers(logs):
 def test_wandb_offline(logs, monkeypatch, tmp_path):
     wandb = pytest.importorskip("wandb")
     without_account(monkeypatch, tmp_path)
+    monkeypatch.delenv("WANDB_DATA_DIR")
     try:
         run = train("decoder", logs, "logger=[csv,wandb]", "trainer.val_check_interval=2", "name=default")
     finally:
         wandb.finish()
     (offline,) = (run.path / "wandb").glob("offline-run-*")
     records = wandb_records(offline)
-    assert all(key in records for key in (b"train/loss", b"val/loss", b"test/judge/all", b"default-decoder"))
+    assert {"train/loss", "val/loss", "test/judge/all"} <= wandb_history(records).keys()
     assert len(list(offline.glob("files/media/images/samples_*.png"))) == 1
+
+    (begun,) = [record.run for record in records if record.HasField("run")]
+    assert (begun.display_name, begun.run_group, begun.job_type) == ("default-decoder", "default", "decoder")
+    assert begun.tags == ["decoder"]
+    config, manifest = wandb_config(records), run.manifest()
+    assert config["stage"] == "decoder"
+    assert config["parameters"] == manifest["parameters"]
+    assert config["facts"] == {"data": manifest["data"], "upstream": {"clip": manifest["clip"]["weights"]}}
+    assert config["uses"] == [f"default-clip:{manifest['clip']['weights']}"]
+
+    logged = {record.artifact.name: record.artifact for record in records if record.HasField("artifact")}
+    model = logged["default-decoder"]
+    assert model.type == "model"
+    assert set(model.aliases) == {"latest", manifest["weights"]}
+    assert json.loads(model.metadata) == manifest
+    files = {entry.path: Path(entry.local_path) for entry in model.manifest.contents}
+    assert files == {name: run.path / name for name in ("manifest.json", "model.safetensors")}
+    samples = {entry.path for entry in logged["default-decoder-samples"].manifest.contents}
+    assert samples == {"step-0000002.png", "test.png"}
+
+    table = json.loads((offline / "files" / wandb_history(records)["test/verdicts/path"]).read_text())
+    assert table["columns"][:3] == ["prompt", "image", "colour"]
+    assert len(table["data"]) == 4
+    assert {row[table["columns"].index("all")] for row in table["data"]} <= {True, False}
+    (verdicts,) = [artifact for artifact in logged.values() if artifact.type == "run_table"]
+    kept = [Path(entry.local_path) for entry in verdicts.manifest.contents]
+    assert sum(entry.path.endswith(".png") for entry in verdicts.manifest.contents) == 4
+    assert all(path.is_relative_to(run.path) and path.is_file() for path in kept)
 
 
 def test_metrics_csv_is_written_whatever_the_loggers(logs):
@@ -410,7 +449,7 @@ def test_samples_are_drawn_in_validation(logs):
         "callbacks.grid.count=3",
         steps=8,
     )
-    assert sorted(p.name for p in (run.path / "samples").iterdir()) == [
+    assert sorted(p.name for p in (run.path / "samples").glob("step-*")) == [
         f"step-000000{n}.png" for n in (2, 4, 8)
     ]
 

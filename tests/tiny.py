@@ -1,6 +1,8 @@
 """Stages small enough to train in a test: what the real configuration needs on top to become tiny."""
 
 import csv
+import json
+import struct
 import time
 from pathlib import Path
 from typing import Any
@@ -97,11 +99,41 @@ def without_account(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
 
 
-def wandb_records(run: Path, seconds: float | int = 60) -> bytes:
-    """What an offline W&B run has on disk; its own process writes that some time after the run has ended."""
+def wandb_records(run: Path, seconds: float | int = 60) -> list[Any]:
+    """What an offline W&B run has on disk, as its protocol buffers; its own process writes that some time
+    after the run has ended.
+
+    A log of LevelDB's kind behind a head of 7 bytes: blocks of 32 KiB of pieces, each with a checksum (4
+    bytes), its length (2) and its kind (1): 1 is a whole record, 2 its beginning, 3 its middle, 4 its end.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
     (path,) = run.glob("run-*.wandb")
     for _ in range(10 * int(seconds)):
-        if len(records := path.read_bytes()) > 100:
-            return records
+        log, found, at, begun = path.read_bytes(), [], 7, b""
+        while at + 7 <= len(log):
+            if (left := 32768 - at % 32768) < 7:
+                at += left
+                continue
+            length, kind = struct.unpack("<4xHB", log[at : at + 7])
+            begun += log[at + 7 : at + 7 + length]
+            at += 7 + length
+            if kind in (1, 4):
+                found.append(Record.FromString(begun))
+                begun = b""
+        if any(record.HasField("exit") for record in found):
+            return found
         time.sleep(0.1)
     raise TimeoutError(path)
+
+
+def wandb_config(records: list[Any]) -> dict[str, Any]:
+    """The configuration an offline W&B run ends with."""
+    parts = [r.config if r.HasField("config") else r.run.config for r in records]
+    return {item.key: json.loads(item.value_json) for part in parts for item in part.update}
+
+
+def wandb_history(records: list[Any]) -> dict[str, Any]:
+    """Everything an offline W&B run has logged under a name, the last value of each."""
+    items = [item for record in records for item in record.history.item]
+    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}

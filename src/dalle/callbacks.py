@@ -13,16 +13,16 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from dalle.data.batch import Batch
 from dalle.data.modules import SourceDataModule
 from dalle.data.shapes import Shapes
 from dalle.diffusion.noise import per_sample
+from dalle.loggers import log_picture, log_verdicts
 from dalle.metrics.generation import GenerationMetrics
 from dalle.metrics.judge import Judge
-from dalle.pictures import grid, save_png
+from dalle.pictures import from_uint8, grid, save_png, to_uint8
 from dalle.stages.base import Stage
 
 STOP_EVERY = (
@@ -153,7 +153,8 @@ class GenerationTest(lightning.Callback):
     """Tests a stage that makes images by what it makes: FID, CLIP score (where the data come with a CLIP)
     and, on `shapes`, the judge.
 
-    Samples for the first `items` of the test split, with fixed noise, from the conditions in the batch.
+    Samples for the first `items` of the test split, with fixed noise, from the conditions in the batch. The
+    first `rows` of them are shown with their captions and verdicts: ``samples/test.png``, and to the loggers.
 
     Args:
         items: how many pictures, over all ranks.
@@ -161,11 +162,20 @@ class GenerationTest(lightning.Callback):
             `fid_clip`, or nothing without a CLIP.
     """
 
-    def __init__(self, items: int = 256, seed: int = 0, inception: str | None = None) -> None:
-        self.items, self.seed, self.inception = items, seed, inception
+    def __init__(
+        self,
+        directory: str | Path,
+        items: int = 256,
+        seed: int = 0,
+        inception: str | None = None,
+        rows: int = 64,
+    ) -> None:
+        self.directory, self.items, self.seed = Path(directory), items, seed
+        self.inception, self.rows = inception, rows
         self.metrics: GenerationMetrics | None = None
 
     def on_test_start(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
+        self.shown: list[tuple[str, Tensor]] = []
         if not pl_module.makes_images:
             return
         data: SourceDataModule = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
@@ -196,11 +206,19 @@ class GenerationTest(lightning.Callback):
             None if self.unseen is None else ["unseen" if u else "seen" for u in self.unseen(items).tolist()]
         )
         self.metrics.update(images, batch["image"], batch["caption"], groups)
+        left = self.rows - len(self.shown)
+        self.shown += zip(batch["caption"][:left], to_uint8(images[:left]).cpu(), strict=True)
 
     def on_test_epoch_end(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
         if self.metrics is not None:
             table = self.metrics.compute()
             pl_module.log_dict({f"test/{key}": value for key, value in table.items()}, rank_zero_only=True)
+            if self.shown and trainer.is_global_zero:
+                captions, pixels = zip(*self.shown, strict=True)
+                images, judge = from_uint8(torch.stack(pixels)), self.metrics.judge
+                verdicts = judge(images, list(captions)) if judge else {}
+                picture = log_verdicts(trainer, "test/verdicts", captions, images, verdicts)
+                save_png(picture, self.directory / "test.png")
 
 
 def is_logging(trainer: Any) -> bool:
@@ -213,17 +231,6 @@ def take(batch: Batch, count: int) -> Batch:
     """The first `count` samples of a batch."""
     values: Any = batch
     return Batch(**{key: value[:count] for key, value in values.items()})
-
-
-def log_picture(trainer: lightning.Trainer, key: str, picture: Any) -> None:
-    """Gives a PIL picture to every logger that shows pictures."""
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            logger.log_image(key, [picture], step=trainer.global_step)
-        elif isinstance(logger, TensorBoardLogger):
-            pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-            pixels = pixels.view(picture.height, picture.width, -1)
-            logger.experiment.add_image(key, pixels, trainer.global_step, dataformats="HWC")
 
 
 class LossByTime(lightning.Callback):
@@ -256,24 +263,35 @@ class LossByTime(lightning.Callback):
 
 
 class Throughput(lightning.Callback):
-    """Logs training samples per second over all ranks, validation and pictures left out."""
+    """Logs training samples per second over all ranks, validation and pictures left out; how many processor
+    cores this process keeps busy (those of workers that load data not counted); and on a GPU the most memory
+    that was in use.
+    """
 
     def __init__(self) -> None:
-        self.seconds, self.samples, self.started = 0.0, 0, 0.0
+        self.forget()
+
+    def forget(self) -> None:
+        self.samples, self.started, self.worked = 0, 0.0, 0.0
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self.started = self.started or time.perf_counter()
+        if not self.started:
+            self.started, self.worked = time.perf_counter(), time.process_time()
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: Stage, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         self.samples += len(batch["caption"]) * trainer.world_size
         if is_logging(trainer):
-            pl_module.log("train/samples_per_second", self.samples / (time.perf_counter() - self.started))
-            self.samples, self.started = 0, 0.0
+            seconds = time.perf_counter() - self.started
+            pl_module.log("train/samples_per_second", self.samples / seconds)
+            pl_module.log("train/cpu_cores", (time.process_time() - self.worked) / seconds)
+            if pl_module.device.type == "cuda":
+                pl_module.log("train/gpu_memory_gb", torch.cuda.max_memory_allocated() / 1e9)
+            self.forget()
 
     def on_validation_start(self, *_: Any) -> None:
-        self.samples, self.started = 0, 0.0
+        self.forget()
 
 
 class Progress(TQDMProgressBar):

@@ -1,21 +1,32 @@
-"""Loggers: a CSV file per run, always; W&B that works without an account; TensorBoard is Lightning's."""
+"""Loggers: a CSV file per run, always; W&B that works without an account; TensorBoard is Lightning's.
+
+Each is told the same: what a run is and is made from (`begin`), pictures and verdicts on the way, and what it
+leaves behind (`end`).
+"""
 
 import csv
 import io
 import os
+import re
 from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from lightning.pytorch.loggers import Logger, WandbLogger
+import lightning
+import torch
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from dalle.errors import UserError
+from dalle.panels import tensorboard_layout
+from dalle.pictures import grid, to_pil
+from dalle.runs import Run
 
-MAX_NAME = 128  # of a run, in W&B
+MAX_NAME = 128  # of a run or an artifact, in W&B
 
 
 class MetricsCsv(Logger):
@@ -76,36 +87,112 @@ class MetricsCsv(Logger):
             return [{k: v for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
 
 
+class RunLogger(WandbLogger):
+    """W&B's logger, which also keeps where a run comes from and what it leaves behind, as artifacts.
+
+    Args:
+        logs: the folder of all runs; a run and its artifacts are named after the way from there.
+        artifact_gb: larger weights stay here; 0: all do.
+    """
+
+    def __init__(self, logs: Path | None, artifact_gb: float | int, **options: Any) -> None:
+        super().__init__(**options)
+        self.logs, self.artifact_gb = logs, artifact_gb
+
+    def artifact(self, run: Run) -> Any:
+        """The weights of a finished run with their manifest, not yet logged; None where they are too large.
+
+        Where W&B's latest version holds the same files this is that version, whoever logs it.
+        """
+        from wandb import Artifact
+
+        weights = run.path / "model.safetensors"
+        if weights.stat().st_size > self.artifact_gb * 1e9:
+            return None
+        made = Artifact(artifact_name(run.path, self.logs), type="model", metadata=run.manifest())
+        for path in (weights, run.path / "manifest.json"):
+            made.add_file(str(path), policy="immutable")  # no second copy of what nobody changes
+        return made
+
+    @rank_zero_only
+    def log_upstream(self, runs: Sequence[Run]) -> None:
+        """Notes the artifacts that a run is made from in its configuration, and in its lineage.
+
+        Offline there is no lineage: `dalle.workspace` makes it from the notes once the run has been synced.
+        """
+        uses = [f"{artifact_name(run.path, self.logs)}:{run.manifest()['weights']}" for run in runs]
+        self.experiment.config.update({"uses": uses}, allow_val_change=True)
+        if not self.experiment.offline:
+            for run in runs:
+                if (made := self.artifact(run)) is not None:
+                    self.experiment.use_artifact(made, aliases=[run.manifest()["weights"]])
+
+    @rank_zero_only
+    def log_run(self, run: Run) -> None:
+        """Logs the weights of a finished run, and the pictures it has drawn on the way, as artifacts."""
+        from wandb import Artifact
+
+        if (made := self.artifact(run)) is not None:
+            self.experiment.log_artifact(made, aliases=["latest", run.manifest()["weights"]])
+        elif self.artifact_gb > 0:
+            print(f"W&B is not given the weights in {run}: over logger.wandb.artifact_gb={self.artifact_gb}")
+        if any((run.path / "samples").glob("*.png")):
+            samples = Artifact(f"{artifact_name(run.path, self.logs)}-samples", type="samples")
+            samples.add_dir(str(run.path / "samples"), policy="immutable")
+            self.experiment.log_artifact(samples)
+
+
+def run_name(directory: Path, logs: Path | None) -> str:
+    """``default-prior``, from a run's directory; without the folder of all runs its last part."""
+    known = logs is not None and directory.is_relative_to(logs)
+    name = "-".join(directory.relative_to(logs).parts if logs is not None and known else directory.parts[-1:])
+    return shortened(name, MAX_NAME)
+
+
+def shortened(name: str, most: int) -> str:
+    """What tells jobs of many settings apart ends the name: that end is kept."""
+    return name if len(name) <= most else f"{name[: most - 31]}...{name[-28:]}"
+
+
+def artifact_name(directory: Path, logs: Path | None) -> str:
+    """The same in the letters that W&B allows, with room for ``-samples``."""
+    return shortened(re.sub(r"[^\w.-]+", "-", run_name(directory, logs)), MAX_NAME - 8)
+
+
 def wandb(
     directory: str | Path,
     project: str = "dalle",
     name: str | None = None,
     group: str | None = None,
+    job_type: str | None = None,
+    tags: Sequence[str] = (),
     logs: str | Path | None = None,
     resume: bool = False,
-) -> WandbLogger:
+    artifact_gb: float | int = 1.0,
+) -> RunLogger:
     """A W&B logger; offline where no account is set up here (``wandb sync`` uploads such a run later).
 
     Args:
         name: without one, where `directory` is below `logs`: ``default-prior-optimizer.lr=0.001``.
         resume: go on in the W&B run that was last written to `directory`, if any.
+        artifact_gb: see `RunLogger`.
     """
     try:
         import wandb  # noqa: F401
     except ImportError:
         raise UserError("logger=wandb needs the wandb package: pip install 'dalle[wandb]'") from None
     mode = os.environ.get("WANDB_MODE", "online" if has_account() else "offline")
-    folder = Path(directory)
-    below = logs is not None and folder.is_relative_to(logs)
-    name = name or "-".join(
-        folder.relative_to(logs).parts if logs is not None and below else folder.parts[-1:]
-    )
+    folder, below = Path(directory), None if logs is None else Path(logs)
+    name = run_name(folder, below) if name is None else shortened(name, MAX_NAME)
     begun = sorted(folder.glob("wandb/*run-*-*/"), key=lambda path: path.stat().st_mtime_ns)
     number = begun[-1].name.rsplit("-", 1)[1] if resume and begun else None
-    if len(name) > MAX_NAME:
-        name = f"{name[: MAX_NAME - 31]}...{name[-28:]}"  # what tells jobs of many settings apart ends it
     folder.mkdir(parents=True, exist_ok=True)
-    return WandbLogger(project=project, name=name, group=group, save_dir=folder, mode=mode, id=number)
+    if mode == "offline":  # what is uploaded later, pictures of tables too, stays with the run: not in ~
+        os.environ.setdefault("WANDB_DATA_DIR", str(folder.absolute() / "wandb"))
+    return RunLogger(
+        below, artifact_gb, project=project, name=name, group=group, job_type=job_type, tags=list(tags),
+        save_dir=folder, mode=mode, id=number,
+    )  # fmt: skip
 
 
 def has_account() -> bool:
@@ -117,3 +204,72 @@ def has_account() -> bool:
         return netrc(os.environ.get("NETRC", Path.home() / ".netrc")).authenticators(host) is not None
     except (OSError, NetrcParseError):
         return False
+
+
+def begin(
+    loggers: Sequence[Logger], config: dict[str, Any], facts: dict[str, Any], upstream: Sequence[Run]
+) -> None:
+    """Tells loggers what a run is before it begins: its configuration, facts, and what it is made from."""
+    for logger in loggers:
+        logger.log_hyperparams({**config, **facts})
+        if isinstance(logger, RunLogger):
+            logger.log_upstream(upstream)
+        elif isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_custom_scalars(tensorboard_layout(config["stage"]))
+
+
+def end(loggers: Sequence[Logger], run: Run) -> None:
+    """Gives a finished run to the loggers that keep such."""
+    for logger in loggers:
+        if isinstance(logger, RunLogger):
+            logger.log_run(run)
+
+
+def log_picture(trainer: lightning.Trainer, key: str, picture: Any) -> None:
+    """Gives a PIL picture to every logger that shows pictures."""
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image(key, [picture], step=trainer.global_step)
+        elif isinstance(logger, TensorBoardLogger):
+            pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+            pixels = pixels.view(picture.height, picture.width, -1)
+            logger.experiment.add_image(key, pixels, trainer.global_step, dataformats="HWC")
+
+
+def log_verdicts(
+    trainer: lightning.Trainer,
+    key: str,
+    captions: Sequence[str],
+    images: Tensor,
+    verdicts: Mapping[str, Tensor],
+) -> Any:
+    """Gives pictures with what was asked for and how they were judged to every logger: as a labelled grid,
+    and to W&B as a table besides.
+
+    Args:
+        images: (B, 3, H, W) in [-1, 1].
+        verdicts: by attribute (B,): 1, 0, or nan where a caption does not say; none without a judge.
+
+    Returns: the grid.
+    """
+    columns = {
+        key: [None if v != v else bool(v) for v in column.tolist()] for key, column in verdicts.items()
+    }
+    rows = [{key: column[i] for key, column in columns.items()} for i in range(len(captions))]
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            from wandb import Image
+
+            cells = zip(captions, images, rows, strict=True)
+            data = [[caption, Image(to_pil(image)), *row.values()] for caption, image, row in cells]
+            logger.log_table(key, ["prompt", "image", *columns], data, step=trainer.global_step)
+    labels = [f"{caption} {in_words(row)}".strip() for caption, row in zip(captions, rows, strict=True)]
+    picture = grid(images, labels)
+    log_picture(trainer, f"{key}_sheet", picture)
+    return picture
+
+
+def in_words(row: Mapping[str, bool | None]) -> str:
+    """A row of verdicts: ``(right)``, or ``(not: colour, count)``; nothing without a judge."""
+    wrong = [attribute for attribute, right in row.items() if right is False and attribute != "all"]
+    return "" if not row else f"(not: {', '.join(wrong)})" if wrong else "(right)"

@@ -14,9 +14,9 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
-from dalle.callbacks import log_picture
 from dalle.data.batch import Batch
 from dalle.data.shapes import Shapes
+from dalle.loggers import log_picture
 from dalle.metrics.codes import CodeUse, code_use, diagnose
 from dalle.metrics.judge import Judge
 from dalle.metrics.reconstruction import ReconstructionMetrics

@@ -21,9 +21,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 
 import dalle
-from dalle import preflight
+from dalle import loggers, preflight
 from dalle.build import build, check
 from dalle.callbacks import Ema
+from dalle.data.modules import SourceDataModule
 from dalle.data.tokenizers import load_tokenizer
 from dalle.errors import UserError
 from dalle.loggers import MetricsCsv
@@ -72,8 +73,7 @@ def train(config: Config) -> dict[str, float]:
         if "tokenizer" in config["datamodule"]:
             write_aside(run.tokenizer, json.dumps(datamodule.tokenizer.to_dict(), ensure_ascii=False))
         write_aside(run.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-        for logger in trainer.loggers:
-            logger.log_hyperparams({**config, "parameters": preflight.count(stage.net)})
+        loggers.begin(trainer.loggers, config, origins(stage, datamodule), upstream(config))
 
     started = time.perf_counter()
     trainer.fit(
@@ -97,6 +97,12 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", f".*{message}.*")
 
 
+def upstream(config: Config) -> list[Run]:
+    """The runs whose networks this one's DataModule works with."""
+    nodes = [node for node in config["datamodule"].values() if isinstance(node, dict)]
+    return [Run(Path(n["path"])) for n in nodes if n.get("_target_", "").startswith("dalle.runs.load_")]
+
+
 def missing_runs(config: Config) -> dict[str, Run]:
     """The runs, by stage, that still have to be trained because this one's DataModule works with their
     networks. Those that are there, or come from elsewhere, are not among them.
@@ -104,11 +110,9 @@ def missing_runs(config: Config) -> dict[str, Run]:
     Raises:
         UserError: another place was named, and there is no finished run in it; or nothing may be trained.
     """
-    nodes = [node for node in config["datamodule"].values() if isinstance(node, dict)]
-    used = {node["path"] for node in nodes if node.get("_target_", "").startswith("dalle.runs.load_")}
-    missing = {}
+    used, missing = upstream(config), {}
     for stage, path in config["upstream"].items():
-        if path in used and not Run(Path(path)).finished:
+        if Run(Path(path)) in used and not Run(Path(path)).finished:
             usual = Path(config["paths"]["logs"], config["name"], stage)
             if Path(path) != usual:
                 raise UserError(
@@ -244,10 +248,10 @@ def make_trainer(config: Config, run: Run) -> lightning.Trainer:
     if not config["trainer"].get("enable_progress_bar", True):
         nodes.pop("progress", None)
     callbacks = [build(node, f"callbacks.{key}") for key, node in nodes.items()]
-    loggers: list[Logger] = [build(node, f"logger.{k}") for k, node in config["logger"].items() if node]
-    if not any(isinstance(logger, MetricsCsv) for logger in loggers):
-        loggers.append(MetricsCsv(run.path))
-    arguments = {"callbacks": callbacks, "logger": loggers, "default_root_dir": str(run.path)}
+    made: list[Logger] = [build(node, f"logger.{k}") for k, node in config["logger"].items() if node]
+    if not any(isinstance(logger, MetricsCsv) for logger in made):
+        made.append(MetricsCsv(run.path))
+    arguments = {"callbacks": callbacks, "logger": made, "default_root_dir": str(run.path)}
     try:
         return build({"_target_": "lightning.Trainer", **config["trainer"]}, "trainer", **arguments)
     except (ValueError, TypeError, MisconfigurationException) as error:
@@ -261,7 +265,20 @@ def finish(run: Run, trainer: lightning.Trainer, stage: Stage, manifest: dict[st
             callback.swap_in(stage)
     if trainer.is_global_zero:
         run.save(stage.net, manifest)
+        loggers.end(trainer.loggers, run)
     trainer.strategy.barrier()
+
+
+def origins(stage: Stage, datamodule: Any) -> dict[str, Any]:
+    """What loggers are told of a run besides its configuration, before it begins."""
+    frozen = {key: getattr(datamodule, key, None) for key in ("clip", "image_tokenizer")}
+    return {
+        "parameters": preflight.count(stage.net),
+        "facts": {
+            "data": SourceDataModule.describe(datamodule)["data"],
+            "upstream": {key: net.weights_hash for key, net in frozen.items() if net is not None},
+        },
+    }
 
 
 def facts(
