@@ -9,8 +9,8 @@ demo: .venv/demo      ## train CLIP, prior and decoder on the CPU, sample a grid
 	$(PY) sample.py name=demo prompts=prompts/shapes.txt
 	$(PY) -m dalle.demo logs/demo
 
-demo-dalle: .venv/demo    ## the same with the first generation: dVAE and transformer
-	$(PY) train.py -m model=dvae,dalle name=demo resume=true
+demo-dalle: .venv/demo    ## the same with the first generation: image tokenizer and transformer
+	$(PY) train.py -m model=vqvae,dalle image_tokenizer=vqgan name=demo resume=true
 	$(PY) sample.py pipeline=dalle name=demo prompts=prompts/shapes.txt
 	$(PY) -m dalle.demo logs/demo --pipeline dalle
 

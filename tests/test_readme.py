@@ -13,7 +13,7 @@ from dalle import cli
 
 FILES = [ROOT / "README.md", ROOT / "Makefile", *sorted((ROOT / "conf").rglob("*.yaml"))]
 TEXT = "\n".join(path.read_text(encoding="utf-8") for path in FILES)
-FOUND = set(re.findall(r"(?:python|\$\(PY\)) ((?:train|sample)\.py\b[^`\n|]*)", TEXT))
+FOUND = set(re.findall(r"(?:python|\$\(PY\)) ((?:train|sample|evaluate)\.py\b[^`\n|]*)", TEXT))
 COMMANDS = sorted(line for line in FOUND if "..." not in line)
 
 
