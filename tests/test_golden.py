@@ -5,10 +5,14 @@ meant to says so:
 """
 
 import os
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 from tiny import column, train
+
+from dalle.runs import Run
 
 GOLDEN = Path(__file__).parent / "golden"
 STEPS = 5
@@ -41,15 +45,26 @@ OF_STAGE = {
 }  # fmt: skip
 
 
+UPSTREAM = {"prior": "clip", "decoder": "clip", "dit": "clip", "gan": "clip", "dalle": "dvae"}
+
+
 @pytest.fixture(scope="module")
-def logs(tmp_path_factory) -> Path:
-    """Stages come after one another: their losses depend on the CLIP, or the dVAE, before them."""
-    return tmp_path_factory.mktemp("logs")
+def trained(tmp_path_factory) -> Callable[[str], Run]:
+    """Trains a stage and, before it, the one whose network its losses depend on; each at most once."""
+    logs = tmp_path_factory.mktemp("logs")
+
+    @cache
+    def first_steps(model: str) -> Run:
+        if model in UPSTREAM:
+            first_steps(UPSTREAM[model])
+        return train(model, logs, "overwrite=true", *TUNED, *OF_STAGE[model], steps=STEPS)
+
+    return first_steps
 
 
 @pytest.mark.parametrize("model", OF_STAGE)
-def test_first_losses(model, logs):
-    run = train(model, logs, "overwrite=true", *TUNED, *OF_STAGE[model], steps=STEPS)
+def test_first_losses(model, trained):
+    run = trained(model)
     losses = list(column(run, "train/loss").values())
     path = GOLDEN / f"{model}.txt"
     if os.environ.get("GOLDEN") == "write":
