@@ -3,7 +3,7 @@
 training/spikes        per thousand logged steps: losses above the median of the twenty before by more
                        than six times their median absolute deviation
 training/not_finite    logged steps whose loss is no number
-training/skipped       steps left out by the training itself, where it says so
+training/skipped       steps that fp16 left out because its gradients overflowed, where it was used
 training/grad_spread   95th percentile of the gradient norm over its median, where it is logged
 training/seconds       of all stages together
 """
@@ -47,7 +47,7 @@ def of_run(run: Run) -> dict[str, float]:
         found["spikes"] = 1000 * sum(map(spikes, losses)) / logged
         found["not_finite"] = float(sum(not math.isfinite(v) for values in losses for v in values))
     if skipped := columns.get("train/skipped"):
-        found["skipped"] = sum(skipped)
+        found["skipped"] = max(skipped)  # a count that grows
     if norms := next((column for name, column in columns.items() if "grad_norm" in name), None):
         ordered = sorted(norm for norm in norms if math.isfinite(norm)) or [0.0]
         found["grad_spread"] = ordered[int(0.95 * (len(ordered) - 1))] / max(median(ordered), 1e-12)

@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
@@ -38,6 +37,7 @@ class Stage(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         self.seed = torch.initial_seed()
+        self.skipped, self.scale = 0, 0.0
 
     def sample(self, batch: Batch, **options: Any) -> Tensor:
         """What a stage that can make something makes for a batch; `randn=` draws its noise."""
@@ -88,15 +88,30 @@ class Stage(lightning.LightningModule):
         gradient_clip_val: float | int | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        plugin = self.trainer.precision_plugin
-        if isinstance(plugin, MixedPrecision) and plugin.scaler is None and gradient_clip_algorithm == "norm":
-            # Lightning refuses fused optimizers under any autocast; only fp16, which scales its losses, is at
-            # odds with them
-            if gradient_clip_val:
-                norm = clip_grad_norm_(self.net.parameters(), gradient_clip_val)
-                self.log("train/grad_norm", norm)
-        else:
+        """Clips, and logs the norm there was before. Lightning itself logs none, refuses fused optimizers
+        under any autocast, and cannot clip shards by their norm.
+        """
+        if gradient_clip_algorithm != "norm":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        limit = gradient_clip_val or torch.inf
+        if isinstance(self.trainer.strategy, FSDPStrategy):
+            root: Any = self.trainer.strategy.model
+            norm = root.clip_grad_norm_(limit)
+        else:
+            norm = clip_grad_norm_(self.net.parameters(), limit)
+        self.log("train/grad_norm", norm)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Under fp16 a step whose gradients overflow is left out and the scale of the loss lowered: counts
+        such steps.
+        """
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None:
+            scale = scaler.get_scale()
+            self.skipped += scale < self.scale
+            self.scale = scale
+            self.log("train/skipped", float(self.skipped))
 
     def configure_optimizers(self) -> Any:
         if self.recipe is None:
@@ -110,16 +125,19 @@ class Stage(lightning.LightningModule):
     # `training_step`. Optimizer 0 is that of `net`: its steps are `trainer.global_step`.
 
     def check_trainer(self, trainer: Any) -> None:
-        """Refuses what a stage that steps by hand cannot do.
+        """Refuses what a stage that steps by hand, or FSDP, cannot do.
 
         Raises:
             UserError: naming the setting.
         """
+        sharded = isinstance(trainer.strategy, FSDPStrategy)
+        if sharded and any(p.ndim == 0 for p in self.net.parameters()):
+            raise UserError("trainer=fsdp cannot shard a network with a scalar weight; take trainer=ddp")
         refused = {
             "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches != 1,
             "trainer.gradient_clip_algorithm=value": trainer.gradient_clip_algorithm == "value",
             "precision=fp16": trainer.precision == "16-mixed",
-            "trainer=fsdp": isinstance(trainer.strategy, FSDPStrategy),
+            "trainer=fsdp": sharded,
         }
         for setting in [setting for setting, given in refused.items() if given]:
             if not self.automatic_optimization:

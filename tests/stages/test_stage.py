@@ -1,0 +1,58 @@
+"""What all stages share: the norm of gradients, steps that fp16 leaves out, what cannot be sharded."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.strategies import FSDPStrategy
+from torch import nn
+
+from dalle.errors import UserError
+from dalle.stages.base import Stage
+
+
+def stage_of(net: nn.Module, **trainer: Any) -> tuple[Any, dict[str, Any]]:
+    """A stage beside a picture of a trainer, and what it logs."""
+    stage: Any = Stage()
+    stage.net = net
+    stage._trainer = SimpleNamespace(**trainer)
+    logged: dict[str, Any] = {}
+    stage.log = logged.__setitem__
+    return stage, logged
+
+
+@pytest.mark.parametrize(("limit", "left"), [(1.0, 1.0), (None, 5.0), (10.0, 5.0)])
+def test_the_norm_is_logged_as_it_was_before_clipping(limit, left):
+    net = nn.Linear(2, 1, bias=False)
+    net.weight.grad = torch.tensor([[3.0, 4.0]])
+    stage, logged = stage_of(net, strategy=None)
+    stage.configure_gradient_clipping(None, limit, "norm")
+    assert float(logged["train/grad_norm"]) == pytest.approx(5.0)
+    assert float(net.weight.grad.norm()) == pytest.approx(left, rel=1e-5)
+
+
+def test_steps_left_out_by_fp16_are_counted():
+    scales = iter([1024.0, 512.0, 512.0, 256.0, 512.0])
+    scaler = SimpleNamespace(get_scale=lambda: next(scales))
+    stage, logged = stage_of(nn.Linear(1, 1), precision_plugin=SimpleNamespace(scaler=scaler))
+    stage.on_fit_start()
+    counts = []
+    for k in range(5):
+        stage.on_train_batch_end(None, {}, k)
+        counts.append(logged["train/skipped"])
+    assert counts == [0, 1, 1, 2, 2]
+
+    stage, logged = stage_of(nn.Linear(1, 1), precision_plugin=SimpleNamespace())
+    stage.on_train_batch_end(None, {}, 0)
+    assert not logged  # nothing but fp16 leaves steps out
+
+
+def test_a_scalar_weight_cannot_be_sharded():
+    net = nn.Linear(1, 1)
+    settings = {"accumulate_grad_batches": 1, "gradient_clip_algorithm": "norm", "precision": "32-true"}
+    stage, _ = stage_of(net, **settings, strategy=FSDPStrategy.__new__(FSDPStrategy))
+    stage.check_trainer(stage.trainer)
+    net.register_parameter("scale", nn.Parameter(torch.tensor(1.0)))
+    with pytest.raises(UserError, match="trainer=fsdp cannot shard a network with a scalar weight"):
+        stage.check_trainer(stage.trainer)
