@@ -10,6 +10,7 @@ from torch import nn
 
 from dalle.errors import UserError
 from dalle.stages.base import Stage
+from dalle.stages.optim import Recipe
 
 
 def stage_of(net: nn.Module, **trainer: Any) -> tuple[Any, dict[str, Any]]:
@@ -56,3 +57,15 @@ def test_a_scalar_weight_cannot_be_sharded():
     net.register_parameter("scale", nn.Parameter(torch.tensor(1.0)))
     with pytest.raises(UserError, match="trainer=fsdp cannot shard a network with a scalar weight"):
         stage.check_trainer(stage.trainer)
+
+
+def test_a_fused_optimizer_is_refused_under_fp16():
+    settings = {"accumulate_grad_batches": 1, "gradient_clip_algorithm": "norm", "strategy": None}
+    stage, _ = stage_of(nn.Linear(1, 1), **settings, precision="16-mixed")
+    for fused in (False, True):
+        stage.recipe = Recipe(torch.optim.AdamW, lr=1e-3, fused=fused)
+        if fused:
+            with pytest.raises(UserError, match=r"optimizer\.fused=true would clip gradients"):
+                stage.check_trainer(stage.trainer)
+        else:
+            stage.check_trainer(stage.trainer)

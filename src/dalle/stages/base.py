@@ -108,7 +108,7 @@ class Stage(lightning.LightningModule):
         """
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None:
-            scale = scaler.get_scale()
+            scale = scaler.get_scale()  # waits for the device, as the scaler's own step has just done
             self.skipped += scale < self.scale
             self.scale = scale
             self.log("train/skipped", float(self.skipped))
@@ -133,6 +133,8 @@ class Stage(lightning.LightningModule):
         sharded = isinstance(trainer.strategy, FSDPStrategy)
         if sharded and any(p.ndim == 0 for p in self.net.parameters()):
             raise UserError("trainer=fsdp cannot shard a network with a scalar weight; take trainer=ddp")
+        if trainer.precision == "16-mixed" and self.recipe and self.recipe.options.get("fused"):
+            raise UserError("optimizer.fused=true would clip gradients that fp16 has scaled; leave it out")
         refused = {
             "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches != 1,
             "trainer.gradient_clip_algorithm=value": trainer.gradient_clip_algorithm == "value",
