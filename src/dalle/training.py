@@ -228,7 +228,10 @@ def kept_tokenizer(config: Config, run: Run) -> Config:
     return {"tokenizer": load_tokenizer(run.tokenizer)} if kept else {}
 
 
-def fill_sizes(config: Config, sizes: Mapping[str, int]) -> None:
+CHOICES = ("vocab_size", "image_levels")  # sizes that a network may have otherwise than the data
+
+
+def fill_sizes(config: Config, sizes: Mapping[str, Any]) -> None:
     """Replaces every ``auto`` in the network's config by the size that the data and its CLIP have."""
     net = config["model"]["net"]
     for key, value in net.items():
@@ -236,7 +239,7 @@ def fill_sizes(config: Config, sizes: Mapping[str, int]) -> None:
             if key not in sizes:
                 raise UserError(f"model.net.{key}=auto, but the data does not say it; give a number")
             net[key] = sizes[key]
-        elif key in sizes and key != "vocab_size" and value != sizes[key]:
+        elif key in sizes and key not in CHOICES and value != sizes[key]:
             raise UserError(
                 f"model.net.{key}={value} does not fit the data, which has {sizes[key]}; "
                 f"leave it at auto, or change the data"

@@ -411,7 +411,8 @@ def test_sizes_and_facts_of_codes(tmp_path):
     data = coded(tmp_path)
     vocab = data.tokenizer.vocab_size
     assert data.sizes == {
-        "image_size": 4, "text_vocab": vocab, "text_length": 12, "image_vocab": 64, "grid": 2
+        "image_size": 4, "text_vocab": vocab, "text_length": 12, "image_vocab": 64, "image_levels": None,
+        "grid": 2
     }  # fmt: skip
     facts = data.describe()
     weights = data.image_tokenizer.weights_hash

@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vector_quantize_pytorch import FSQ
 
 from dalle.errors import UserError
-from dalle.nets.dalle import ATTENTION, DALLE, SPARSE, STYLES, Sight, layer_kinds, offsets
+from dalle.nets.dalle import ATTENTION, DALLE, SPARSE, STYLES, Digits, Sight, layer_kinds, offsets
 
 SMALL: dict[str, Any] = {
     "text_vocab": 20, "text_length": 6, "image_vocab": 11, "grid": 4, "width": 32, "depth": 3, "heads": 4,
@@ -140,6 +141,47 @@ def test_cached_steps_give_the_logits_of_the_whole_stream(attention, style, give
             logits = net.step(codes[:, rank], rank, cache)
             torch.testing.assert_close(logits, expected[:, rank + 1], rtol=1e-4, atol=1e-4)
     assert (cache.shape, cache.data_ptr()) == ((3, 2, 3, 4, 21, 8), place)
+
+
+class TestDigits:
+    """Codes that share what their digits share."""
+
+    LEVELS = (3, 5, 4)
+
+    def test_digits_are_those_of_finite_scalar_quantization(self):
+        levels = list(self.LEVELS)
+        expected = FSQ(levels).indices_to_level_indices(torch.arange(60))
+        digits = Digits(levels, 8).spread.split(levels, dim=1)
+        assert all(part.sum(1).eq(1).all() for part in digits)
+        assert torch.equal(torch.stack([part.argmax(1) for part in digits], dim=1), expected)
+
+    @pytest.mark.parametrize("style", STYLES)
+    def test_are_a_table_that_adds_up(self, style):
+        net = grown(image_vocab=60, image_levels=self.LEVELS, style=style)
+        plain = grown(image_vocab=60, style=style)
+        weights = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+        for table, part in (("image_embedding", "read"), ("image_head", "write")):
+            weights[f"{table}.weight"] += net.digits.spread @ weights.pop(f"digits.{part}")
+        plain.load_state_dict(weights)
+        text, codes = inputs(net)
+        expected = plain(text, codes)
+        for found, known in zip(net(text, codes), expected, strict=True):
+            torch.testing.assert_close(found, known, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():  # and one by one
+            logits, cache = net.prefill(text)
+            for rank in range(net.codes - 1):
+                torch.testing.assert_close(logits, expected[1][:, rank], rtol=1e-4, atol=1e-4)
+                logits = net.step(codes[:, rank], rank, cache)
+
+    def test_all_tables_learn(self):
+        net = DALLE(**SMALL | {"image_vocab": 60}, image_levels=self.LEVELS)
+        net(*inputs(net))[1].square().mean().backward()
+        tables = (net.image_embedding.weight, net.image_head.weight, net.digits.read, net.digits.write)
+        assert all(table.grad.abs().sum() > 0 for table in tables)
+
+    def test_of_another_vocabulary_are_refused(self):
+        with pytest.raises(UserError, match=r"image_levels=\[3, 5, 4\] make 60 codes, but image_vocab=11"):
+            DALLE(**SMALL, image_levels=self.LEVELS)
 
 
 class TestText:

@@ -10,6 +10,7 @@ from torch import nn
 
 from dalle.errors import UserError
 from dalle.stages.base import Stage
+from dalle.stages.muon import Muon
 from dalle.stages.optim import Recipe
 
 
@@ -56,6 +57,16 @@ def test_a_scalar_weight_cannot_be_sharded():
     stage.check_trainer(stage.trainer)
     net.register_parameter("scale", nn.Parameter(torch.tensor(1.0)))
     with pytest.raises(UserError, match="trainer=fsdp cannot shard a network with a scalar weight"):
+        stage.check_trainer(stage.trainer)
+
+
+def test_muon_cannot_be_sharded():
+    settings = {"accumulate_grad_batches": 1, "gradient_clip_algorithm": "norm", "precision": "32-true"}
+    stage, _ = stage_of(nn.Linear(1, 1), **settings, strategy=FSDPStrategy.__new__(FSDPStrategy))
+    stage.recipe = Recipe(torch.optim.AdamW, lr=1e-3, muon_lr=1e-2)
+    stage.check_trainer(stage.trainer)
+    stage.recipe = Recipe(Muon, lr=1e-3, muon_lr=1e-2)
+    with pytest.raises(UserError, match="optimizer=muon needs whole matrices"):
         stage.check_trainer(stage.trainer)
 
 

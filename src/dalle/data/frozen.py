@@ -77,13 +77,14 @@ class FrozenTokenizer(Frozen):
 
     `net` has `image_size`, `vocab_size` (K), `grid` (side; N = grid ** 2 codes in raster order),
     `encode(image in [-1, 1]) -> codes` and `decode(codes) -> image`: `dalle.nets.dvae.DVAE`,
-    `dalle.nets.vqgan.VQGAN`.
+    `dalle.nets.vqgan.VQGAN`. Where codes are digits, `levels` says how many values each has, the least first.
     """
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__(net)
         self.vocab_size: int = self.net.vocab_size
         self.grid: int = self.net.grid
+        self.levels: list[int] | None = getattr(self.net, "levels", None)
 
     @torch.no_grad()
     def encode(self, image: Float[Tensor, "b 3 h w"]) -> Int64[Tensor, "b n"]:

@@ -407,7 +407,7 @@ class CodeDataModule(TextImageDataModule):
         return self.image_tokenizer.to(made.device).decode(made)
 
     @property
-    def sizes(self) -> dict[str, int]:
+    def sizes(self) -> dict[str, Any]:
         there, needed = self.split("train").image_size, self.image_tokenizer.image_size
         if there != needed:
             raise UserError(
@@ -419,6 +419,7 @@ class CodeDataModule(TextImageDataModule):
             "text_vocab": self.tokenizer.vocab_size,
             "text_length": self.tokenizer.context_length,
             "image_vocab": self.image_tokenizer.vocab_size,
+            "image_levels": self.image_tokenizer.levels,
             "grid": self.image_tokenizer.grid,
         }
 

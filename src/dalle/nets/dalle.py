@@ -2,7 +2,8 @@
 
 Attention is causal, or sparse in the picture as in App. B.1, and one softmax runs over text and picture.
 What differs from the paper: each kind of token has an output head of its own, which restricts the logits to
-its vocabulary without a mask; there is a start token; and `style="llama"` gives the same class modern blocks.
+its vocabulary without a mask; there is a start token; `style="llama"` gives the same class modern blocks; and
+codes that are digits of finite scalars (Mentzer et al. 2023) share what their digits share.
 """
 
 import math
@@ -172,6 +173,30 @@ class Layer(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+class Digits(nn.Module):
+    """What codes with a digit in common share: a vector for each level of each digit, to read and to write.
+
+    Codes of finite scalar quantization are numbers of such digits, the least first. Neighbours in them look
+    alike, and most of a few thousand codes are rare: a table of independent vectors learns each by itself.
+
+    spread (K, sum of levels) has a one at each digit of a code.
+    """
+
+    spread: Float[Tensor, "K L"]
+
+    def __init__(self, levels: Sequence[int], width: int):
+        super().__init__()
+        self.read = nn.Parameter(torch.empty(sum(levels), width))
+        self.write = nn.Parameter(torch.empty(sum(levels), width))
+        code, spread = torch.arange(math.prod(levels)), []
+        for level in levels:
+            spread.append(F.one_hot(code % level, level))
+            code = code // level
+        self.register_buffer("spread", torch.cat(spread, dim=1).float(), persistent=False)
+        for part in (self.read, self.write):
+            nn.init.normal_(part, std=0.02 / math.sqrt(len(levels)))
+
+
 def norm(width: int, style: str) -> nn.Module:
     return nn.RMSNorm(width, eps=1e-6) if style == "llama" else nn.LayerNorm(width)
 
@@ -185,6 +210,7 @@ class DALLE(nn.Module):
     Args:
         text_vocab, text_length: ids of the text tokenizer (without the paddings here), and the length T.
         image_vocab, grid: ids of the image tokenizer, and the side of its square of N = grid^2 codes.
+        image_levels: of the digits that its ids are made of (`Digits`), whose product is `image_vocab`.
         attention: full, row, column, conv, or dalle, the paper's order of the sparse ones.
         kernel: side of the square that a conv layer sees, odd.
         style: gpt (LayerNorm, GELU, learned text positions) or llama (RMSNorm, SwiGLU, no biases, rotary
@@ -214,8 +240,14 @@ class DALLE(nn.Module):
         dropout: float | int = 0.0,
         style: str = "gpt",
         checkpoint: bool = False,
+        image_levels: Sequence[int] | None = None,
     ):
         super().__init__()
+        if image_levels is not None and math.prod(image_levels) != image_vocab:
+            raise UserError(
+                f"DALLE: image_levels={list(image_levels)} make {math.prod(image_levels)} codes, "
+                f"but image_vocab={image_vocab}."
+            )
         if attention not in ATTENTION:
             raise UserError(f"DALLE: attention is one of {', '.join(ATTENTION)}, not {attention!r}.")
         if style not in STYLES:
@@ -239,6 +271,7 @@ class DALLE(nn.Module):
         self.norm = norm(width, style)
         self.text_head = nn.Linear(width, text_vocab + text_length, bias=False)
         self.image_head = nn.Linear(width, image_vocab, bias=False)
+        self.digits = None if image_levels is None else Digits(image_levels, width)
 
         self.kinds = layer_kinds(attention, depth)
         kinds = sorted(set(self.kinds) - {"full"})
@@ -259,6 +292,18 @@ class DALLE(nn.Module):
         for layer in self.layers:
             for out in (layer.attention.out, layer.mlp.out):
                 nn.init.normal_(out.weight, std=0.02 / math.sqrt(2 * len(self.layers)))
+        if self.digits is not None:  # a code starts as little but its digits
+            for table in (self.image_embedding, self.image_head):
+                nn.init.normal_(table.weight, std=0.002)
+
+    def read_codes(self, codes: Int64[Tensor, "*N"]) -> Float[Tensor, "*N D"]:
+        x = self.image_embedding(codes)
+        return x if self.digits is None else x + self.digits.spread[codes] @ self.digits.read
+
+    def code_logits(self, x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N K"]:
+        if self.digits is None:
+            return self.image_head(x)
+        return F.linear(x, torch.addmm(self.image_head.weight, self.digits.spread, self.digits.write))
 
     def padded(
         self, text: Int64[Tensor, "B T"], keep_text: Bool[Tensor, "B"] | None = None
@@ -280,7 +325,7 @@ class DALLE(nn.Module):
         if self.text_position is not None:
             words = words + self.text_position.weight
         places = (self.row.weight[:, None] + self.column.weight).flatten(0, 1)
-        return torch.cat((words, self.image_embedding(codes) + places[: codes.shape[1]]), dim=1)
+        return torch.cat((words, self.read_codes(codes) + places[: codes.shape[1]]), dim=1)
 
     def through(self, x: Float[Tensor, "B M D"], kept: list[Tensor] | None = None) -> Float[Tensor, "B M D"]:
         """All layers over the first M tokens of the stream; their keys | values are appended to `kept`."""
@@ -308,7 +353,7 @@ class DALLE(nn.Module):
         """
         x = self.through(self.tokens(text, codes[:, :-1], keep_text))
         last = self.text_length - 1  # the last text token already says the first code
-        return self.text_head(x[:, :last]) if text_loss else None, self.image_head(x[:, last:])
+        return self.text_head(x[:, :last]) if text_loss else None, self.code_logits(x[:, last:])
 
     def prefill(
         self,
@@ -328,21 +373,17 @@ class DALLE(nn.Module):
         cache = kept[0].new_empty(size)
         for layer, kv in zip(cache, kept, strict=True):
             layer[..., :m, :] = kv.unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.image_head(x[:, -1]), cache
+        return self.code_logits(x[:, -1]), cache
 
     def step(self, code: Int64[Tensor, "B"], rank: int, cache: Cache) -> Float[Tensor, "B K"]:
         """Logits of the code after `code`, which is the one of raster rank `rank` (from 0).
 
         `net.step = torch.compile(net.step, dynamic=True)` makes one graph for all ranks.
         """
-        x = (
-            self.image_embedding(code)
-            + self.row.weight[rank // self.grid]
-            + self.column.weight[rank % self.grid]
-        )
+        x = self.read_codes(code) + self.row.weight[rank // self.grid] + self.column.weight[rank % self.grid]
         x, position = x[:, None], self.text_length + rank
         rotation = None if self.rotation is None else self.rotation[:, position : position + 1]
         sights = {kind: (sight.keys[rank], sight.seen[rank][None]) for kind, sight in self.sights.items()}
         for layer, kind, past in zip(self.layers, self.kinds, cache, strict=True):
             x = layer.step(x, rotation, past, position, sights.get(kind))
-        return self.image_head(self.norm(x))[:, 0]
+        return self.code_logits(self.norm(x))[:, 0]

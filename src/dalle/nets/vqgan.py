@@ -107,7 +107,7 @@ class VQGAN(nn.Module):
                 f"patch={patch} and {halvings} halvings by multipliers={list(multipliers)}."
             )
         self.image_size, self.vocab_size, self.grid = image_size, vocab_size, image_size // factor
-        self.patch = patch
+        self.patch, self.levels = patch, None if levels is None else list(levels)
         widths = [width * m for m in multipliers]
         pixels = 3 * patch**2
 

@@ -133,7 +133,12 @@ class Stage(lightning.LightningModule):
         sharded = isinstance(trainer.strategy, FSDPStrategy)
         if sharded and any(p.ndim == 0 for p in self.net.parameters()):
             raise UserError("trainer=fsdp cannot shard a network with a scalar weight; take trainer=ddp")
-        if trainer.precision == "16-mixed" and self.recipe and self.recipe.options.get("fused"):
+        if sharded and self.recipe and self.recipe.is_muon:
+            raise UserError(
+                "optimizer=muon needs whole matrices, and trainer=fsdp shards them; take optimizer=adamw"
+            )
+        fused = self.recipe and "fused" in self.recipe.known and self.recipe.options.get("fused")
+        if trainer.precision == "16-mixed" and fused:
             raise UserError("optimizer.fused=true would clip gradients that fp16 has scaled; leave it out")
         refused = {
             "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches != 1,

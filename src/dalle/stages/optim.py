@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal
 
 from torch import nn
@@ -41,15 +41,28 @@ class Recipe:
         self.warmup, self.decay, self.decay_start = warmup, decay, decay_start
         self.decay_end, self.final = decay_end, final
 
+    @property
+    def known(self) -> Collection[str]:
+        """The options that the algorithm has."""
+        return inspect.signature(self.algorithm).parameters
+
+    @property
+    def is_muon(self) -> bool:
+        """Whether some matrices go to `muon.Muon`, which needs them whole."""
+        return "muon_lr" in self.known
+
     def build(self, net: nn.Module, total_steps: float | int) -> tuple[Optimizer, LambdaLR]:
         """The optimizer of `net`'s trainable parameters and its schedule over `total_steps` (or inf)."""
         trainable = [p for p in net.parameters() if p.requires_grad]
+        hidden = {id(p) for p in hidden_matrices(net)} if self.is_muon else set()
+        inner = [p for p in trainable if id(p) in hidden]
+        outer = [p for p in trainable if id(p) not in hidden]
         groups = [
-            {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": self.weight_decay},
-            {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in outer if p.ndim >= 2], "weight_decay": self.weight_decay},
+            {"params": [p for p in outer if p.ndim < 2], "weight_decay": 0.0},
+            {"params": inner, "weight_decay": self.weight_decay, "matrices": True},
         ]
-        known = inspect.signature(self.algorithm).parameters
-        options = {key: value for key, value in self.options.items() if key in known}
+        options = {key: value for key, value in self.options.items() if key in self.known}
         optimizer = self.algorithm([g for g in groups if g["params"]], lr=self.lr, **options)
         return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
 
@@ -62,3 +75,15 @@ class Recipe:
         done = min(max((step - start) / max(self.decay_end * total_steps - start, 1), 0.0), 1.0)
         falling = 1 - done if self.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
         return rising * (self.final + (1 - self.final) * falling)
+
+
+def hidden_matrices(net: nn.Module) -> list[nn.Parameter]:
+    """Weights of the linear layers and convolutions inside what a network repeats (its lists of layers), for
+    Muon; not the first and last maps, nor embeddings.
+    """
+    found = []
+    for name, module in net.named_modules():
+        repeated = any(part.isdigit() for part in name.split("."))
+        if repeated and isinstance(module, nn.Linear | nn.Conv2d):
+            found.append(module.weight)
+    return found

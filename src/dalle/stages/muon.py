@@ -1,0 +1,120 @@
+"""Muon (Jordan et al. 2024): steps along the momentum with all its singular values made one.
+
+For the matrices inside a network; embeddings, heads, gains and biases are left to AdamW, which one optimizer
+does here together, so that a stage has one schedule and one state. A matrix's step is scaled to the size that
+AdamW's usually has (Liu et al. 2025, "Muon is scalable for LLM training", eq. 4).
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+
+NEWTON_SCHULZ = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # a quintic that pulls singular values in (0, 1] to 1 +- 0.3 in 5 steps
+
+
+def orthogonalize(matrices: Float[Tensor, "B M N"], steps: int = 5) -> Float[Tensor, "B M N"]:
+    """U V^T of each matrix U S V^T, nearly: singular values of 0.7 to 1.2 in place of S.
+
+    bf16 is enough for it where bf16 is fast, which on most CPUs it is not.
+    """
+    a, b, c = NEWTON_SCHULZ
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    x = x.to(torch.bfloat16 if x.is_cuda else torch.float32)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+class Muon(Optimizer):
+    """Muon for parameter groups with ``"matrices": True``, AdamW for the others.
+
+    Args:
+        params: parameter groups. What has more than two dimensions (kernels) is taken as (out, rest).
+        lr: step size of AdamW's groups.
+        muon_lr: step size of the matrices.
+        betas, eps, weight_decay: AdamW's; `weight_decay` is for both, decoupled.
+        momentum: of Muon, in Nesterov's form.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        lr: float | int,
+        muon_lr: float | int,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float | int = 0.0,
+        momentum: float = 0.95,
+    ) -> None:
+        groups = [{**g, "lr": muon_lr} if g.get("matrices") else g for g in params]
+        # `fused` is read by load_state_dict, which then leaves AdamW's step counters on their device
+        defaults = {
+            "lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "momentum": momentum,
+            "matrices": False, "fused": True,
+        }  # fmt: skip
+        super().__init__(groups, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            given = [p for p in group["params"] if p.grad is not None]
+            (self.muon if group["matrices"] else self.adamw)(given, group)
+        return loss
+
+    def muon(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        for p in params:
+            grad: Any = p.grad
+            average = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            average.lerp_(grad, 1 - group["momentum"])
+            update = grad.lerp(average, group["momentum"]).flatten(1)
+            alike[update.shape].append((p, update))
+        for shape, pairs in alike.items():  # matrices of one shape in one product
+            updates = orthogonalize(torch.stack([update for _, update in pairs]))
+            size = 0.2 * max(shape) ** 0.5
+            for (p, _), update in zip(pairs, updates, strict=True):
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update.view_as(p), alpha=-group["lr"] * size)
+
+    def adamw(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        for p in params:
+            if not self.state[p]:
+                step = torch.zeros((), dtype=torch.float32, device=p.device)
+                zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+                self.state[p] |= {"step": step, **zeros}
+        states = [self.state[p] for p in params]
+        beta1, beta2 = group["betas"]
+        grads: Any = [p.grad for p in params]
+        adamw(
+            params,
+            grads,
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [],
+            [s["step"] for s in states],
+            fused=True,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
