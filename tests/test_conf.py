@@ -162,6 +162,14 @@ def test_a_size_that_the_data_does_not_have_is_refused(untrained_stages):
         fill_sizes(config, {})
 
 
+def test_codes_need_not_share_their_digits():
+    sizes = {"image_vocab": 60, "image_levels": [3, 5, 4]}
+    for given, filled in (("auto", [3, 5, 4]), (None, None)):
+        net = {"image_vocab": "auto", "image_levels": given}
+        fill_sizes({"model": {"net": net}}, sizes)
+        assert net == {"image_vocab": 60, "image_levels": filled}
+
+
 @pytest.mark.parametrize("name", files_of("sampler"))
 def test_samplers(name):
     sampler = build(config_of(f"sampler={name}")["sampler"], "sampler")

@@ -89,3 +89,13 @@ def test_options_of_another_algorithm_are_left_out():
     adam, _ = Recipe(torch.optim.AdamW, lr=0.1, **tuned).build(net, 10)
     assert sgd.defaults["momentum"] == 0.9
     assert adam.defaults["betas"] == (0.5, 0.9)
+
+
+def test_another_pace_is_that_of_all_step_sizes_and_averages():
+    made = recipe(lr=0.4, muon_lr=0.8, momentum=0.81, betas=(0.64, 0.25), eps=1e-3, weight_decay=0.1)
+    half = made.paced(0.5, 0.5)
+    assert (half.lr, half.options["muon_lr"], half.options["momentum"]) == pytest.approx((0.2, 0.4, 0.9))
+    assert half.options["betas"] == pytest.approx([0.8, 0.5])
+    assert (half.options["eps"], half.weight_decay) == (1e-3, 0.1)
+    assert (made.lr, made.options["betas"]) == (0.4, (0.64, 0.25))
+    assert made.paced(2).options["momentum"] == 0.81

@@ -62,7 +62,7 @@ class GanStage(Stage):
         beta1: float | int = 0.0,
         augment: Sequence[Literal["colour", "translation", "cutout"]] = (),
     ) -> None:
-        super().__init__(optimizer and with_betas(optimizer, lambda betas: [beta1, betas[1]]))
+        super().__init__(optimizer and with_first_beta(optimizer, beta1))
         for name, value in {"r1_every": r1_every, "d_steps": d_steps}.items():
             if value < 1:
                 raise UserError(f"model.{name}={value}: give at least 1")
@@ -144,10 +144,9 @@ class GanStage(Stage):
     def configure_optimizers(self) -> Any:
         generator = super().configure_optimizers()
         assert self.recipe is not None
-        steps, recipe = self.d_steps * self.trainer.estimated_stepping_batches, copy.copy(self.recipe)
+        steps, recipe = self.d_steps * self.trainer.estimated_stepping_batches, self.recipe.paced(self.d_lr)
         if self.r1_gamma:
             steps, recipe = steps * (1 + 1 / self.r1_every), lazy(recipe, self.r1_every)
-        recipe.lr *= self.d_lr
         optimizer, schedule = recipe.build(self.discriminator, steps)
         return [
             generator,
@@ -205,16 +204,14 @@ def lazy(recipe: Recipe, every: int) -> Recipe:
     Learning rate times c and betas to the power of c, c = every / (every + 1), keep its pace.
     """
     c = every / (every + 1)
-    made = with_betas(recipe, lambda betas: [beta**c for beta in betas])
-    made.lr *= c
-    return made
+    return recipe.paced(c, c)
 
 
-def with_betas(recipe: Recipe, change: Callable[[list[float]], list[float]]) -> Recipe:
-    """A copy of the recipe with other betas, where it has any."""
+def with_first_beta(recipe: Recipe, beta: float) -> Recipe:
+    """A copy of the recipe with another decay of the first moment, where it has one."""
     made = copy.copy(recipe)
     if "betas" in recipe.options:
-        made.options = {**recipe.options, "betas": change(recipe.options["betas"])}
+        made.options = {**recipe.options, "betas": [beta, recipe.options["betas"][1]]}
     return made
 
 

@@ -1,5 +1,6 @@
 """How a stage is optimised: the algorithm, the step size over time, and what is decayed."""
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Collection
@@ -40,6 +41,19 @@ class Recipe:
         self.algorithm, self.lr, self.weight_decay, self.options = algorithm, lr, weight_decay, options
         self.warmup, self.decay, self.decay_start = warmup, decay, decay_start
         self.decay_end, self.final = decay_end, final
+
+    def paced(self, lr: float | int, memory: float | int = 1.0) -> "Recipe":
+        """A copy with all step sizes times `lr` and the decays of all averages to the power of `memory`."""
+        made = copy.copy(self)
+        made.lr, made.options = lr * self.lr, dict(self.options)
+        for key, value in self.options.items():
+            if key == "muon_lr":
+                made.options[key] = lr * value
+            elif key == "momentum":
+                made.options[key] = value**memory
+            elif key == "betas":
+                made.options[key] = [beta**memory for beta in value]
+        return made
 
     @property
     def known(self) -> Collection[str]:
