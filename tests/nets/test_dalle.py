@@ -155,6 +155,12 @@ class TestDigits:
         assert all(part.sum(1).eq(1).all() for part in digits)
         assert torch.equal(torch.stack([part.argmax(1) for part in digits], dim=1), expected)
 
+    def test_few_codes_and_many_have_the_same_logits(self):
+        net = grown(image_vocab=60, image_levels=self.LEVELS)
+        x = torch.randn(3, 20, net.width)  # 60 rows, more than the width, and one by one
+        each = torch.stack([net.code_logits(row) for row in x.flatten(0, 1)])
+        torch.testing.assert_close(net.code_logits(x).flatten(0, 1), each, rtol=1e-4, atol=1e-4)
+
     @pytest.mark.parametrize("style", STYLES)
     def test_are_a_table_that_adds_up(self, style):
         net = grown(image_vocab=60, image_levels=self.LEVELS, style=style)

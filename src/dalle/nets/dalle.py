@@ -303,7 +303,10 @@ class DALLE(nn.Module):
     def code_logits(self, x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N K"]:
         if self.digits is None:
             return self.image_head(x)
-        return F.linear(x, torch.addmm(self.image_head.weight, self.digits.spread, self.digits.write))
+        spread, write = self.digits.spread, self.digits.write
+        if x.shape[:-1].numel() < self.width:  # one code at a time: less than adding up the table
+            return self.image_head(x) + F.linear(F.linear(x, write), spread)
+        return F.linear(x, torch.addmm(self.image_head.weight, spread, write))
 
     def padded(
         self, text: Int64[Tensor, "B T"], keep_text: Bool[Tensor, "B"] | None = None
