@@ -19,8 +19,8 @@ STEPS = 5
 # All that presets tune is set here, so that only code can move a loss; eps is large, lest AdamW turn the
 # rounding errors of another processor into whole steps.
 TUNED = (
-    "optimizer.lr=1e-3", "optimizer.weight_decay=0.05", "optimizer.betas=[0.9,0.99]", "optimizer.eps=1e-4",
-    "optimizer.decay_start=0.5", "trainer.gradient_clip_val=1.0", "seed=0",
+    "optimizer=adamw", "optimizer.lr=1e-3", "optimizer.weight_decay=0.05", "optimizer.betas=[0.9,0.99]",
+    "optimizer.eps=1e-4", "optimizer.decay_start=0.5", "trainer.gradient_clip_val=1.0", "seed=0",
 )  # fmt: skip
 DECODER = (
     "model.image_dropout=0.1", "model.text_dropout=0.5", "model.denoiser.prediction=velocity",

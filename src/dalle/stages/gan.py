@@ -207,7 +207,7 @@ def lazy(recipe: Recipe, every: int) -> Recipe:
     return recipe.paced(c, c)
 
 
-def with_first_beta(recipe: Recipe, beta: float) -> Recipe:
+def with_first_beta(recipe: Recipe, beta: float | int) -> Recipe:
     """A copy of the recipe with another decay of the first moment, where it has one."""
     made = copy.copy(recipe)
     if "betas" in recipe.options:

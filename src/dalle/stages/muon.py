@@ -6,7 +6,7 @@ AdamW's usually has (Liu et al. 2025, "Muon is scalable for LLM training", eq. 4
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -54,10 +54,10 @@ class Muon(Optimizer):
         params: Iterable[dict[str, Any]],
         lr: float | int,
         muon_lr: float | int,
-        betas: tuple[float, float] = (0.9, 0.99),
-        eps: float = 1e-8,
+        betas: Sequence[float | int] = (0.9, 0.99),
+        eps: float | int = 1e-8,
         weight_decay: float | int = 0.0,
-        momentum: float = 0.95,
+        momentum: float | int = 0.95,
     ) -> None:
         groups = [{**g, "lr": muon_lr} if g.get("matrices") else g for g in params]
         # `fused` is read by load_state_dict, which then leaves AdamW's step counters on their device
