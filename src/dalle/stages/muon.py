@@ -82,7 +82,9 @@ class Muon(Optimizer):
         alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for p in params:
             grad: Any = p.grad
-            average = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+            average = self.state[p]["momentum"]
             average.lerp_(grad, 1 - group["momentum"])
             update = grad.lerp(average, group["momentum"]).flatten(1)
             alike[update.shape].append((p, update))

@@ -92,8 +92,8 @@ class Recipe:
 
 
 def hidden_matrices(net: nn.Module) -> list[nn.Parameter]:
-    """Weights of the linear layers and convolutions inside what a network repeats (its lists of layers), for
-    Muon; not the first and last maps, nor embeddings.
+    """Weights of the linear layers and convolutions in a network's lists and sequences of layers, for Muon:
+    not embeddings, nor the maps in and out that stand alone.
     """
     found = []
     for name, module in net.named_modules():
