@@ -186,7 +186,7 @@ def test_under_autocast_the_cache_is_as_small_as_the_keys():
     net = grown()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         logits, cache = net.prefill(captions())
-        assert cache.dtype == torch.bfloat16
+        assert cache.kv.dtype == torch.bfloat16
         assert net.step(logits.argmax(1), 0, cache).shape == (3, 11)
     with torch.autocast("cpu", torch.bfloat16):
         assert generate(net, captions(), guidance=2.0).shape == (3, 9)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from vector_quantize_pytorch import FSQ
 
 from dalle.errors import UserError
-from dalle.nets.dalle import ATTENTION, DALLE, SPARSE, STYLES, Digits, Sight, layer_kinds, offsets
+from dalle.nets.dalle import ATTENTION, DALLE, SPARSE, STYLES, Digits, Shift, Sight, layer_kinds, offsets
 
 SMALL: dict[str, Any] = {
     "text_vocab": 20, "text_length": 6, "image_vocab": 11, "grid": 4, "width": 32, "depth": 3, "heads": 4,
@@ -128,19 +128,57 @@ def test_sparse_attention_equals_the_dense_mask(attention, style):
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("given", [0, 5, 15])
-def test_cached_steps_give_the_logits_of_the_whole_stream(attention, style, given):
-    net = grown(attention=attention, style=style)
+@pytest.mark.parametrize("shift", [False, True])
+def test_cached_steps_give_the_logits_of_the_whole_stream(attention, style, given, shift):
+    net = grown(attention=attention, style=style, shift=shift)
     text, codes = inputs(net)
     keep = torch.tensor([True, False, True])
     expected = net(text, codes, keep)[1]
     with torch.no_grad():
         logits, cache = net.prefill(text, keep, codes[:, :given])
         torch.testing.assert_close(logits, expected[:, given], rtol=1e-4, atol=1e-4)
-        place = cache.data_ptr()
+        places = [part.data_ptr() for part in cache if part is not None]
         for rank in range(given, net.codes - 1):
             logits = net.step(codes[:, rank], rank, cache)
             torch.testing.assert_close(logits, expected[:, rank + 1], rtol=1e-4, atol=1e-4)
-    assert (cache.shape, cache.data_ptr()) == ((3, 2, 3, 4, 21, 8), place)
+    assert cache.kv.shape == (3, 2, 3, 4, 21, 8)
+    assert [part.data_ptr() for part in cache if part is not None] == places
+
+
+class TestShift:
+    """Channels of neighbours, by an example written out and by what a layer then sees."""
+
+    def test_values(self):
+        x = torch.arange(1.0, 8).view(1, 7, 1) * torch.tensor([1.0, 10, 100, 1000])  # 3 words, 4 codes of 2x2
+        expected = [
+            [0, 0, 100, 1000], [1, 10, 200, 2000], [2, 20, 300, 3000],
+            [3, 0, 400, 4000], [4, 0, 500, 5000], [5, 40, 600, 6000], [6, 50, 700, 7000],
+        ]  # fmt: skip
+        assert Shift(3, 2, 4)(x)[0].tolist() == expected
+        assert Shift(3, 2, 4)(x[:, :3])[0].tolist() == expected[:3]  # captions alone
+        assert Shift(3, 2, 4)(x[:, :4])[0].tolist() == expected[:4]  # less than a row
+
+    @pytest.mark.parametrize("attention", ["full", *SPARSE])
+    def test_nothing_is_seen_too_early(self, attention):
+        seen = seen_by_the_logits(grown(attention=attention, shift=True, depth=2))
+        assert not seen.triu(1).any()
+
+    def test_a_layer_sees_its_neighbours_too(self):
+        seen = seen_by_the_logits(grown(attention="column", shift=True, depth=1))
+        expected = Sight(6, 4, offsets("column", 4, 3)).mask
+        assert seen[expected].all()
+        assert seen[9, 8]  # the code before
+        assert not expected[9, 8]
+
+    def test_gradients_flow_through_recomputed_layers_alike(self):
+        text, codes = inputs(grown())
+        grads = []
+        for again in (False, True):
+            net = grown(shift=True, checkpoint=again).train()
+            net(text, codes)[1].square().sum().backward()
+            grads.append([p.grad for p in net.layers.parameters()])
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 class TestDigits:
@@ -155,15 +193,24 @@ class TestDigits:
         assert all(part.sum(1).eq(1).all() for part in digits)
         assert torch.equal(torch.stack([part.argmax(1) for part in digits], dim=1), expected)
 
-    def test_few_codes_and_many_have_the_same_logits(self):
-        net = grown(image_vocab=60, image_levels=self.LEVELS)
+    def test_groups_of_digits_share_too(self):
+        flat, grouped = Digits(self.LEVELS, 8).spread, Digits(((3, 5), (4,)), 8).spread
+        code = torch.arange(60)
+        assert torch.equal(grouped[:, :15], torch.nn.functional.one_hot(code % 15).float())
+        assert torch.equal(grouped[:, 15:], flat)
+        assert torch.equal(Digits((self.LEVELS,), 8).spread, flat)  # one group is the whole code: the table's
+
+    @pytest.mark.parametrize("levels", [LEVELS, ((3, 5), (4,))])
+    def test_few_codes_and_many_have_the_same_logits(self, levels):
+        net = grown(image_vocab=60, image_levels=levels)
         x = torch.randn(3, 20, net.width)  # 60 rows, more than the width, and one by one
         each = torch.stack([net.code_logits(row) for row in x.flatten(0, 1)])
         torch.testing.assert_close(net.code_logits(x).flatten(0, 1), each, rtol=1e-4, atol=1e-4)
 
     @pytest.mark.parametrize("style", STYLES)
-    def test_are_a_table_that_adds_up(self, style):
-        net = grown(image_vocab=60, image_levels=self.LEVELS, style=style)
+    @pytest.mark.parametrize("levels", [LEVELS, ((3, 5), (4,))])
+    def test_are_a_table_that_adds_up(self, style, levels):
+        net = grown(image_vocab=60, image_levels=levels, style=style)
         plain = grown(image_vocab=60, style=style)
         weights = {name: tensor.clone() for name, tensor in net.state_dict().items()}
         for table, part in (("image_embedding", "read"), ("image_head", "write")):
@@ -186,7 +233,7 @@ class TestDigits:
         assert all(table.grad.abs().sum() > 0 for table in tables)
 
     def test_of_another_vocabulary_are_refused(self):
-        with pytest.raises(UserError, match=r"image_levels=\[3, 5, 4\] make 60 codes, but image_vocab=11"):
+        with pytest.raises(UserError, match=r"image_levels=\(3, 5, 4\) make 60 codes, but image_vocab=11"):
             DALLE(**SMALL, image_levels=self.LEVELS)
 
 
@@ -376,10 +423,11 @@ def test_mistakes_are_one_line(change, message):
 
 @pytest.mark.compile
 @pytest.mark.parametrize("attention", ["full", "dalle"])
-def test_compiles_to_one_graph(attention):
+@pytest.mark.parametrize("shift", [False, True])
+def test_compiles_to_one_graph(attention, shift):
     """Captured whole, without the minutes that inductor takes; and all steps of sampling in one graph."""
     torch.compiler.reset()
-    net = grown(attention=attention)
+    net = grown(attention=attention, shift=shift)
     text, codes = inputs(net)
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(text, codes), net(text, codes), rtol=1e-4, atol=1e-4)

@@ -17,6 +17,10 @@ SMALL = {
 }
 
 
+BLUE_YELLOW = ([-0.9, -0.9, 0.5], [0.9, 0.8, -0.6])
+GREEN_WHITE = ([-0.8, 0.2, -0.7], [1.0, 1.0, 1.0])
+
+
 def make(**options) -> VQGAN:
     torch.manual_seed(0)
     return VQGAN(**(SMALL | options))
@@ -132,14 +136,54 @@ class TestFiniteScalars:
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in net.encoder.parameters())
 
 
-def test_a_patchwise_code_is_of_its_own_patch_alone():
-    net = make(levels=(3, 4), patchwise=16)
+@pytest.mark.parametrize("levels", [(3, 4), ((3,), (4,))])
+def test_a_patchwise_code_is_of_its_own_patch_alone(levels):
+    net = make(levels=levels, patchwise=16)
     image, other = pictures(2)[:1], pictures(2)[1:]
     image[:, :, 4:8, 8:12] = other[:, :, 4:8, 8:12]  # row 1, column 2 of a grid of 4
     before, same, mixed = net.latents(pictures(2)[:1]), net.latents(other), net.latents(image)
     torch.testing.assert_close(mixed[:, :, 1, 2], same[:, :, 1, 2])
     mixed[:, :, 1, 2] = before[:, :, 1, 2]
     torch.testing.assert_close(mixed, before)
+
+
+PATTERNS = {"vocab_size": 4096, "levels": ((8, 8), (8, 8)), "patchwise": 16}
+
+
+class TestPatterns:
+    """Edges between two colours: what is a pattern's and what the colours'."""
+
+    @staticmethod
+    def edge(dark: list[float], light: list[float]) -> torch.Tensor:
+        """(1, 3, 16, 16), from dark to light over the width of every patch of 4."""
+        cover = torch.tensor([0.0, 0.3, 0.8, 1.0]).repeat(4)
+        low, high = torch.tensor([dark, light])[..., None]
+        return (low + cover * (high - low))[None, :, None].expand(-1, -1, 16, -1)
+
+    def test_an_edge_has_one_pattern_in_all_colours(self):
+        net = make(**PATTERNS)
+        one, two = (net.latents(self.edge(*ends)) for ends in (BLUE_YELLOW, GREEN_WHITE))
+        torch.testing.assert_close(one[:, :2], two[:, :2], rtol=1e-2, atol=1e-3)
+        assert (one[:, 2:] - two[:, 2:]).abs().min() > 1e-4
+
+    def test_patterns_in_the_same_colours_have_one_colour(self):
+        net = make(**PATTERNS)
+        edge = self.edge(*BLUE_YELLOW)
+        one, two = net.latents(edge), net.latents(edge.mT)
+        assert not torch.allclose(one[:, :2], two[:, :2])
+        torch.testing.assert_close(one[:, 2:], two[:, 2:])
+
+    def test_a_plain_patch_is_its_colour(self):
+        net = make(**PATTERNS)
+        plain = [net.latents(torch.full((1, 3, 16, 16), value)) for value in (-0.5, 0.7)]
+        torch.testing.assert_close(plain[0][:, :2], plain[1][:, :2])
+
+    @pytest.mark.parametrize(
+        "wrong", [{"levels": ((8, 8), (8,), (8,))}, {"levels": ((8, 8, 8, 8), ())}, {"patchwise": None}]
+    )
+    def test_what_does_not_fit(self, wrong):
+        with pytest.raises(UserError, match="two lists, of patterns and of colours, only with patchwise"):
+            make(**PATTERNS | wrong)
 
 
 @pytest.mark.parametrize(("multipliers", "patch", "grid"), [([1], 1, 16), ([1, 2], 2, 4), ([1, 1, 2], 1, 4)])

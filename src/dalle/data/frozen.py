@@ -84,7 +84,7 @@ class FrozenTokenizer(Frozen):
         super().__init__(net)
         self.vocab_size: int = self.net.vocab_size
         self.grid: int = self.net.grid
-        self.levels: list[int] | None = getattr(self.net, "levels", None)
+        self.levels: list[Any] | None = getattr(self.net, "levels", None)
 
     @torch.no_grad()
     def encode(self, image: Float[Tensor, "b 3 h w"]) -> Int64[Tensor, "b n"]:

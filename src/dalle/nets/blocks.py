@@ -16,6 +16,12 @@ from torch import Tensor, nn
 from dalle.errors import UserError
 
 
+def grouped(levels: Sequence[int] | Sequence[Sequence[int]]) -> list[list[int]]:
+    """Levels of finite scalars, given as numbers or as lists of those that belong together, as lists."""
+    numbers = [n for n in levels if isinstance(n, int)]
+    return [numbers] if numbers else [list(group) for group in levels if not isinstance(group, int)]
+
+
 def time_embedding(t: Float[Tensor, "B"], dim: int) -> Float[Tensor, "B D"]:
     """Sinusoids of 1000 t, laid out `[cos | sin]`, frequencies 10000^(-k/half) (ADM, GLIDE)."""
     half = dim // 2

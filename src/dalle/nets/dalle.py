@@ -2,13 +2,14 @@
 
 Attention is causal, or sparse in the picture as in App. B.1, and one softmax runs over text and picture.
 What differs from the paper: each kind of token has an output head of its own, which restricts the logits to
-its vocabulary without a mask; there is a start token; `style="llama"` gives the same class modern blocks; and
-codes that are digits of finite scalars (Mentzer et al. 2023) share what their digits share.
+its vocabulary without a mask; there is a start token; `style="llama"` gives the same class modern blocks;
+layers may read part of the token before and of the code above (`Shift`); and codes that are digits of finite
+scalars (Mentzer et al. 2023) share what their digits share.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +18,23 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dalle.errors import UserError
-from dalle.nets.blocks import attend
+from dalle.nets.blocks import attend, grouped
 
 SPARSE = ("row", "column", "conv")
 ATTENTION = ("full", *SPARSE, "dalle")
 STYLES = ("gpt", "llama")
-Cache = Float[Tensor, "L 2 B H S e"]  # keys and values of each layer at every position that is an input
+
+
+class Cache(NamedTuple):
+    """What `DALLE.step` needs of the tokens before, for each layer, made once and overwritten in place.
+
+    kv: keys and values at every position that is an input.
+    left, above: with a `Shift`, what attention and MLP take of the newest token and of the newest row.
+    """
+
+    kv: Float[Tensor, "L 2 B H S e"]
+    left: Float[Tensor, "L 2 B q"] | None
+    above: Float[Tensor, "L 2 B g q"] | None
 
 
 def layer_kinds(attention: str, depth: int) -> list[str]:
@@ -74,6 +86,53 @@ def rotations(length: int, head_dim: int) -> Float[Tensor, "2 S d"]:
     """Cosines and sines of rotary positions (Su et al. 2021), base 10000, one angle for d = head_dim / 2."""
     angle = torch.arange(length)[:, None] * 10000.0 ** (-torch.arange(0, head_dim, 2) / head_dim)
     return torch.stack((angle.cos(), angle.sin()))
+
+
+class Shift(nn.Module):
+    """A quarter of each token's channels become those of the token before, a quarter those of the code above
+    (of a word: of the word before). What lies beyond an edge is 0.
+
+    So every layer compares neighbours without having to learn an attention that finds them (DALLE-pytorch's
+    `shift_tokens`).
+    """
+
+    def __init__(self, text_length: int, grid: int, width: int):
+        super().__init__()
+        self.text_length, self.grid, self.quarter = text_length, grid, width // 4
+
+    def forward(self, x: Float[Tensor, "B M D"]) -> Float[Tensor, "B M D"]:
+        left, above, own = x.tensor_split((self.quarter, 2 * self.quarter), dim=2)
+        words, codes = above.tensor_split((self.text_length,), dim=1)
+        parts = (
+            F.pad(left, (0, 0, 1, -1)),
+            torch.cat((F.pad(words, (0, 0, 1, -1)), self.lowered(codes)), 1),
+            own,
+        )
+        return torch.cat(parts, dim=2)
+
+    def lowered(self, codes: Float[Tensor, "B P q"]) -> Float[Tensor, "B P q"]:
+        """One row down; fewer codes than a row have nothing above."""
+        return F.pad(codes, (0, 0, self.grid, 0))[:, : codes.shape[1]]
+
+    def kept(self, x: Float[Tensor, "B M D"]) -> tuple[Float[Tensor, "B q"], Float[Tensor, "B g q"]]:
+        """What `step` needs of a stream that ends at its M-th token."""
+        left, above, _ = x.tensor_split((self.quarter, 2 * self.quarter), dim=2)
+        codes = x.shape[1] - self.text_length
+        row = above.new_zeros(len(x), self.grid, self.quarter)
+        last = torch.arange(max(codes - self.grid, 0), codes, device=x.device)
+        row[:, last % self.grid] = above[:, self.text_length + last]
+        return left[:, -1], row
+
+    def step(
+        self, x: Float[Tensor, "B 1 D"], rank: int, left: Float[Tensor, "B q"], above: Float[Tensor, "B g q"]
+    ) -> Float[Tensor, "B 1 D"]:
+        """Of the code of this rank alone; `left` and `above` are brought up to date."""
+        own = x.tensor_split((self.quarter, 2 * self.quarter), dim=2)
+        place = above.narrow(1, rank % self.grid, 1)
+        shifted = torch.cat((left[:, None], place, own[2]), dim=2)
+        left.copy_(own[0][:, 0])
+        place.copy_(own[1])
+        return shifted
 
 
 class Attention(nn.Module):
@@ -147,30 +206,48 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Pre-norm residual attention and MLP."""
+    """Pre-norm residual attention and MLP, each of the tokens themselves or of what `shift` makes of them."""
 
-    def __init__(self, width: int, heads: int, dropout: float | int, style: str):
+    def __init__(self, width: int, heads: int, dropout: float | int, style: str, shift: Shift | None):
         super().__init__()
         llama = style == "llama"
         self.norm1, self.norm2 = norm(width, style), norm(width, style)
         self.attention = Attention(width, heads, bias=not llama)
         self.mlp = MLP(width, bias=not llama, gated=llama)
         self.dropout = nn.Dropout(dropout)
+        self.shift = shift
 
     def forward(
         self,
         x: Float[Tensor, "B M D"],
         rotation: Float[Tensor, "2 M d"] | None,
         mask: Bool[Tensor, "M M"] | None,
-    ) -> tuple[Float[Tensor, "B M D"], Float[Tensor, "B M 2*D"]]:
-        attended, kv = self.attention(self.norm1(x), rotation, mask)
+    ) -> tuple[Float[Tensor, "B M D"], tuple[Tensor, Tensor, Tensor]]:
+        """Also gives what a cache is made of: keys | values, and what the two parts read before the shift."""
+        shift = self.shift or nn.Identity()
+        read1 = self.norm1(x)
+        attended, kv = self.attention(shift(read1), rotation, mask)
         x = x + self.dropout(attended)
-        return x + self.dropout(self.mlp(self.norm2(x))), kv
+        read2 = self.norm2(x)
+        return x + self.dropout(self.mlp(shift(read2))), (kv, read1, read2)
 
-    def step(self, x: Float[Tensor, "B 1 D"], *past) -> Float[Tensor, "B 1 D"]:
-        """One token, after those in the cache; `past` is what `Attention.step` takes besides."""
-        x = x + self.attention.step(self.norm1(x), *past)
-        return x + self.mlp(self.norm2(x))
+    def step(
+        self,
+        x: Float[Tensor, "B 1 D"],
+        rank: int,
+        left: Float[Tensor, "2 B q"] | None,
+        above: Float[Tensor, "2 B g q"] | None,
+        *past,
+    ) -> Float[Tensor, "B 1 D"]:
+        """One code, after what is in the cache; `past` is what `Attention.step` takes besides."""
+
+        def read(x: Tensor, part: int) -> Tensor:
+            if self.shift is None or left is None or above is None:
+                return x
+            return self.shift.step(x, rank, left[part], above[part])
+
+        x = x + self.attention.step(read(self.norm1(x), 0), *past)
+        return x + self.mlp(read(self.norm2(x), 1))
 
 
 class Digits(nn.Module):
@@ -178,23 +255,28 @@ class Digits(nn.Module):
 
     Codes of finite scalar quantization are numbers of such digits, the least first. Neighbours in them look
     alike, and most of a few thousand codes are rare: a table of independent vectors learns each by itself.
+    Where digits come in groups (a patch's pattern, its colours), codes share a whole group's, too.
 
-    spread (K, sum of levels) has a one at each digit of a code.
+    spread (K, V) has a one for each of the V vectors that a code is the sum of.
     """
 
-    spread: Float[Tensor, "K L"]
+    spread: Float[Tensor, "K V"]
 
-    def __init__(self, levels: Sequence[int], width: int):
+    def __init__(self, levels: Sequence[int] | Sequence[Sequence[int]], width: int):
         super().__init__()
-        self.read = nn.Parameter(torch.empty(sum(levels), width))
-        self.write = nn.Parameter(torch.empty(sum(levels), width))
-        code, spread = torch.arange(math.prod(levels)), []
-        for level in levels:
-            spread.append(F.one_hot(code % level, level))
-            code = code // level
+        groups = grouped(levels)
+        code, spread = torch.arange(math.prod(map(math.prod, groups))), []
+        for group in groups:
+            sizes = [math.prod(group)] if len(groups) > 1 and len(group) > 1 else []
+            spread += [F.one_hot(code % size, size) for size in sizes]
+            for level in group:
+                spread.append(F.one_hot(code % level, level))
+                code = code // level
         self.register_buffer("spread", torch.cat(spread, dim=1).float(), persistent=False)
+        self.read = nn.Parameter(torch.empty(self.spread.shape[1], width))
+        self.write = nn.Parameter(torch.empty(self.spread.shape[1], width))
         for part in (self.read, self.write):
-            nn.init.normal_(part, std=0.02 / math.sqrt(len(levels)))
+            nn.init.normal_(part, std=0.02 / math.sqrt(len(spread)))
 
 
 def norm(width: int, style: str) -> nn.Module:
@@ -210,12 +292,14 @@ class DALLE(nn.Module):
     Args:
         text_vocab, text_length: ids of the text tokenizer (without the paddings here), and the length T.
         image_vocab, grid: ids of the image tokenizer, and the side of its square of N = grid^2 codes.
-        image_levels: of the digits that its ids are made of (`Digits`), whose product is `image_vocab`.
+        image_levels: of the digits that its ids are made of (`Digits`), whose product is `image_vocab`; in
+            lists, of those that belong together.
         attention: full, row, column, conv, or dalle, the paper's order of the sparse ones.
         kernel: side of the square that a conv layer sees, odd.
         style: gpt (LayerNorm, GELU, learned text positions) or llama (RMSNorm, SwiGLU, no biases, rotary
             over the stream in place of text positions). Both learn rows and columns, of which a rotation over
             the stream knows nothing.
+        shift: every layer reads part of the token before and of the code above (`Shift`).
         checkpoint: recompute each layer in the backward pass.
 
     Raises:
@@ -239,14 +323,15 @@ class DALLE(nn.Module):
         kernel: int = 11,
         dropout: float | int = 0.0,
         style: str = "gpt",
+        shift: bool = False,
         checkpoint: bool = False,
-        image_levels: Sequence[int] | None = None,
+        image_levels: Sequence[int] | Sequence[Sequence[int]] | None = None,
     ):
         super().__init__()
-        if image_levels is not None and math.prod(image_levels) != image_vocab:
+        made = math.prod(map(math.prod, grouped(image_levels or ())))
+        if image_levels is not None and made != image_vocab:
             raise UserError(
-                f"DALLE: image_levels={list(image_levels)} make {math.prod(image_levels)} codes, "
-                f"but image_vocab={image_vocab}."
+                f"DALLE: image_levels={image_levels} make {made} codes, but image_vocab={image_vocab}."
             )
         if attention not in ATTENTION:
             raise UserError(f"DALLE: attention is one of {', '.join(ATTENTION)}, not {attention!r}.")
@@ -267,7 +352,8 @@ class DALLE(nn.Module):
         self.image_embedding = nn.Embedding(image_vocab, width)
         self.text_position = nn.Embedding(text_length, width) if style == "gpt" else None
         self.row, self.column = nn.Embedding(grid, width), nn.Embedding(grid, width)
-        self.layers = nn.ModuleList(Layer(width, heads, dropout, style) for _ in range(depth))
+        self.shift = Shift(text_length, grid, width) if shift else None
+        self.layers = nn.ModuleList(Layer(width, heads, dropout, style, self.shift) for _ in range(depth))
         self.norm = norm(width, style)
         self.text_head = nn.Linear(width, text_vocab + text_length, bias=False)
         self.image_head = nn.Linear(width, image_vocab, bias=False)
@@ -330,17 +416,17 @@ class DALLE(nn.Module):
         places = (self.row.weight[:, None] + self.column.weight).flatten(0, 1)
         return torch.cat((words, self.read_codes(codes) + places[: codes.shape[1]]), dim=1)
 
-    def through(self, x: Float[Tensor, "B M D"], kept: list[Tensor] | None = None) -> Float[Tensor, "B M D"]:
-        """All layers over the first M tokens of the stream; their keys | values are appended to `kept`."""
+    def through(self, x: Float[Tensor, "B M D"], kept: list[Any] | None = None) -> Float[Tensor, "B M D"]:
+        """All layers over the first M tokens of the stream; what caches are made of is appended to `kept`."""
         rotation = None if self.rotation is None else self.rotation[:, : x.shape[1]]
         masks = {kind: sight.mask[: x.shape[1], : x.shape[1]] for kind, sight in self.sights.items()}
         for layer, kind in zip(self.layers, self.kinds, strict=True):
             if self.checkpoint and self.training:
-                x, kv = checkpoint(layer, x, rotation, masks.get(kind), use_reentrant=False)
+                x, read = checkpoint(layer, x, rotation, masks.get(kind), use_reentrant=False)
             else:
-                x, kv = layer(x, rotation, masks.get(kind))
+                x, read = layer(x, rotation, masks.get(kind))
             if kept is not None:
-                kept.append(kv)
+                kept.append(read)
         return self.norm(x)
 
     def forward(
@@ -369,14 +455,18 @@ class DALLE(nn.Module):
         The cache holds the whole stream, so that no step allocates.
         """
         codes = text[:, :0] if codes is None else codes
-        kept: list[Tensor] = []
+        kept: list[Any] = []
         x = self.through(self.tokens(text, codes, keep_text), kept)
         b, m, _ = x.shape
         size = (len(kept), 2, b, self.heads, self.text_length + self.codes - 1, self.width // self.heads)
-        cache = kept[0].new_empty(size)
-        for layer, kv in zip(cache, kept, strict=True):
+        cache = kept[0][0].new_empty(size)
+        for layer, (kv, *_) in zip(cache, kept, strict=True):
             layer[..., :m, :] = kv.unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.code_logits(x[:, -1]), cache
+        left = above = None
+        if self.shift is not None:
+            parts = [self.shift.kept(read) for _, *reads in kept for read in reads]
+            left, above = (torch.stack(part).unflatten(0, (-1, 2)) for part in zip(*parts, strict=True))
+        return self.code_logits(x[:, -1]), Cache(cache, left, above)
 
     def step(self, code: Int64[Tensor, "B"], rank: int, cache: Cache) -> Float[Tensor, "B K"]:
         """Logits of the code after `code`, which is the one of raster rank `rank` (from 0).
@@ -387,6 +477,9 @@ class DALLE(nn.Module):
         x, position = x[:, None], self.text_length + rank
         rotation = None if self.rotation is None else self.rotation[:, position : position + 1]
         sights = {kind: (sight.keys[rank], sight.seen[rank][None]) for kind, sight in self.sights.items()}
-        for layer, kind, past in zip(self.layers, self.kinds, cache, strict=True):
-            x = layer.step(x, rotation, past, position, sights.get(kind))
+        nothing = [None] * len(self.layers)
+        left = nothing if cache.left is None else cache.left
+        above = nothing if cache.above is None else cache.above
+        for layer, kind, kv, *row in zip(self.layers, self.kinds, cache.kv, left, above, strict=True):
+            x = layer.step(x, rank, *row, rotation, kv, position, sights.get(kind))
         return self.code_logits(self.norm(x))[:, 0]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vector_quantize_pytorch import FSQ, VectorQuantize
 
 from dalle.errors import UserError
-from dalle.nets.blocks import GroupNorm
+from dalle.nets.blocks import GroupNorm, grouped
 
 
 class Block(nn.Module):
@@ -35,6 +35,27 @@ class Block(nn.Module):
         return self.skip(x) + self.conv2(self.norm2(self.conv1(self.norm1(x))))
 
 
+class PatchMLP(nn.Module):
+    """A residual MLP for each patch by itself."""
+
+    def __init__(self, n_in: int, width: int, n_out: int, blocks: int):
+        super().__init__()
+        self.inlet = nn.Linear(n_in, width)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+            )
+            for _ in range(blocks)
+        )
+        self.outlet = nn.Linear(width, n_out)
+
+    def forward(self, x: Float[Tensor, "B I h w"]) -> Float[Tensor, "B O h w"]:
+        x = self.inlet(x.permute(0, 2, 3, 1))
+        for block in self.blocks:
+            x = x + block(x)
+        return self.outlet(x).permute(0, 3, 1, 2)
+
+
 class PatchEncoder(nn.Module):
     """An MLP on patches that know nothing of each other: equal patches have equal codes.
 
@@ -44,21 +65,38 @@ class PatchEncoder(nn.Module):
 
     def __init__(self, patch: int, width: int, code_dim: int):
         super().__init__()
-        self.patch = patch
-        self.inlet = nn.Linear(3 * patch**2, width)
-        self.blocks = nn.ModuleList(
-            nn.Sequential(
-                nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
-            )
-            for _ in range(2)
-        )
-        self.outlet = nn.Linear(width, code_dim)
+        self.fold = nn.PixelUnshuffle(patch)
+        self.mlp = PatchMLP(3 * patch**2, width, code_dim, blocks=2)
 
     def forward(self, image: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D h w"]:
-        x = self.inlet(F.pixel_unshuffle(image, self.patch).permute(0, 2, 3, 1))
-        for block in self.blocks:
-            x = x + block(x)
-        return self.outlet(x).permute(0, 3, 1, 2)
+        return self.mlp(self.fold(image))
+
+
+class PatternEncoder(nn.Module):
+    """As `PatchEncoder`, but some numbers say how a patch is laid out and the others in which colours.
+
+    As in block truncation coding (Delp and Mitchell 1979): the pattern is the patch in grays, its mean taken
+    off and its contrast made one; the colours are those of its darkest and its lightest pixel. So an edge has
+    the same pattern in all colours, and who predicts codes learns it once instead of once for each of them.
+    """
+
+    LUMA = (0.299, 0.587, 0.114)  # BT.601
+
+    def __init__(self, patch: int, width: int, patterns: int, colours: int):
+        super().__init__()
+        self.fold = nn.PixelUnshuffle(patch)
+        self.pattern = PatchMLP(patch**2, width, patterns, blocks=2)
+        self.colours = PatchMLP(6, width, colours, blocks=2)
+
+    def forward(self, image: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D h w"]:
+        pixels = self.fold(image).unflatten(1, (3, -1))  # (B, 3, P, h, w)
+        gray = sum(part * pixels[:, i] for i, part in enumerate(self.LUMA))
+        assert isinstance(gray, Tensor)
+        deviation = gray - gray.mean(1, keepdim=True)
+        contrast = (deviation.square().mean(1, keepdim=True) + 1e-4).sqrt()  # of a plain patch 0.01, not 0
+        ends = torch.stack((gray.argmin(1), gray.argmax(1)), dim=1)[:, None].expand(-1, 3, -1, -1, -1)
+        colours = pixels.gather(2, ends).flatten(1, 2)
+        return torch.cat((self.pattern(deviation / contrast), self.colours(colours)), dim=1)
 
 
 class VQGAN(nn.Module):
@@ -76,8 +114,10 @@ class VQGAN(nn.Module):
         decay: of the moving average that the codebook is.
         dead_below: codes whose average use in a batch falls below are drawn anew; 0: never.
         levels: of finite scalar quantization, whose product is `vocab_size`; the four before are of a
-            codebook, so `code_dim` is then only what the rounded numbers are projected from and to.
-        patchwise: width of a `PatchEncoder` in place of the convolutions on the way to the codes.
+            codebook, so `code_dim` is then only what the rounded numbers are projected from and to. In two
+            lists: of the numbers for a patch's pattern and of those for its colours (`PatternEncoder`).
+        patchwise: width of a `PatchEncoder` in place of the convolutions on the way to the codes, and of an
+            MLP that reads each code before the decoder.
 
     Raises:
         UserError: sizes that do not divide, levels of another vocabulary, or pictures of another size.
@@ -95,7 +135,7 @@ class VQGAN(nn.Module):
         commitment: float | int = 0.25,
         decay: float | int = 0.99,
         dead_below: float | int = 0.0,
-        levels: Sequence[int] | None = None,
+        levels: Sequence[int] | Sequence[Sequence[int]] | None = None,
         patchwise: int | None = None,
     ):
         super().__init__()
@@ -107,25 +147,33 @@ class VQGAN(nn.Module):
                 f"patch={patch} and {halvings} halvings by multipliers={list(multipliers)}."
             )
         self.image_size, self.vocab_size, self.grid = image_size, vocab_size, image_size // factor
-        self.patch, self.levels = patch, None if levels is None else list(levels)
+        self.patch, self.levels = patch, levels
         widths = [width * m for m in multipliers]
         pixels = 3 * patch**2
 
+        groups = grouped(levels or ())
+        numbers = [n for group in groups for n in group]
+        if levels is not None and (min(numbers, default=0) < 3 or math.prod(numbers) != vocab_size):
+            raise UserError(
+                f"levels={levels} make {math.prod(numbers)} codes, but vocab_size={vocab_size}; "
+                "each level is at least 3 and their product the vocabulary."
+            )
+        if len(groups) > 1 and (patchwise is None or len(groups) > 2 or not all(groups)):
+            raise UserError(f"levels={levels}: two lists, of patterns and of colours, only with patchwise.")
         down: list[nn.Module] = [nn.PixelUnshuffle(patch), nn.Conv2d(pixels, widths[0], 3, padding=1)]
         for level, n in enumerate(widths):
             if level:
                 down.append(nn.Conv2d(widths[level - 1], n, 3, stride=2, padding=1))
             down += [Block(n, n) for _ in range(blocks)]
         down += [GroupNorm(widths[-1]), nn.Conv2d(widths[-1], code_dim, 1)]
-        self.encoder = (
-            nn.Sequential(*down) if patchwise is None else PatchEncoder(factor, patchwise, code_dim)
-        )
+        if patchwise is None:
+            self.encoder: nn.Module = nn.Sequential(*down)
+        elif len(groups) == 1:
+            self.encoder = PatchEncoder(factor, patchwise, code_dim)
+        else:
+            code_dim = len(numbers)  # each is made by its own part of the encoder
+            self.encoder = PatternEncoder(factor, patchwise, *map(len, groups))
 
-        if levels is not None and (min(levels, default=0) < 3 or math.prod(levels) != vocab_size):
-            raise UserError(
-                f"levels={list(levels)} make {math.prod(levels)} codes, but vocab_size={vocab_size}; "
-                "each level is at least 3 and their product the vocabulary."
-            )
         self.codebook: Any = (
             VectorQuantize(
                 dim=code_dim,
@@ -138,10 +186,13 @@ class VQGAN(nn.Module):
                 accept_image_fmap=True,
             )
             if levels is None
-            else FSQ(list(levels), dim=code_dim)
+            else FSQ(numbers, dim=code_dim)
         )
 
-        up: list[nn.Module] = [nn.Conv2d(code_dim, widths[-1], 3, padding=1)]
+        up: list[nn.Module] = []
+        if patchwise is not None:
+            up.append(PatchMLP(code_dim, patchwise, widths[-1], blocks=1))
+        up.append(nn.Conv2d(code_dim if patchwise is None else widths[-1], widths[-1], 3, padding=1))
         for level, n in reversed(list(enumerate(widths))):
             up += [Block(n, n) for _ in range(blocks)]
             if level:
