@@ -28,7 +28,7 @@ DECODER = (
     "model.denoiser.schedule.name=flow", "model.denoiser.schedule.shift=1.0",
 )  # fmt: skip
 PRIOR = ("model.text_dropout=0.1", "model.denoiser.prediction=x0", "model.denoiser.schedule.name=cosine")
-DALLE = ("model.text_dropout=0.1", "datamodule.bpe_dropout=0.1")
+DALLE = ("model.text_dropout=0.1", "datamodule.bpe_dropout=0.1", "model.net.shift=false")
 DVAE = (
     "model.likelihood=laplace", "model.ln_b=null", "model.temperature.steps=10", "model.kl_weight.end=1.0",
     "model.kl_weight.steps=4", "model.net.logit_gain=2.0", "model.net.gain=0.5",
