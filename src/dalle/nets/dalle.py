@@ -103,19 +103,12 @@ class Shift(nn.Module):
     def forward(self, x: Float[Tensor, "B M D"]) -> Float[Tensor, "B M D"]:
         left, above, own = x.tensor_split((self.quarter, 2 * self.quarter), dim=2)
         words, codes = above.tensor_split((self.text_length,), dim=1)
-        parts = (
-            F.pad(left, (0, 0, 1, -1)),
-            torch.cat((F.pad(words, (0, 0, 1, -1)), self.lowered(codes)), 1),
-            own,
-        )
-        return torch.cat(parts, dim=2)
-
-    def lowered(self, codes: Float[Tensor, "B P q"]) -> Float[Tensor, "B P q"]:
-        """One row down; fewer codes than a row have nothing above."""
-        return F.pad(codes, (0, 0, self.grid, 0))[:, : codes.shape[1]]
+        lowered = F.pad(codes, (0, 0, self.grid, 0))[:, : codes.shape[1]]
+        above = torch.cat((F.pad(words, (0, 0, 1, -1)), lowered), dim=1)
+        return torch.cat((F.pad(left, (0, 0, 1, -1)), above, own), dim=2)
 
     def kept(self, x: Float[Tensor, "B M D"]) -> tuple[Float[Tensor, "B q"], Float[Tensor, "B g q"]]:
-        """What `step` needs of a stream that ends at its M-th token."""
+        """What `step` needs of a stream that ends here. The row is a ring: code r is at place r % grid."""
         left, above, _ = x.tensor_split((self.quarter, 2 * self.quarter), dim=2)
         codes = x.shape[1] - self.text_length
         row = above.new_zeros(len(x), self.grid, self.quarter)
