@@ -83,3 +83,13 @@ class TestTraining:
         run = train("vqgan", tmp_path, *options)
         assert column(run, "train/loss_d") == {}
         assert len(column(run, "train/loss")) == 2
+
+    def test_patterns_and_colours_reach_the_transformer(self, tmp_path):
+        net = ("model.net.levels=[[3,3],[3,4]]", "model.net.vocab_size=108", "model.net.patchwise=16")
+        train("vqgan", tmp_path, *net, "model.adversarial_weight=0")
+        run = train("dalle", tmp_path, "image_tokenizer=vqgan", "callbacks.generation.items=2")
+        stage, _ = load_stage(run.path, "dalle")
+        assert stage.net.digits.spread.shape == (108, (9 + 3 + 3) + (12 + 3 + 4))
+        codes = stage.sample({"caption": ["a"], "text": torch.ones(1, stage.net.text_length).long()})
+        assert codes.shape == (1, 16)
+        assert codes.max() < 108
