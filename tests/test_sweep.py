@@ -125,16 +125,17 @@ sys.exit("the other has not come")
 """
 
 
-SLURM = {  # as much of it as submitit sees: an array of tasks, started at once
+SLURM = {  # as much of it as submitit sees: an array of tasks, started at once; no result and ended is failed
     "sbatch": """
 for i in $(seq 0 $(grep -oE 'array=0-[0-9]+' "${@: -1}" | grep -oE '[0-9]+$')); do
-  SLURM_JOB_ID=$((9 + i)) SLURM_ARRAY_JOB_ID=9 SLURM_ARRAY_TASK_ID=$i bash "${@: -1}" >/dev/null 2>&1 &
+  { SLURM_JOB_ID=$((9 + i)) SLURM_ARRAY_JOB_ID=9 SLURM_ARRAY_TASK_ID=$i bash "${@: -1}"
+    echo "9_$i|FAILED|here" >>"$0.ended"; } >/dev/null 2>&1 </dev/null &
 done
 echo Submitted batch job 9""",
     "srun": """
 while [[ $1 == -* ]]; do [[ $1 == *=* || $1 == --unbuffered ]] || shift; shift; done
 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_NTASKS=1 SLURM_NNODES=1 SLURM_NODEID=0 SLURM_JOB_NODELIST=here "$@" """,
-    "sacct": "echo 'JobID|State|NodeList'",
+    "sacct": "echo 'JobID|State|NodeList'; cat $(dirname $0)/sbatch.ended 2>/dev/null",
 }
 
 
