@@ -172,7 +172,8 @@ class Stage(lightning.LightningModule):
             parts = flat.split([g.numel() for g in grads])
             grads = [part.view_as(g) for part, g in zip(parts, grads, strict=True)]
         for p, grad in zip(weights, grads, strict=True):
-            p.grad = grad
+            # in the weight's layout, as backward() would: fused optimizers go through memory, not indices
+            p.grad = torch.empty_like(p).copy_(grad)
         norm = clip_grad_norm_(weights, self.clip or torch.inf)
         optimizers: Any = self.optimizers(use_pl_optimizer=which == 0)  # Lightning's wrapper counts steps
         schedules: Any = self.lr_schedulers()

@@ -211,7 +211,7 @@ def with_first_beta(recipe: Recipe, beta: float | int) -> Recipe:
     """A copy of the recipe with another decay of the first moment, where it has one."""
     made = copy.copy(recipe)
     if "betas" in recipe.options:
-        made.options = {**recipe.options, "betas": [beta, recipe.options["betas"][1]]}
+        made.options = {**recipe.options, "betas": [float(beta), recipe.options["betas"][1]]}
     return made
 
 

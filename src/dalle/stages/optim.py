@@ -39,6 +39,8 @@ class Recipe:
         **options: Any,
     ) -> None:
         self.algorithm, self.lr, self.weight_decay, self.options = algorithm, lr, weight_decay, options
+        if "betas" in options:  # torch refuses a whole number beside a fraction
+            options["betas"] = tuple(float(beta) for beta in options["betas"])
         self.warmup, self.decay, self.decay_start = warmup, decay, decay_start
         self.decay_end, self.final = decay_end, final
 
