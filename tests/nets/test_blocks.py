@@ -120,6 +120,37 @@ class TestNorm:
         x = torch.randn(2, 8, 2, 3, dtype=torch.float64, requires_grad=True)
         scale, shift = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(2))
         assert torch.autograd.gradcheck(NormSiLU.apply, (x, scale, shift, 2, 1e-5, silu))
+        assert torch.autograd.gradgradcheck(NormSiLU.apply, (x, scale, shift, 2, 1e-5, silu))
+
+    def test_a_penalty_on_gradients_is_that_through_torchs_own_norm(self):
+        """R1 (Mescheder et al. 2018) of a network with a norm in it, and its gradient in the weights."""
+        norm, x = GroupNorm(8), torch.randn(2, 8, 3, 3, requires_grad=True)
+        nn.init.normal_(norm.weight)
+
+        def theirs(x: torch.Tensor) -> torch.Tensor:
+            return F.silu(F.group_norm(x, norm.groups, norm.weight, norm.bias))
+
+        penalties = []
+        for made in (norm(x), theirs(x)):
+            (gradient,) = torch.autograd.grad(made.square().sum(), x, create_graph=True)
+            penalties.append(torch.autograd.grad(gradient.square().sum(), [x, *norm.parameters()]))
+        torch.testing.assert_close(*penalties, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("offset", [1e2, 1e3, 1e4])
+    def test_numbers_far_from_zero(self, offset):
+        """As exact as float32 can tell such numbers apart, forward and backward."""
+        x = torch.randn(2, 16, 16, 16) + offset
+        norm, g = GroupNorm(16), torch.randn(2, 16, 16, 16)
+        nn.init.normal_(norm.weight)
+        made = []
+        for dtype in (torch.float32, torch.float64):
+            wide = x.to(dtype).requires_grad_()
+            weights = [p.detach().to(dtype).requires_grad_() for p in norm.parameters()]
+            out = NormSiLU.apply(wide, *weights, norm.groups, 1e-5, True)
+            made.append([out, *torch.autograd.grad(out, [wide, *weights], g.to(dtype))])
+        rounding = offset * torch.finfo(torch.float32).eps
+        for ours, exact in zip(*made, strict=True):
+            assert (ours - exact).abs().max() < 20 * rounding * exact.abs().max()
 
     @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
     def test_is_that_of_torch(self, memory_format):
