@@ -182,3 +182,13 @@ def test_spectral_norms_become_one():
 def test_sizes_that_do_not_fit_are_named(kind, changes, message):
     with pytest.raises(UserError, match=message):
         made(kind, **changes)
+
+
+def test_logits_are_fp32_under_autocast():
+    net = made(Discriminator)
+    picture, caption = torch.randn(2, 3, 10).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = net.logits(picture, caption)
+    exact = net.double().logits(picture.double(), caption.double())
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), exact, rtol=1e-6, atol=1e-6)

@@ -233,3 +233,12 @@ def test_discriminator():
     assert logits.shape == (4, 6, 6)
     torch.testing.assert_close(net(pictures(size=32)[:1]), logits[:1])  # pictures do not see their neighbours
     assert net.parts[2].weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_logits_of_patches_are_fp32_under_autocast():
+    net, image = PatchDiscriminator(8, 1), torch.randn(2, 3, 16, 16)
+    seen: list[torch.Tensor] = []
+    net.parts[-1].register_forward_hook(lambda layer, given, made: seen.extend((*given, made)))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = net(image)
+    assert seen[0].dtype == seen[1].dtype == logits.dtype == torch.float32

@@ -43,6 +43,18 @@ def keep_or_null(
     return torch.where(keep.reshape(-1, *[1] * (value.ndim - 1)), value, null.to(value.dtype))
 
 
+def linear_fp32(
+    x: Float[Tensor, "*N D"], weight: Float[Tensor, "K D"], bias: Float[Tensor, "K"] | None = None
+) -> Float[Tensor, "*N K"]:
+    """x weight^T + bias in fp32 (or more) despite an autocast around it and weights of half precision.
+
+    For logits: DALL-E keeps unembeddings and logits in fp32 (sec. 2.4); 8 bits tie likely codes.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+        return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
 def attend(
     q: Float[Tensor, "B N D"],
     kv: Float[Tensor, "B M 2*D"],

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dalle.errors import UserError
-from dalle.nets.blocks import attend, grouped
+from dalle.nets.blocks import attend, grouped, linear_fp32
 
 SPARSE = ("row", "column", "conv")
 ATTENTION = ("full", *SPARSE, "dalle")
@@ -380,12 +380,14 @@ class DALLE(nn.Module):
         return x if self.digits is None else x + self.digits.spread[codes] @ self.digits.read
 
     def code_logits(self, x: Float[Tensor, "*N D"]) -> Float[Tensor, "*N K"]:
+        """In fp32."""
+        own = self.image_head.weight
         if self.digits is None:
-            return self.image_head(x)
+            return linear_fp32(x, own)
         spread, write = self.digits.spread, self.digits.write
         if x.shape[:-1].numel() < self.width:  # one code at a time: less than adding up the table
-            return self.image_head(x) + F.linear(F.linear(x, write), spread)
-        return F.linear(x, torch.addmm(self.image_head.weight, spread, write))
+            return linear_fp32(x, own) + linear_fp32(linear_fp32(x, write), spread)
+        return linear_fp32(x, own + linear_fp32(spread, write.T))
 
     def padded(
         self, text: Int64[Tensor, "B T"], keep_text: Bool[Tensor, "B"] | None = None
@@ -429,13 +431,14 @@ class DALLE(nn.Module):
         keep_text: Bool[Tensor, "B"] | None = None,
         text_loss: bool = True,
     ) -> tuple[Float[Tensor, "B U V"] | None, Float[Tensor, "B N K"]]:
-        """-> logits of text[:, 1:], paddings among their ids (B, T - 1, text_vocab + T), and of all codes.
+        """-> fp32 logits of text[:, 1:], paddings included (B, T - 1, text_vocab + T), and of all codes.
 
         Without `text_loss` the first are None and cost nothing.
         """
         x = self.through(self.tokens(text, codes[:, :-1], keep_text))
         last = self.text_length - 1  # the last text token already says the first code
-        return self.text_head(x[:, :last]) if text_loss else None, self.code_logits(x[:, last:])
+        text_logits = linear_fp32(x[:, :last], self.text_head.weight) if text_loss else None
+        return text_logits, self.code_logits(x[:, last:])
 
     def prefill(
         self,

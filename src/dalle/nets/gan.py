@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm as with_spectral_norm
 
 from dalle.errors import UserError
-from dalle.nets.blocks import Attention, GroupNorm, PixelAttention, check_sizes
+from dalle.nets.blocks import Attention, GroupNorm, PixelAttention, check_sizes, linear_fp32
 
 SLOPE = 0.2  # of the discriminator's leaky ReLUs
 
@@ -246,7 +246,10 @@ class Discriminator(nn.Module):
         return self.direction(self.text(text_embed, text_hidden, text_mask)[0]) * self.psi.in_features**-0.5
 
     def logits(self, picture: Float[Tensor, "B F"], caption: Float[Tensor, "B F"]) -> Float[Tensor, "B"]:
-        return (self.psi(picture).squeeze(1) + (caption * picture).sum(1)).float()
+        """In fp32."""
+        picture = picture.to(torch.promote_types(picture.dtype, torch.float32))
+        psi = linear_fp32(picture, self.psi.weight, self.psi.bias).squeeze(1)
+        return psi + (caption * picture).sum(1)
 
     def forward(
         self,

@@ -258,4 +258,7 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(m.weight, 0.0, 0.02)
 
     def forward(self, image: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B h w"]:
-        return self.parts(image.contiguous(memory_format=torch.channels_last)).float()[:, 0]
+        *parts, last = self.parts
+        x = nn.Sequential(*parts)(image.contiguous(memory_format=torch.channels_last))
+        with torch.autocast(x.device.type, enabled=False):  # logits are fp32
+            return last(x.to(next(last.parameters()).dtype))[:, 0].float()
