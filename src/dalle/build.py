@@ -1,23 +1,23 @@
 """From a plain nested dict (a resolved config) to objects.
 
 The same grammar as Hydra's ``_target_`` and ``_partial_``, without Hydra: a run directory is loaded by code
-that has never heard of config groups. Only names of the packages in `TRUSTED` are imported, every argument is
-checked against the signature first, and mistakes are named by their place in the config.
+that has never heard of config groups. Only names of the packages in `TRUSTED` are imported, type and range of
+every argument (`dalle.ranges`) are looked at first, and mistakes are named by their place in the config.
 """
 
 import functools
 import importlib
 import inspect
-import types
+import math
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from dalle.errors import UserError
+from dalle.ranges import Made, misfit, shown
 
 TRUSTED = ("dalle.", "torch.", "lightning.")
-LISTS = (list, tuple, Sequence)
 
 
 def locate(target: str) -> Any:
@@ -54,16 +54,24 @@ def build(node: Any, where: str = "", **extra: Any) -> Any:
     return _walk(node, where, extra, dry=False)
 
 
-def check(node: Any, where: str = "") -> None:
-    """Raises what `build` would raise for names and types, but makes nothing; ``auto`` may stand anywhere."""
-    _walk(node, where, {}, dry=True)
+def check(node: Any, where: str = "", kind: Any = Any) -> None:
+    """Raises what `build` would raise for names and types, but makes nothing; ``auto`` may stand anywhere.
+
+    Args:
+        kind: what it must be, a class or another type.
+    """
+    made = _walk(node, where, {}, dry=True)
+    if wrong := misfit(made, kind):
+        raise UserError(f"{where}{wrong.place} must be {wrong.wanted}, got {shown(wrong.got)}")
 
 
 def _walk(node: Any, where: str, extra: dict[str, Any], dry: bool) -> Any:
     if isinstance(node, list):
         return [_walk(item, f"{where}[{i}]", {}, dry) for i, item in enumerate(node)]
+    if isinstance(node, float) and not math.isfinite(node):
+        raise UserError(f"{where} must be a number, got {node}")
     if not isinstance(node, dict):
-        return object() if dry and node == "auto" else node  # an object passes for anything: see `fits`
+        return object() if dry and node == "auto" else node  # an object passes for anything: see `misfit`
     arguments = {
         key: _walk(value, f"{where}.{key}" if where else key, {}, dry)
         for key, value in node.items()
@@ -75,14 +83,19 @@ def _walk(node: Any, where: str, extra: dict[str, Any], dry: bool) -> Any:
     arguments |= extra
     check_arguments(target, arguments, where, partial_call=bool(node.get("_partial_")))
     if dry:
-        return object()
+        return Made(partial if node.get("_partial_") else _result(target))
     return partial(target, **arguments) if node.get("_partial_") else target(**arguments)
+
+
+def _result(target: Any) -> Any:
+    """The class of what a class or a function makes."""
+    return target if inspect.isclass(target) else typing.get_type_hints(target).get("return")
 
 
 def check_arguments(
     target: Callable[..., Any], arguments: dict[str, Any], where: str, partial_call: bool
 ) -> None:
-    """Raises a `UserError` for unknown, missing and wrongly typed arguments."""
+    """Raises a `UserError` for unknown, missing and wrongly typed arguments, and those out of range."""
     try:
         parameters = inspect.signature(target).parameters
     except ValueError:  # a function written in C says nothing of its arguments
@@ -96,51 +109,11 @@ def check_arguments(
     missing = [n for n, p in named.items() if p.default is p.empty and n not in arguments]
     if missing and not partial_call:
         raise UserError(f"{where or _name(target)} needs {', '.join(missing)}")
-    hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    function = target.__init__ if inspect.isclass(target) else target
+    hints = typing.get_type_hints(function, include_extras=True)
     for name, value in arguments.items():
-        if name in hints and not fits(value, hints[name]):
-            raise UserError(f"{place}{name} must be {describe(hints[name])}, got {value!r}")
-
-
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a config value may stand where `hint` is asked for; only plain data is looked at."""
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    plain = value is None or isinstance(value, bool | int | float | str | list | dict)
-    if not plain or hint in (Any, object):
-        return True
-    if origin in (typing.Union, types.UnionType):
-        return any(fits(value, option) for option in options)
-    if origin is typing.Literal:
-        return any(value == option and type(value) is type(option) for option in options)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint in LISTS or origin in LISTS:  # written as a list in a config
-        items = [option for option in options if option is not ...]
-        return isinstance(value, list) and all(any(fits(v, i) for i in items or [Any]) for v in value)
-    wanted = origin or hint
-    return not inspect.isclass(wanted) or isinstance(value, wanted)
-
-
-def describe(hint: Any) -> str:
-    """A type in a user's words."""
-    origin, options = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        said = [option for option in options if option is not int or float not in options]
-        return " or ".join(map(describe, said))
-    if origin is typing.Literal:
-        return "one of " + ", ".join(map(str, options))
-    words = {
-        float: "a number",
-        int: "a whole number",
-        bool: "true or false",
-        str: "text",
-        types.NoneType: "null",
-    }
-    if hint in LISTS or origin in LISTS:
-        return "a list"
-    return words.get(hint, getattr(hint, "__name__", str(hint)))
+        if name in hints and (wrong := misfit(value, hints[name])):
+            raise UserError(f"{place}{name}{wrong.place} must be {wrong.wanted}, got {shown(wrong.got)}")
 
 
 def _name(target: Any) -> str:

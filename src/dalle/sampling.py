@@ -13,12 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dalle.build import build, check_arguments, describe, fits
+from dalle.build import build, check_arguments
 from dalle.data.pictures import BadPicture, read
 from dalle.errors import UserError
 from dalle.pictures import from_uint8, grid, save_png, to_pil
 from dalle.pipelines.load import PUBLIC, Loaded, load_dalle, load_gan, load_unclip, load_vae
 from dalle.pipelines.recipe import Recipe
+from dalle.ranges import describe, fits
 from dalle.runs import Run
 from dalle.training import fast_in_bf16
 

@@ -1,0 +1,188 @@
+"""Which values an argument may have: said where it is declared, as its type; read before anything is built.
+
+    def __init__(self, steps: PositiveInt, dropout: Fraction = 0.0): ...
+
+To Python and to type checkers these are plain ``int`` and ``float``; bounds are those of `annotated_types`.
+No number of a configuration is nan or infinite, and whole numbers have 64 bits.
+"""
+
+import collections.abc
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
+
+from annotated_types import BaseMetadata, Ge, GroupedMetadata, Gt, Le, Lt, MaxLen, MinLen
+
+Number = float | int
+
+PositiveInt = Annotated[int, Ge(1)]
+NonNegativeInt = Annotated[int, Ge(0)]
+Positive = Annotated[Number, Gt(0)]
+NonNegative = Annotated[Number, Ge(0)]
+Fraction = Annotated[Number, Ge(0), Le(1)]
+Share = Annotated[Number, Gt(0), Le(1)]  # as Fraction, but not nothing
+Decay = Annotated[Number, Ge(0), Lt(1)]  # of a moving average, or momentum: 1 would never move
+Seed = Annotated[int, Ge(0), Lt(2**32)]  # what numpy takes
+Text = Annotated[str, MinLen(1)]
+
+# Far beyond what anybody needs, but nothing that would fill a machine or never end
+Side = Annotated[int, Ge(1), Le(8192)]  # of a picture, in pixels
+Width = Annotated[int, Ge(1), Le(2**20)]  # of a layer, or a vocabulary
+Depth = Annotated[int, Ge(1), Le(1000)]  # layers, blocks, levels: what is built one by one
+Steps = Annotated[int, Ge(1), Le(100_000)]  # of a sampler or a noise schedule
+Items = PositiveInt | None  # of a split; null: all
+Rate = Annotated[Number, Gt(0), Le(1000)]  # of learning
+Weight = Annotated[Number, Ge(0), Le(1e6)]  # of a term in a loss
+Guidance = Annotated[Number, Ge(0), Le(1000)]
+
+LISTS = (list, tuple, Sequence, collections.abc.Iterable)
+LARGEST, WHOLE = sys.float_info.max, 2**63
+WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "text", types.NoneType: "null"}
+
+
+class Misfit(NamedTuple):
+    """Where in a value something else was wanted: ``""``, ``[1]``; what; and what is there."""
+
+    place: str
+    wanted: str
+    got: Any
+
+
+class Made(NamedTuple):
+    """Stands for an object that a configuration describes and that has not been built."""
+
+    kind: Any  # its class; None: not known
+
+
+def misfit(value: Any, hint: Any) -> Misfit | None:
+    """What is wrong with a value where `hint` is asked for; only plain data and `Made` are looked at."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    plain = value is None or isinstance(value, bool | int | float | str | list | dict | Made)
+    if not plain or hint in (Any, object):
+        return None
+    if origin in (typing.Union, types.UnionType):
+        found = [misfit(value, option) for option in options]
+        deeper = [wrong for wrong in found if wrong and wrong.place]
+        if None in found:
+            return None
+        return deeper[0] if len(deeper) == 1 else Misfit("", describe(hint), value)
+    if origin is Annotated:
+        if wrong := misfit(value, options[0]):
+            return wrong if wrong.place else Misfit("", _said(hint, value), value)
+        held = isinstance(value, Made) or all(_holds(bound, value) for bound in _flat(options[1:]))
+        return None if held else Misfit("", describe(hint), value)
+    if hint in LISTS or origin in LISTS:
+        return _list_misfit(value, hint, origin, [option for option in options if option is not ...])
+    return None if _is(value, hint) else Misfit("", _said(hint, value), value)
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a config value may stand where `hint` is asked for."""
+    return misfit(value, hint) is None
+
+
+def describe(hint: Any) -> str:
+    """A type in a user's words."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        said = [option for option in options if option is not int or float not in options]
+        return " or ".join(dict.fromkeys(map(describe, said)))
+    if origin is Annotated:
+        return f"{describe(options[0])}{_bounds(_flat(options[1:]))}"
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, options))
+    if origin is tuple and options and ... not in options:
+        return f"a list of {len(options)}"
+    if hint in LISTS or origin in LISTS:
+        return "a list"
+    return WORDS.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def shown(value: Any) -> str:
+    """A wrong value, for a message."""
+    if isinstance(value, Made):
+        return f"an object of {getattr(value.kind, '__name__', value.kind)}"
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]} ... {text[-10:]}"
+
+
+def _list_misfit(value: Any, hint: Any, origin: Any, options: list[Any]) -> Misfit | None:
+    """Lists are written as such in a config, whatever sequence is asked for."""
+    exact = origin is tuple and ... not in typing.get_args(hint)
+    if not isinstance(value, list) or (exact and len(value) != len(options)):
+        return Misfit("", describe(hint), value)
+    wanted = options if exact else [options[0] if options else Any] * len(value)
+    for i, (item, option) in enumerate(zip(value, wanted, strict=True)):
+        if wrong := misfit(item, option):
+            return wrong._replace(place=f"[{i}]{wrong.place}")
+    return None
+
+
+def _is(value: Any, hint: Any) -> bool:
+    if typing.get_origin(hint) is Literal:
+        return any(value == option and type(value) is type(option) for option in typing.get_args(hint))
+    wanted = typing.get_origin(hint) or hint
+    if isinstance(value, Made):
+        known = inspect.isclass(value.kind) and inspect.isclass(wanted)
+        known = (
+            known and wanted is not collections.abc.Callable and not getattr(wanted, "_is_protocol", False)
+        )
+        return not known or issubclass(value.kind, wanted)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool) and -WHOLE <= value < WHOLE
+    if wanted in (dict, Mapping):
+        return isinstance(value, dict)
+    return not inspect.isclass(wanted) or isinstance(value, wanted)
+
+
+def _said(hint: Any, value: Any) -> str:
+    huge = isinstance(value, int) and not -WHOLE <= value < WHOLE
+    return describe(hint) + (" of 64 bits" if huge else "")
+
+
+def _flat(constraints: Sequence[Any]) -> list[BaseMetadata]:
+    """Single constraints; what is no constraint of ours (a shape of jaxtyping's) is left out."""
+    found = []
+    for constraint in constraints:
+        if isinstance(constraint, GroupedMetadata):
+            found += _flat(list(constraint))
+        elif isinstance(constraint, BaseMetadata):
+            found.append(constraint)
+    return found
+
+
+def _holds(constraint: BaseMetadata, value: Any) -> bool:
+    match constraint:
+        case Gt(bound):
+            return value > bound  # pyright: ignore[reportOperatorIssue]
+        case Ge(bound):
+            return value >= bound  # pyright: ignore[reportOperatorIssue]
+        case Lt(bound):
+            return value < bound  # pyright: ignore[reportOperatorIssue]
+        case Le(bound):
+            return value <= bound  # pyright: ignore[reportOperatorIssue]
+        case MinLen(bound):
+            return len(value) >= bound
+        case MaxLen(bound):
+            return len(value) <= bound
+    raise TypeError(f"no such constraint: {constraint}")
+
+
+def _bounds(constraints: Sequence[BaseMetadata]) -> str:
+    """`` above 0 and at most 1``."""
+    bounds: dict[type, Any] = {type(c): getattr(c, c.__match_args__[0]) for c in constraints}  # type: ignore
+    if {Ge, Le} <= bounds.keys():
+        return f" from {bounds[Ge]:.10g} to {bounds[Le]:.10g}"
+    words = {Gt: "above", Ge: "of at least", Lt: "below", Le: "at most"}
+    said = [f"{word} {bounds[kind]:.10g}" for kind, word in words.items() if kind in bounds]
+    if MinLen in bounds:
+        least = bounds[MinLen]
+        said.append("that is not empty" if least == 1 else f"of at least {least}")
+    if MaxLen in bounds:
+        said.append(f"of at most {bounds[MaxLen]}")
+    return " " + " and ".join(said)
