@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo demo-dalle test check bench gate clean
+.PHONY: demo demo-dalle test check bench gate torture clean
 
 demo: .venv/demo      ## train CLIP, prior and decoder on the CPU, sample a grid, print a table
 	$(PY) train.py -m model=clip,prior,decoder name=demo resume=true
@@ -42,6 +42,9 @@ bench: .venv/dev      ## speed beside diffusers and open_clip; see benchmarks/RE
 
 gate: .venv/demo      ## measure the demo's run again; fails when a figure has left its recorded interval. RECORD=1 records
 	$(PY) -m dalle.evaluation.gate logs/demo $(if $(RECORD),--record)
+
+torture: .venv/dev    ## try to lose work and to break commands: kills, full disks, signals, NaN, damaged files, mistakes
+	PYTHONPATH=tests $(PY) -m torture
 
 clean:                ## remove the environment; runs in logs/ stay
 	rm -rf .venv
