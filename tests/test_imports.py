@@ -57,6 +57,7 @@ def test_import_rule(path):
         free = {
             f"dalle.{package}",
             "dalle.errors",
+            "dalle.files",
             "dalle.ranges",
             "annotated_types",
             *sys.stdlib_module_names,

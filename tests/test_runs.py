@@ -13,7 +13,8 @@ from torch import nn
 from dalle import runs
 from dalle.data.frozen import weights_hash
 from dalle.errors import UserError
-from dalle.runs import Run, load_clip, load_stage, write_aside
+from dalle.files import hidden_name, write_text
+from dalle.runs import Run, load_clip, load_stage
 
 
 @pytest.fixture
@@ -62,7 +63,7 @@ def fail(*args, **kwargs):
     raise OSError("No space left on device")
 
 
-@pytest.mark.parametrize("where", ["save_file", "weights_hash", "write_aside"])
+@pytest.mark.parametrize("where", ["save_file", "weights_hash", "write_json"])
 def test_a_save_that_fails_leaves_no_finished_run(tmp_path, monkeypatch, where):
     monkeypatch.setattr(runs, where, fail)
     with pytest.raises(OSError, match="No space"):
@@ -73,17 +74,17 @@ def test_a_save_that_fails_leaves_no_finished_run(tmp_path, monkeypatch, where):
 
 def test_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "new" / "manifest.json"
-    write_aside(path, "old")
+    write_text(path, "old")
     write = Path.write_text
     monkeypatch.setattr(Path, "write_text", lambda self, text, **kw: [write(self, text[:2], **kw), fail()])
     with pytest.raises(OSError, match="No space"):
-        write_aside(path, "a longer new text")
+        write_text(path, "a longer new text")
     assert path.read_text() == "old"
 
 
 def test_weights_half_written_beside_do_not_count(run):
     (run.path / "manifest.json").unlink()
-    (run.path / ".model.safetensors.tmp").write_bytes(b"half")
+    hidden_name(run.path / "model.safetensors").write_bytes(b"half")
     assert not run.finished
     with pytest.raises(UserError, match="no finished run"):
         load_stage(run.path)

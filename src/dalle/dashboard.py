@@ -18,8 +18,9 @@ from matplotlib.figure import Figure
 from dalle.cli import run as run_command
 from dalle.errors import UserError
 from dalle.evaluation.report import STYLE, number
+from dalle.files import write_text
 from dalle.panels import is_curve, matching, panels
-from dalle.runs import Run, write_aside
+from dalle.runs import Run
 
 Table = dict[str, dict[int, float]]  # metrics by name, values by step
 
@@ -125,7 +126,7 @@ def make(folder: Path) -> Path:
                 parts += figures({path.stem: path.read_bytes() for path in paths})
             parts += tested(name, table)
     page = folder / "dashboard.html"
-    write_aside(page, "\n".join([*parts, "</html>\n"]))
+    write_text(page, "\n".join([*parts, "</html>\n"]))
     return page
 
 

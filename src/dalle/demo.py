@@ -5,7 +5,6 @@ that occur in training (seen) and that never do (unseen). The judge says which p
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -14,10 +13,11 @@ import torch
 from dalle.cli import run
 from dalle.data.scenes import draw
 from dalle.data.shapes import prompts
+from dalle.files import write_json
 from dalle.metrics.generation import GenerationMetrics
 from dalle.metrics.judge import Judge
 from dalle.pipelines.load import Loaded, load_dalle, load_unclip
-from dalle.runs import Run, write_aside
+from dalle.runs import Run
 from dalle.training import fast_in_bf16
 
 KINDS = {"one object": "one", "two objects, relation": "two"}
@@ -83,7 +83,7 @@ def main() -> None:
     loaded = load(args.runs, args.pipeline)
     table = measure(loaded, args.n, args.seed, args.batch_size)
     path = args.runs / ("report.json" if args.pipeline == "unclip" else f"report-{args.pipeline}.json")
-    write_aside(path, json.dumps({"n": args.n, "seed": args.seed, **table}, indent=2) + "\n")
+    write_json(path, {"n": args.n, "seed": args.seed, **table})
     grids = sorted((args.runs / "samples").glob("*/grid.png"))
     print(report(table, loaded, args.runs, grids[-1] if grids else None))
 

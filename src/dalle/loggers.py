@@ -22,6 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from dalle.errors import UserError
+from dalle.files import write_text
 from dalle.panels import tensorboard_layout
 from dalle.pictures import grid, to_pil
 from dalle.runs import Run
@@ -71,10 +72,7 @@ class MetricsCsv(Logger):
         writer = csv.DictWriter(text, ["step", *columns])
         writer.writeheader()
         writer.writerows(self.rows)
-        aside = self.path.with_name(".metrics.csv.tmp")
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text.getvalue(), encoding="utf-8")
-        aside.replace(self.path)
+        write_text(self.path, text.getvalue(), sync=False)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

@@ -1,7 +1,6 @@
 """Pictures as people see them: 8-bit quantisation, grids with the captions under the pictures, PNG files."""
 
 import math
-import os
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,8 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+
+from dalle.files import beside
 
 MIN_CELL = 128  # pixels; smaller pictures are enlarged by a whole factor, so that their pixels stay squares
 FONT_SIZE = 13
@@ -89,16 +90,11 @@ def save_png(image: Image.Image, path: str | Path, text: Mapping[str, str] | Non
     `text` goes into the metadata (any Unicode), where `Image.open(path).text` and many viewers find it.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     info = PngInfo()
     for key, value in (text or {}).items():
         info.add_itxt(key, value)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        image.save(aside, format="PNG", pnginfo=info)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with beside(path, sync=False) as hidden:  # it can be made again
+        image.save(hidden, format="PNG", pnginfo=info)
     return path
 
 

@@ -8,11 +8,11 @@
         tokenizer.json      of a CLIP or a DALL-E transformer: how its captions become ids
         metrics.csv, samples/
 
-A run is finished when its manifest is there: it is written last. Every file is written aside and renamed.
+A run is finished when its manifest is there: it is written last. Every file is written beside its place and
+renamed (dalle.files).
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,18 +29,11 @@ from dalle.data.frozen import FrozenCLIP, FrozenTokenizer, weights_hash
 from dalle.data.norm import EmbedNorm
 from dalle.data.tokenizers import CaptionTokenizer, ClipBPE, load_tokenizer
 from dalle.errors import UserError
+from dalle.files import beside, write_json
 from dalle.stages.base import Stage
 
 SCHEMA = 1
 IMAGE_TOKENIZERS = ("dvae", "vqgan")  # the stages that turn pictures into codes
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Writes a text file so that it is either there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
 
 
 @dataclass(frozen=True)
@@ -101,11 +94,10 @@ class Run:
     def save(self, net: nn.Module, manifest: Mapping[str, Any]) -> None:
         """Writes the weights and then the manifest, which makes the run a finished one."""
         weights = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
-        aside = self.path / ".model.safetensors.tmp"
-        save_file(weights, aside)
-        aside.replace(self.path / "model.safetensors")
+        with beside(self.path / "model.safetensors") as hidden:
+            save_file(weights, hidden)
         facts = {"schema": SCHEMA, "weights": weights_hash(net), **manifest}
-        write_aside(self.path / "manifest.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+        write_json(self.path / "manifest.json", facts)
 
     def load_tokenizer(self) -> CaptionTokenizer | ClipBPE:
         """The run's text tokenizer. Raises UserError when it cannot be read."""

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from dalle.cli import REASON, STOPPED
+from dalle.files import write_json, write_text
 from dalle.processes import beside, call, only_one
-from dalle.runs import Run, write_aside
+from dalle.runs import Run
 from dalle.training import is_main_process
 
 COLUMNS = ("job", "state", "reason", "seconds", "overrides")
@@ -52,7 +53,7 @@ class Job:
             "seconds": round(seconds, 1),
             "overrides": self.command[2:],
         }
-        write_aside(self.notes, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        write_json(self.notes, record)
         return state
 
     @property
@@ -135,7 +136,7 @@ def sweep(
 def close(folder: Path, metric: str) -> None:
     """Writes the table and shows it."""
     rows = table(folder)
-    write_aside(folder / "sweep.csv", as_csv(rows))
+    write_text(folder / "sweep.csv", as_csv(rows))
     show(rows, metric)
 
 

@@ -3,7 +3,6 @@
 The order is: refuse what cannot work, claim the run directory, build, fit, test, write weights and manifest.
 """
 
-import json
 import logging
 import os
 import platform
@@ -25,10 +24,11 @@ from dalle import loggers, preflight
 from dalle.build import build, check
 from dalle.callbacks import Ema
 from dalle.data.modules import SourceDataModule
-from dalle.data.tokenizers import load_tokenizer
+from dalle.data.tokenizers import load_tokenizer, save_tokenizer
 from dalle.errors import UserError
+from dalle.files import write_text
 from dalle.loggers import MetricsCsv
-from dalle.runs import Run, write_aside
+from dalle.runs import Run
 from dalle.stages.base import Stage
 
 Config = dict[str, Any]
@@ -71,8 +71,8 @@ def train(config: Config) -> dict[str, float]:
             print(f"careful: {line}", flush=True)
         claim(run, config)
         if "tokenizer" in config["datamodule"]:
-            write_aside(run.tokenizer, json.dumps(datamodule.tokenizer.to_dict(), ensure_ascii=False))
-        write_aside(run.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+            save_tokenizer(datamodule.tokenizer, run.tokenizer)
+        write_text(run.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         loggers.begin(trainer.loggers, config, origins(stage, datamodule), upstream(config))
 
     started = time.perf_counter()

@@ -7,11 +7,9 @@ once it is complete, so whatever bears the right name is a whole cache; checksum
 
 import hashlib
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +22,7 @@ from tqdm import tqdm
 from dalle.data.batch import Batch
 from dalle.data.frozen import FrozenCLIP
 from dalle.data.sources import Source, SourceDataset, Tokenize, captions_of
+from dalle.files import clean, folder_beside, reserve, write_json
 
 FORMAT = 1  # raise it when the files change
 CHUNK = 256  # items or captions embedded at a time
@@ -168,11 +167,11 @@ def open_or_build(
         except BrokenCache as error:
             rank_zero_info(f"{what}: {path} is damaged ({error}); computing them again")
             shutil.rmtree(path)
-    with _appears_whole(path) as folder:
+    clean(path.parent)
+    with folder_beside(path) as folder:
         meta = build(folder)
         files = {file.name: [file.stat().st_size, _checksum(file)] for file in sorted(folder.iterdir())}
-        meta |= {"format": FORMAT, "files": files}
-        (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        write_json(folder / "meta.json", {**meta, "format": FORMAT, "files": files}, indent=None)
     return open_cache(path, False)
 
 
@@ -187,23 +186,6 @@ def read_meta(path: Path, verify: bool) -> dict[str, Any]:
         if verify and _checksum(path / name) != checksum:
             raise BrokenCache(f"{name} has changed")
     return meta
-
-
-@contextmanager
-def _appears_whole(path: Path) -> Iterator[Path]:
-    """Gives a folder to fill, which takes the name `path` once filled; an exception leaves nothing behind."""
-    folder = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        try:
-            folder.rename(path)
-        except OSError:
-            if not path.exists():
-                raise  # else another process was faster, with the same content
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _build(
@@ -228,7 +210,7 @@ def _build(
 def _build_text(folder: Path, clip: FrozenCLIP, captions: list[list[str]]) -> None:
     flat = [caption for group in captions for caption in group]
     np.save(folder / "first.npy", np.cumsum([0, *map(len, captions)]))
-    (folder / "captions.json").write_text(json.dumps(flat), encoding="utf-8")
+    write_json(folder / "captions.json", flat, indent=None)
     shapes = {"text": (clip.context_length,), "text_mask": (clip.context_length,)}
     shapes |= {"text_embed": (clip.embed_dim,), "text_hidden": (clip.context_length, clip.text_width)}
     arrays = {name: create(folder, name, kind, len(flat), *shapes[name]) for name, kind in TEXT.items()}
@@ -250,7 +232,9 @@ def _text_size(clip: FrozenCLIP, captions: int) -> int:
 
 def create(folder: Path, name: str, kind: type[np.generic], *shape: int) -> np.memmap:
     """An array on disk, to be filled."""
-    return np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=kind, shape=shape)
+    array = np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=kind, shape=shape)
+    reserve(folder / f"{name}.npy")
+    return array
 
 
 def chunks(n: int) -> Iterator[range]:

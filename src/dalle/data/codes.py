@@ -21,6 +21,7 @@ from dalle.data.cache import BrokenCache, cache_key, chunks, create, open_or_bui
 from dalle.data.frozen import FrozenTokenizer
 from dalle.data.sources import Source, SourceDataset, captions_of, mix
 from dalle.data.tokenizers import TextTokenizer
+from dalle.files import write_json
 
 
 class CodeCache:
@@ -76,7 +77,7 @@ def _build(folder: Path, source: Source, tokenizer: FrozenTokenizer, items: int)
             captions += captions_of(source, chunk)
             progress.update(len(chunk))
     codes.flush()
-    (folder / "captions.json").write_text(json.dumps(captions), encoding="utf-8")
+    write_json(folder / "captions.json", captions, indent=None)
     return {}
 
 

@@ -22,6 +22,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from torch import Tensor
 
 from dalle.errors import UserError
+from dalle.files import write_json
 
 # Captions are short, one thread is as fast; and threads started before a DataLoader forks make workers warn.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -204,9 +205,9 @@ def tokenizer_from_dict(state: dict[str, Any]) -> CaptionTokenizer | ClipBPE:
 
 def save_tokenizer(tokenizer: TextTokenizer, path: Path) -> None:
     """Writes `tokenizer.json`."""
-    path.write_text(json.dumps(tokenizer.to_dict(), ensure_ascii=False))
+    write_json(path, tokenizer.to_dict(), indent=None)
 
 
 def load_tokenizer(path: Path) -> CaptionTokenizer | ClipBPE:
     """Reads what `save_tokenizer` wrote."""
-    return tokenizer_from_dict(json.loads(path.read_text()))
+    return tokenizer_from_dict(json.loads(path.read_text(encoding="utf-8")))

@@ -16,8 +16,9 @@ from dalle.cli import run
 from dalle.errors import UserError
 from dalle.evaluation.report import number
 from dalle.evaluation.results import Result, flat
+from dalle.files import write_json
 from dalle.metrics.bootstrap import Figure
-from dalle.runs import Run, write_aside
+from dalle.runs import Run
 
 CLIP = {"features.weights", "scorer.clip"}  # of the demo itself: another one makes other figures
 SETTINGS: tuple[str, ...] = (
@@ -52,7 +53,7 @@ def record(result: Result, settings: list[str], path: Path) -> None:
         "environment": result.environment,
         "figures": figures,
     }
-    write_aside(path, json.dumps(facts, indent=2) + "\n")
+    write_json(path, facts)
 
 
 def compare(result: Result, recorded: dict[str, Any]) -> list[str]:

@@ -16,8 +16,8 @@ from typing import Any
 
 from dalle.evaluation.plots import draw_plots
 from dalle.evaluation.results import Result, flat, marks
+from dalle.files import write_text
 from dalle.metrics.bootstrap import Figure
-from dalle.runs import write_aside
 
 MAIN_FIGURES = (  # of the table, in this order; a prefix takes all that begin so
     "fid", "kid", "inception_score", "precision", "recall", "clip_score", "retrieval/image_to_text_r1",
@@ -41,11 +41,11 @@ def write_report(results: Sequence[Result], folder: Path, command: str, failed: 
     marked = [f"{name} {sign}".strip() for name, sign in zip(names, signs, strict=True)]
     columns = table_columns(results)
     cells = [[shown(result.figures.get(column)) for column in columns] for result in results]
-    write_aside(folder / "table.md", markdown(["", *columns], marked, cells, lines, failed))
-    write_aside(folder / "figures.csv", as_csv(results, marked))
+    write_text(folder / "table.md", markdown(["", *columns], marked, cells, lines, failed))
+    write_text(folder / "figures.csv", as_csv(results, marked))
     plots = draw_plots(results, marked, signs, folder)
     page = as_html(results, marked, columns, lines, plots, command, failed)
-    write_aside(folder / "report.html", page)
+    write_text(folder / "report.html", page)
     return folder
 
 

@@ -10,6 +10,7 @@ Figures compare only within one protocol: `marks` finds what does not, and says 
 
 import hashlib
 import json
+import math
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ import torch
 
 import dalle
 from dalle.errors import UserError
+from dalle.files import to_json
 from dalle.metrics.bootstrap import Figure
 from dalle.sampling import next_folder
 
@@ -66,7 +68,7 @@ class Result:
         facts = {"schema": SCHEMA, "id": self.id, "protocol_id": self.protocol_id, **asdict(self)}
         del facts["path"]
         facts["figures"] = {name: figure._asdict() for name, figure in self.figures.items()}
-        return json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+        return to_json(facts)
 
     @classmethod
     def read(cls, folder: str | Path) -> "Result":
@@ -76,11 +78,16 @@ class Result:
             facts = json.loads(path.read_text(encoding="utf-8"))
             if facts.pop("schema") != SCHEMA:
                 raise UserError(f"{path} was written by another version; evaluate again")
-            figures = {name: Figure(**figure) for name, figure in facts.pop("figures").items()}
+            figures = {name: Figure(**numbers(figure)) for name, figure in facts.pop("figures").items()}
             del facts["id"], facts["protocol_id"]
             return cls(**facts, figures=figures, path=Path(folder))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} cannot be read ({error}); evaluate again with overwrite=true") from None
+
+
+def numbers(figure: Mapping[str, float | None]) -> dict[str, float]:
+    """What JSON has no number for is null there."""
+    return {key: math.nan if value is None else value for key, value in figure.items()}
 
 
 def identity(facts: Any) -> str:

@@ -4,7 +4,6 @@ The order is: refuse what cannot work, look whether it has been done before, mak
 the Trainer (each rank every world-th one), pool the rows of all ranks, and only then compute figures.
 """
 
-import json
 import shutil
 import warnings
 from pathlib import Path
@@ -21,9 +20,9 @@ from dalle.evaluation.looking import Looking, Rank, keep_rows
 from dalle.evaluation.plan import Plan, check_settings, source_of
 from dalle.evaluation.results import FILE, find, publish, workplace
 from dalle.evaluation.subjects import subject_of
+from dalle.files import to_json, write_text
 from dalle.metrics.bootstrap import Figure, exact, of_mean
 from dalle.pictures import from_uint8, grid, save_png
-from dalle.runs import write_aside
 from dalle.training import check_machine, is_main_process, quiet
 
 TRAINER = ("accelerator", "strategy", "devices", "num_nodes", "plugins", "deterministic", "benchmark")
@@ -123,11 +122,11 @@ def finish(plan: Plan, looking: Looking, pooled: dict[str, Any], work: Path) -> 
         save_png(grid(images, captions), work / "grid.png")
     if looking.save_pictures and plan.captions:
         lines = [
-            json.dumps({"file_name": f"{item:06d}.png", "text": text}, ensure_ascii=False)
+            to_json({"file_name": f"{item:06d}.png", "text": text}, indent=None)
             for item, text in enumerate(plan.captions[: plan.made])
         ]
-        write_aside(work / "pictures" / "metadata.jsonl", "\n".join(lines) + "\n")
-    write_aside(work / FILE, result.to_json())
+        write_text(work / "pictures" / "metadata.jsonl", "".join(lines))
+    write_text(work / FILE, result.to_json())
 
 
 def speed(ranks: list[list[tuple[float, int]]], memory: int) -> dict[str, Figure]:

@@ -3,7 +3,6 @@
 Bit for bit on the same machine; elsewhere up to the rounding of that machine's matrix products.
 """
 
-import os
 import platform
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -15,6 +14,7 @@ import yaml
 
 import dalle
 from dalle.errors import UserError
+from dalle.files import write_text
 
 SCHEMA = 2
 
@@ -62,15 +62,8 @@ class Recipe:
 
     def write(self, path: str | Path) -> Path:
         """Writes the YAML beside its final name, then renames it. Makes missing folders."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            aside.write_text(self.to_yaml(), encoding="utf-8")
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
-        return path
+        write_text(path, self.to_yaml())
+        return Path(path)
 
     def to_yaml(self) -> str:
         """The file's text; also fit for a PNG's metadata."""
