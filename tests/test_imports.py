@@ -26,7 +26,7 @@ MAY = {
     },
     "pipelines": {
         "torch", "jaxtyping", "yaml", "tqdm", "dalle.data", "dalle.diffusion", "dalle.stages", "dalle.nets",
-        "dalle.metrics", "dalle.runs", "dalle.build",
+        "dalle.metrics", "dalle.runs", "dalle.build", "dalle.trust",
     },
 }  # fmt: skip
 FILES = sorted(SOURCE.rglob("*.py"))

@@ -131,6 +131,7 @@ def made(lr: Positive, betas: tuple[Decay, Decay] = (0.9, 0.99), net: nn.Module 
 @pytest.fixture
 def optimizer(monkeypatch):
     monkeypatch.setattr(torch, "made", made, raising=False)
+    monkeypatch.setattr(made, "__module__", "torch")
     return lambda **options: {"_target_": "torch.made", **options}
 
 

@@ -170,5 +170,5 @@ def test_weights_of_another_size(untrained_stages, run):
 def test_a_config_that_names_foreign_code_is_refused(run):
     text = (run.path / "config.yaml").read_text()
     (run.path / "config.yaml").write_text(text.replace("dalle.stages.prior.PriorStage", "os.system"))
-    with pytest.raises(UserError, match=r"'os.system' .* refusing to import it"):
+    with pytest.raises(UserError, match=r"'os.system' .* refusing to use it"):
         load_stage(run.path)

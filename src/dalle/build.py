@@ -1,12 +1,10 @@
 """From a plain nested dict (a resolved config) to objects.
 
 The same grammar as Hydra's ``_target_`` and ``_partial_``, without Hydra: a run directory is loaded by code
-that has never heard of config groups. Only names of the packages in `TRUSTED` are imported, type and range of
-every argument (`dalle.ranges`) are looked at first, and mistakes are named by their place in the config.
+that has never heard of config groups. All names in it (`dalle.trust`), and type and range of every argument
+(`dalle.ranges`), are checked before anything is built, and mistakes are named by their place in the config.
 """
 
-import functools
-import importlib
 import inspect
 import math
 import typing
@@ -16,75 +14,63 @@ from typing import Any
 
 from dalle.errors import UserError
 from dalle.ranges import Made, misfit, shown
-
-TRUSTED = ("dalle.", "torch.", "lightning.")
-
-
-def locate(target: str) -> Any:
-    """The object called `target` (``package.module.name``)."""
-    if not target.startswith(TRUSTED):
-        raise UserError(
-            f"_target_ {target!r} is not of {', '.join(p[:-1] for p in TRUSTED)}; refusing to import it"
-        )
-    parts = target.split(".")
-    for cut in range(len(parts) - 1, 0, -1):  # the longest prefix that is a module; the rest are attributes
-        try:
-            found = importlib.import_module(".".join(parts[:cut]))
-        except ModuleNotFoundError as error:
-            if error.name and not target.startswith(error.name):
-                raise UserError(
-                    f"{target} needs the package {error.name}: pip install {error.name}"
-                ) from None
-            continue
-        try:
-            return functools.reduce(getattr, parts[cut:], found)
-        except AttributeError:
-            break
-    raise UserError(f"_target_ {target!r} does not exist")
+from dalle.trust import Trust, composed
 
 
-def build(node: Any, where: str = "", **extra: Any) -> Any:
+def build(node: Any, where: str = "", trust: Trust = composed, **extra: Any) -> Any:
     """Instantiates `node` and everything inside it; `extra` arguments go to the outermost target only.
 
     Args:
         node: a dict with ``_target_`` (and ``_partial_: true`` for a partial), or any nesting of dicts and
             lists.
         where: the node's name in the config, for messages.
+        trust: which names may stand in it: `trust.composed`, or `trust.listed` for what comes from a file.
     """
-    return _walk(node, where, extra, dry=False)
+    _walk(node, where, trust, extra, dry=True)  # an inner object must not be made for an outer one's mistake
+    return _walk(node, where, trust, extra, dry=False)
 
 
-def check(node: Any, where: str = "", kind: Any = Any) -> None:
+def check(node: Any, where: str = "", kind: Any = Any, trust: Trust = composed) -> None:
     """Raises what `build` would raise for names and types, but makes nothing; ``auto`` may stand anywhere.
 
     Args:
         kind: what it must be, a class or another type.
     """
-    made = _walk(node, where, {}, dry=True)
+    made = _walk(node, where, trust, {}, dry=True)
     if wrong := misfit(made, kind):
         raise UserError(f"{where}{wrong.place} must be {wrong.wanted}, got {shown(wrong.got)}")
 
 
-def _walk(node: Any, where: str, extra: dict[str, Any], dry: bool) -> Any:
+def _walk(node: Any, where: str, trust: Trust, extra: dict[str, Any], dry: bool) -> Any:
     if isinstance(node, list):
-        return [_walk(item, f"{where}[{i}]", {}, dry) for i, item in enumerate(node)]
+        return [_walk(item, f"{where}[{i}]", trust, {}, dry) for i, item in enumerate(node)]
     if isinstance(node, float) and not math.isfinite(node):
         raise UserError(f"{where} must be a number, got {node}")
     if not isinstance(node, dict):
         return object() if dry and node == "auto" else node  # an object passes for anything: see `misfit`
+    place = f"{where}." if where else ""
     arguments = {
-        key: _walk(value, f"{where}.{key}" if where else key, {}, dry)
+        key: _walk(value, f"{place}{key}", trust, {}, dry)
         for key, value in node.items()
         if key not in ("_target_", "_partial_") and key not in extra
     }
     if "_target_" not in node:
         return arguments
-    target = locate(node["_target_"])
+    for key in node:
+        if not isinstance(key, str) or (key.startswith("_") and key not in ("_target_", "_partial_")):
+            raise UserError(f"{place}{key} is not known here; beside arguments there are _target_, _partial_")
+    partly = node.get("_partial_", False)
+    if not isinstance(partly, bool):
+        raise UserError(f"{place}_partial_ must be true or false, got {partly!r}")
+    try:
+        target = trust(node["_target_"])
+    except UserError as error:
+        raise UserError(f"{where}: {error}" if where else str(error)) from None
     arguments |= extra
-    check_arguments(target, arguments, where, partial_call=bool(node.get("_partial_")))
+    check_arguments(target, arguments, where, partial_call=partly)
     if dry:
-        return Made(partial if node.get("_partial_") else _result(target))
-    return partial(target, **arguments) if node.get("_partial_") else target(**arguments)
+        return Made(partial if partly else _result(target))
+    return partial(target, **arguments) if partly else target(**arguments)
 
 
 def _result(target: Any) -> Any:

@@ -31,6 +31,7 @@ from dalle.data.tokenizers import CaptionTokenizer, ClipBPE, load_tokenizer
 from dalle.errors import UserError
 from dalle.files import beside, write_json
 from dalle.stages.base import Stage
+from dalle.trust import listed
 
 SCHEMA = 1
 IMAGE_TOKENIZERS = ("dvae", "vqgan")  # the stages that turn pictures into codes
@@ -127,8 +128,7 @@ def load_stage(path: str | Path, *expected: str) -> tuple[Stage, dict[str, Any]]
     manifest = run.manifest()
     if expected and (found := manifest.get("stage")) not in expected:
         raise UserError(f"{path} holds a {found}, but a {' or '.join(expected)} is needed here")
-    node = {**run.config()["model"], "optimizer": None}
-    stage = build(node, "model")
+    stage = build_stage(run)
     try:
         stage.net.load_state_dict(run.weights(), strict=True)
     except RuntimeError as error:
@@ -137,6 +137,23 @@ def load_stage(path: str | Path, *expected: str) -> tuple[Stage, dict[str, Any]]
     if "image_embed_norm" in manifest:
         stage.norm = EmbedNorm.from_dict(manifest["image_embed_norm"])
     return stage.eval().requires_grad_(False), manifest
+
+
+def build_stage(run: Run) -> Any:
+    """The stage that a run's config.yaml describes; it may be anybody's and name listed classes only."""
+    node, where = run.config()["model"], f"{run.path / 'config.yaml'}: model"
+    if not isinstance(node, dict) or "_target_" not in node:
+        raise UserError(f"{where} describes no stage; restore it or train the stage again")
+    try:
+        stage = build({**node, "optimizer": None}, where, listed)
+    except UserError:
+        raise
+    except Exception as error:  # whatever networks raise for sizes that nobody has trained
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{where} cannot be built ({reason}); restore it or train the stage again") from error
+    if not isinstance(stage, Stage):
+        raise UserError(f"{where} is no stage but a {type(stage).__name__}; restore it")
+    return stage
 
 
 def load_clip(path: str | Path) -> FrozenCLIP:

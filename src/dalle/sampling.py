@@ -22,6 +22,7 @@ from dalle.pipelines.recipe import Recipe
 from dalle.ranges import describe, fits
 from dalle.runs import Run
 from dalle.training import fast_in_bf16
+from dalle.trust import listed
 
 MAX_PIXELS = 64_000_000  # of a picture to be completed
 OPTIONS = {  # of stages, where they are given in words and numbers
@@ -358,8 +359,10 @@ def arguments(node: dict[str, Any], stage: str) -> dict[str, Any]:
                 raise UserError(f"{key} of the {stage} must be {describe(hint)}, got {chosen[key]!r}")
             chosen[key] = hint(chosen[key])
     if "sampler" in chosen:
-        node = {"_target_": "dalle.diffusion.samplers.Sampler", **chosen["sampler"]}
-        chosen["sampler"] = build(node, f"the {stage}'s sampler")
+        if not isinstance(node := chosen["sampler"], dict) or "_target_" in node:
+            raise UserError(f"sampler of the {stage} must be method, steps and options, got {node!r}")
+        node = {**node, "_target_": "dalle.diffusion.samplers.Sampler"}
+        chosen["sampler"] = build(node, f"the {stage}'s sampler", listed)
     return chosen
 
 

@@ -19,6 +19,7 @@ from dalle.metrics.bootstrap import RESAMPLES
 from dalle.metrics.distances import FEWER, LARGE, NEIGHBOURS, SPLITS, SUBSET_SIZE, SUBSETS
 from dalle.metrics.features import FeatureNet, clip_features, inception_features, random_features
 from dalle.pipelines.load import PUBLIC, load_any_clip
+from dalle.trust import composed, listed
 
 USUAL = 1000  # pictures, where nobody says how many
 
@@ -53,13 +54,13 @@ def check_settings(
 
 def source_of(config: dict[str, Any], subject: Subject) -> Source:
     """The split of real pictures, at the size of those that are compared with it."""
-    node = config.get("data") or subject.data
+    node, trust = (config["data"], composed) if config.get("data") else (subject.data, listed)
     if node is None:
         raise UserError(
             "pictures of a folder are compared with real ones; say which: data=folder data.root=PICTURES"
         )
     node = {**node, "image_size": subject.image_size, "_partial_": True}
-    return build(node, "data")(split=config["split"])
+    return build(node, "data", trust)(split=config["split"])
 
 
 class Plan:

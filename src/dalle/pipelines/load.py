@@ -16,6 +16,7 @@ from dalle.pipelines.unclip import UnCLIP, check_norms
 from dalle.pipelines.unconditional import Unconditional
 from dalle.runs import Run, load_clip, load_image_tokenizer, load_stage
 from dalle.stages.base import Stage
+from dalle.trust import listed
 
 PUBLIC = "open_clip/"  # a CLIP of the open_clip collection: open_clip/NAME/PRETRAINED
 
@@ -118,16 +119,30 @@ def _loaded(pipeline: Any, paths: dict[str, str], parts: Mapping[str, Stage | Fr
 
 def _upstream(run: Path, key: str) -> Path:
     """The run of a frozen network that `run` was trained with: the one beside it, else where it was then."""
-    path = Path(Run(run).config()[key]["path"])
+    path = Path(_node_of(run, key, "path")["path"])
     beside = run.parent / path.name
     return beside if Run(beside).finished else path
 
 
+def _node_of(run: Path, key: str, *needs: str) -> dict[str, Any]:
+    """What a run's config says of a frozen network, with those of its facts that are needed."""
+    node = Run(run).config().get(key)
+    if not isinstance(node, dict) or not all(isinstance(node.get(need), str) for need in needs):
+        raise UserError(
+            f"{run / 'config.yaml'}: {key} does not say where the {key} is ({', '.join(needs)}); "
+            f"restore it, or give {key} yourself"
+        )
+    return node
+
+
 def _clip_of(decoder: Path, clip: str | Path | None) -> tuple[FrozenCLIP, str]:
     """The CLIP at `clip`, else the run beside the decoder, else what the decoder's config names."""
-    node = Run(decoder).config()["clip"]
+    node = _node_of(decoder, "clip", "_target_") if clip is None else {}
     if clip is None and node["_target_"] != "dalle.runs.load_clip":
-        return build(node, "clip"), str(node.get("name", node["_target_"]))
+        made = build(node, f"{decoder / 'config.yaml'}: clip", listed)
+        if not isinstance(made, FrozenCLIP):
+            raise UserError(f"{decoder / 'config.yaml'}: clip is no CLIP; restore it, or give clip yourself")
+        return made, str(node.get("name", node["_target_"]))
     where = clip or _upstream(decoder, "clip")
     return load_clip(where), str(where)
 
