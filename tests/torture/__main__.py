@@ -77,11 +77,14 @@ def torture(folder: Path, args: argparse.Namespace) -> int:
 
 
 def prepare(upstream: Path) -> Path:
-    """Tiny finished runs of the stages that others need, and of those that pipelines are made of."""
+    """Tiny finished runs of the stages that others need and that pipelines are made of, and a recipe."""
     for stage in ("clip", "dvae", "prior", "decoder", "dalle"):
         ended = run(upstream, "train.py", *kills.command(stage, upstream, upstream, "trainer.max_steps=2"))
         if ended.code:
             sys.exit(f"{stage} does not even train in peace: {ended.tail}")
+    ended = run(upstream, "sample.py", *damage.TINY, f"paths.logs={upstream}", "out=recipe")
+    if ended.code:
+        sys.exit(f"nothing can be sampled even in peace: {ended.tail}")
     return upstream
 
 

@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {  # script,
     "dashboard": ("dalle.dashboard", ("logs/default",), (*UNCLIP, "dvae", "dalle")),
     "prior": ("train.py", (), ("clip",)),
     "resume": ("train.py", (), ("clip", "decoder", "dvae")),
+    "recipe": ("sample.py", ("recipe=recipe/recipe.yaml", "out=made"), ("recipe",)),
 }
 ATTACKS = (
     "torch.os.system", "os.system", "dalle.runs.os.system", "dalle.training.shutil.rmtree",
@@ -50,21 +51,24 @@ def damaged(folder: Path, seed: int, stages: Path) -> str:
     Returns: what went wrong; empty where the command worked or said in one line why not.
     """
     draw = random.Random(f"damage {seed}")
-    shutil.copytree(stages / "default", folder / "logs" / "default")
+    logs = folder / "logs"
+    shutil.copytree(stages / "default", logs / "default")
+    shutil.copytree(stages / "recipe", folder / "recipe")
     name = draw.choice(list(COMMANDS))
     script, arguments, victims = COMMANDS[name]
     victim = draw.choice(victims)
-    files = sorted(p for p in (folder / "logs" / "default" / victim).iterdir() if p.is_file())
+    place = folder / "recipe" if victim == "recipe" else logs / "default" / victim
+    files = sorted(p for p in place.iterdir() if p.is_file() and p.suffix != ".png")
     file = draw.choices(files, [4 if p.suffix in PARSERS else 1 for p in files])[0]
     how = draw.choice(
         (mutate, mutate, mutate, mutate, attack, attack, cut, flip, empty, not_utf8, replaced_by_folder)
     )
     how(file, draw)
     if name == "prior":
-        arguments = command("prior", folder / "logs", folder / "logs", "trainer.max_steps=1", "name=other")
+        arguments = command("prior", logs, logs, "trainer.max_steps=1", "name=other")
     if name == "resume":
-        (folder / "logs" / "default" / victim / "manifest.json").unlink(missing_ok=True)
-        arguments = command(victim, folder / "logs", folder / "logs", "trainer.max_steps=4", "resume=true")
+        (logs / "default" / victim / "manifest.json").unlink(missing_ok=True)
+        arguments = command(victim, logs, logs, "trainer.max_steps=4", "resume=true")
     sentinel = folder / SENTINEL
     ended = run(folder, script, *arguments)
     what = f"{name}, {victim}/{file.name} {how.__name__}"
