@@ -116,5 +116,5 @@ def test_open_ended_arguments_reach_their_owner():
     assert isinstance(build({**node, "eta": 0.5}), Sampler)
     with pytest.raises(UserError, match="sampler ddim has no option 'churn'"):
         build({**node, "churn": 1.0})
-    with pytest.raises(UserError, match="sampler ddim: eta must be a number, not 'much'"):
+    with pytest.raises(UserError, match="sampler ddim: eta must be a number from 0 to 1, not 'much'"):
         build({**node, "eta": "much"})

@@ -105,7 +105,7 @@ def test_no_number_is_nan_or_infinite(value, hint):
         (Rate, "a number above 0 and at most 1000"),
         (PositiveInt | None, "a whole number of at least 1 or null"),
         (Text, "text that is not empty"), (Seed, "a whole number of at least 0 and below 4294967296"),
-        (Annotated[list[int], Len(2, 3)], "a list of at least 2 and of at most 3"),
+        (Annotated[list[int], Len(2, 3)], "a list of 2 to 3"),
     ],
 )  # fmt: skip
 def test_ranges_in_a_users_words(hint, words):

@@ -86,17 +86,19 @@ def check_arguments(
         parameters = inspect.signature(target).parameters
     except ValueError:  # a function written in C says nothing of its arguments
         return
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    function = target.__init__ if inspect.isclass(target) else target
+    hints = typing.get_type_hints(function, include_extras=True)
+    others = next((name for name, p in parameters.items() if p.kind is p.VAR_KEYWORD), None)
+    if others and typing.get_origin(hints.get(others)) is typing.Unpack:  # **options: Unpack[Options]
+        hints |= typing.get_type_hints(typing.get_args(hints[others])[0], include_extras=True)
     named = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     place = f"{where}." if where else ""
     for name in arguments:
-        if name not in named and not open_ended:
+        if name not in named and not others:
             raise UserError(f"{place}{name} is not an option of {_name(target)}; it takes {', '.join(named)}")
     missing = [n for n, p in named.items() if p.default is p.empty and n not in arguments]
     if missing and not partial_call:
         raise UserError(f"{where or _name(target)} needs {', '.join(missing)}")
-    function = target.__init__ if inspect.isclass(target) else target
-    hints = typing.get_type_hints(function, include_extras=True)
     for name, value in arguments.items():
         if name in hints and (wrong := misfit(value, hints[name])):
             raise UserError(f"{place}{name}{wrong.place} must be {wrong.wanted}, got {shown(wrong.got)}")

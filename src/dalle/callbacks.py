@@ -23,6 +23,7 @@ from dalle.loggers import log_picture, log_verdicts
 from dalle.metrics.generation import GenerationMetrics
 from dalle.metrics.judge import Judge
 from dalle.pictures import from_uint8, grid, save_png, to_uint8
+from dalle.ranges import Decay, Depth, File, NonNegativeInt, Place, PositiveInt, Seed
 from dalle.stages.base import Stage
 
 STOP_EVERY = (
@@ -37,7 +38,7 @@ class Ema(lightning.Callback):
     forgotten soon. Integer and boolean buffers are copied.
     """
 
-    def __init__(self, decay: float | int = 0.999, every: int = 1) -> None:
+    def __init__(self, decay: Decay = 0.999, every: PositiveInt = 1) -> None:
         self.decay, self.every = decay, every
         self.updates = 0
         self.average: dict[str, Tensor] = {}
@@ -117,7 +118,9 @@ class SampleGrid(lightning.Callback):
     Only for stages that make images. The captions and conditions are those of the first validation batch.
     """
 
-    def __init__(self, directory: str | Path, every: int = 1000, count: int = 16, seed: int = 0) -> None:
+    def __init__(
+        self, directory: Place, every: PositiveInt = 1000, count: PositiveInt = 16, seed: Seed = 0
+    ) -> None:
         self.directory, self.every, self.count, self.seed = Path(directory), every, count, seed
         self.batch: Batch | None = None
         self.due = 0
@@ -164,11 +167,11 @@ class GenerationTest(lightning.Callback):
 
     def __init__(
         self,
-        directory: str | Path,
-        items: int = 256,
-        seed: int = 0,
-        inception: str | None = None,
-        rows: int = 64,
+        directory: Place,
+        items: PositiveInt = 256,
+        seed: Seed = 0,
+        inception: File | None = None,
+        rows: NonNegativeInt = 64,
     ) -> None:
         self.directory, self.items, self.seed = Path(directory), items, seed
         self.inception, self.rows = inception, rows
@@ -241,7 +244,7 @@ class LossByTime(lightning.Callback):
     logged.
     """
 
-    def __init__(self, bins: int = 4) -> None:
+    def __init__(self, bins: Depth = 4) -> None:
         self.bins = bins
         self.sums: Tensor | None = None
 
@@ -311,7 +314,7 @@ class LastCheckpoint(Checkpoint):
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self, directory: str | Path, every: int = 1000) -> None:
+    def __init__(self, directory: Place, every: PositiveInt = 1000) -> None:
         self.path, self.every = Path(directory) / "last.ckpt", every
         self.saved_step: int | None = None  # None: training has not begun, there is nothing to save
         self.asked = self.agreed = False

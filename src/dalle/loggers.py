@@ -25,6 +25,7 @@ from dalle.errors import UserError
 from dalle.files import write_text
 from dalle.panels import tensorboard_layout
 from dalle.pictures import grid, to_pil
+from dalle.ranges import NonNegative, Place, Text
 from dalle.runs import Run
 
 MAX_NAME = 128  # of a run or an artifact, in W&B
@@ -36,7 +37,7 @@ class MetricsCsv(Logger):
     Rows at or after the step a run is resumed from are dropped: they are about to be written again.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: Place) -> None:
         super().__init__()
         self.path = Path(directory) / "metrics.csv"
         self.rows: list[dict[str, Any]] | None = None
@@ -158,15 +159,15 @@ def artifact_name(directory: Path, logs: Path | None) -> str:
 
 
 def wandb(
-    directory: str | Path,
-    project: str = "dalle",
-    name: str | None = None,
-    group: str | None = None,
-    job_type: str | None = None,
-    tags: Sequence[str] = (),
-    logs: str | Path | None = None,
+    directory: Place,
+    project: Text = "dalle",
+    name: Text | None = None,
+    group: Text | None = None,
+    job_type: Text | None = None,
+    tags: Sequence[Text] = (),
+    logs: Place | None = None,
     resume: bool = False,
-    artifact_gb: float | int = 1.0,
+    artifact_gb: NonNegative = 1.0,
 ) -> RunLogger:
     """A W&B logger; offline where no account is set up here (``wandb sync`` uploads such a run later).
 

@@ -12,9 +12,11 @@ import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from annotated_types import BaseMetadata, Ge, GroupedMetadata, Gt, Le, Lt, MaxLen, MinLen
+from annotated_types import BaseMetadata, Ge, GroupedMetadata, Gt, Le, Len, Lt, MaxLen, MinLen
 
 Number = float | int
 
@@ -24,19 +26,35 @@ Positive = Annotated[Number, Gt(0)]
 NonNegative = Annotated[Number, Ge(0)]
 Fraction = Annotated[Number, Ge(0), Le(1)]
 Share = Annotated[Number, Gt(0), Le(1)]  # as Fraction, but not nothing
-Decay = Annotated[Number, Ge(0), Lt(1)]  # of a moving average, or momentum: 1 would never move
+Dropout = Annotated[Number, Ge(0), Lt(1)]  # as Fraction, but not all
+Decay = Dropout  # of a moving average: 1 would never move
+Betas = Annotated[Sequence[Decay], Len(2, 2)]
 Seed = Annotated[int, Ge(0), Lt(2**32)]  # what numpy takes
 Text = Annotated[str, MinLen(1)]
+Place = Text | Path
 
 # Far beyond what anybody needs, but nothing that would fill a machine or never end
 Side = Annotated[int, Ge(1), Le(8192)]  # of a picture, in pixels
-Width = Annotated[int, Ge(1), Le(2**20)]  # of a layer, or a vocabulary
-Depth = Annotated[int, Ge(1), Le(1000)]  # layers, blocks, levels: what is built one by one
+Width = Annotated[int, Ge(1), Le(2**20)]  # of a layer
+Vocabulary = Annotated[int, Ge(2), Le(2**20)]
+Length = Annotated[int, Ge(1), Le(2**16)]  # of a sequence of tokens
+Depth = Annotated[int, Ge(1), Le(1000)]  # layers, blocks, levels: what is made one by one
+Multipliers = Annotated[Sequence[Depth], Len(1, 16)]  # of widths, one for each feature map
+Levels = Sequence[PositiveInt] | Sequence[Sequence[PositiveInt]]  # of finite scalars
 Steps = Annotated[int, Ge(1), Le(100_000)]  # of a sampler or a noise schedule
-Items = PositiveInt | None  # of a split; null: all
+Workers = Annotated[int, Ge(0), Le(1024)]
 Rate = Annotated[Number, Gt(0), Le(1000)]  # of learning
 Weight = Annotated[Number, Ge(0), Le(1e6)]  # of a term in a loss
+Exponent = Annotated[Number, Ge(-50), Le(50)]  # what e is raised to
 Guidance = Annotated[Number, Ge(0), Le(1000)]
+
+
+@dataclass(frozen=True)
+class Exists(BaseMetadata):
+    """A path at which there is a file."""
+
+
+File = Annotated[str, Exists()]
 
 LISTS = (list, tuple, Sequence, collections.abc.Iterable)
 LARGEST, WHOLE = sys.float_info.max, 2**63
@@ -91,7 +109,8 @@ def describe(hint: Any) -> str:
         said = [option for option in options if option is not int or float not in options]
         return " or ".join(dict.fromkeys(map(describe, said)))
     if origin is Annotated:
-        return f"{describe(options[0])}{_bounds(_flat(options[1:]))}"
+        bounds = _flat(options[1:])
+        return "a file that exists" if Exists() in bounds else f"{describe(options[0])}{_bounds(bounds)}"
     if origin is Literal:
         return "one of " + ", ".join(map(str, options))
     if origin is tuple and options and ... not in options:
@@ -170,6 +189,8 @@ def _holds(constraint: BaseMetadata, value: Any) -> bool:
             return len(value) >= bound
         case MaxLen(bound):
             return len(value) <= bound
+        case Exists():
+            return Path(value).is_file()
     raise TypeError(f"no such constraint: {constraint}")
 
 
@@ -180,9 +201,11 @@ def _bounds(constraints: Sequence[BaseMetadata]) -> str:
         return f" from {bounds[Ge]:.10g} to {bounds[Le]:.10g}"
     words = {Gt: "above", Ge: "of at least", Lt: "below", Le: "at most"}
     said = [f"{word} {bounds[kind]:.10g}" for kind, word in words.items() if kind in bounds]
-    if MinLen in bounds:
-        least = bounds[MinLen]
+    least, most = bounds.get(MinLen, 0), bounds.get(MaxLen)
+    if least == most:
+        said.append(f"of {least}")
+    elif most is not None:
+        said.append(f"of {least} to {most}")
+    elif least:
         said.append("that is not empty" if least == 1 else f"of at least {least}")
-    if MaxLen in bounds:
-        said.append(f"of at most {bounds[MaxLen]}")
-    return " " + " and ".join(said)
+    return "".join(f" {word}" for word in said[:1]) + "".join(f" and {word}" for word in said[1:])

@@ -21,6 +21,7 @@ from dalle.metrics.codes import CodeUse, code_use, diagnose
 from dalle.metrics.judge import Judge
 from dalle.metrics.reconstruction import ReconstructionMetrics
 from dalle.pictures import grid, save_png
+from dalle.ranges import File, Place, PositiveInt
 from dalle.stages.base import Stage
 
 log = logging.getLogger(__name__)
@@ -39,7 +40,11 @@ class Reconstructions(lightning.Callback):
     """
 
     def __init__(
-        self, directory: str | Path, every: int = 1000, count: int = 8, inception: str | None = None
+        self,
+        directory: Place,
+        every: PositiveInt = 1000,
+        count: PositiveInt = 8,
+        inception: File | None = None,
     ) -> None:
         self.directory, self.every, self.count, self.inception = Path(directory), every, count, inception
         self.due = 0

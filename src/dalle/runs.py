@@ -30,6 +30,7 @@ from dalle.data.norm import EmbedNorm
 from dalle.data.tokenizers import CaptionTokenizer, ClipBPE, load_tokenizer
 from dalle.errors import UserError
 from dalle.files import beside, write_json
+from dalle.ranges import Place
 from dalle.stages.base import Stage
 from dalle.trust import listed
 
@@ -156,13 +157,13 @@ def build_stage(run: Run) -> Any:
     return stage
 
 
-def load_clip(path: str | Path) -> FrozenCLIP:
+def load_clip(path: Place) -> FrozenCLIP:
     """The CLIP of a finished `model=clip` run, frozen, with its tokenizer."""
     stage, _ = load_stage(path, "clip")
     return FrozenCLIP(stage.net, Run(Path(path)).load_tokenizer())
 
 
-def load_image_tokenizer(path: str | Path) -> FrozenTokenizer:
+def load_image_tokenizer(path: Place) -> FrozenTokenizer:
     """The network of a finished `model=dvae` or `model=vqgan` run, frozen."""
     stage, _ = load_stage(path, *IMAGE_TOKENIZERS)
     return FrozenTokenizer(stage.net)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from dalle.cli import STOPPED
 from dalle.errors import UserError
 from dalle.processes import only_one
+from dalle.ranges import PositiveInt, Seed, Text
 from dalle.runs import Run
 from dalle.sweeps import Job, close, perform
 
@@ -30,11 +31,11 @@ class Search:
 
     def __init__(
         self,
-        folder: str,
-        metric: str,
+        folder: Text,
+        metric: Text,
         direction: Literal["minimize", "maximize"],
-        trials: int,
-        seed: int,
+        trials: PositiveInt,
+        seed: Seed,
         space: dict[str, Any],
     ) -> None:
         try:

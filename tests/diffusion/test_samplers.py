@@ -340,7 +340,10 @@ def test_samplers_that_do_not_exist(arguments, says):
     ("arguments", "says"),
     [
         ({"spacing": "even"}, "unknown spacing"),
-        ({"method": "ddpm", "variance": "huge"}, "choose one of small"),
+        (
+            {"method": "ddpm", "variance": "huge"},
+            "must be one of small, large, learned, analytic, not 'huge'",
+        ),
         ({"method": "ddpm", "variance": "learned"}, "learned_variance=true"),
         ({"method": "ddpm", "variance": "analytic"}, "50 numbers"),
     ],

@@ -26,6 +26,7 @@ from dalle.data.captions import SPLITS, CaptionFiles, given_split, uses_split_fo
 from dalle.data.pictures import BROKEN, SUFFIXES, BadPicture, Memory, inspect, read
 from dalle.data.sources import mix
 from dalle.errors import UserError
+from dalle.ranges import Fraction, Place, PositiveInt, Seed, Side
 
 FEWEST = 3  # pictures that can be divided into three splits
 MEMORY = 2**30  # bytes of decoded pictures kept
@@ -65,14 +66,14 @@ class Folder:
     def __init__(
         self,
         split: Literal["train", "val", "test"],
-        root: str | Path,
-        image_size: int,
+        root: Place,
+        image_size: Side,
         crop: Literal["center", "random"] = "center",
-        val_fraction: float = 0.05,
-        test_fraction: float = 0.05,
-        seed: int = 0,
-        max_pixels: int = 64_000_000,
-        captions: str | Path | None = None,
+        val_fraction: Fraction = 0.05,
+        test_fraction: Fraction = 0.05,
+        seed: Seed = 0,
+        max_pixels: PositiveInt = 64_000_000,
+        captions: Place | None = None,
     ):
         self.root = Path(root).expanduser()
         if not self.root.is_dir():

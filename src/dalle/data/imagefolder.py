@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import MinLen
 
 from dalle.data.captions import ClassNames
 from dalle.data.folder import Captioner, Folder
 from dalle.errors import UserError
+from dalle.ranges import Fraction, Place, PositiveInt, Seed, Side, Text
 
 
 class ImageFolder(Folder):
@@ -20,14 +23,14 @@ class ImageFolder(Folder):
     def __init__(
         self,
         split: Literal["train", "val", "test"],
-        root: str | Path,
-        image_size: int,
-        template: str | Sequence[str] = "a photo of a {}",
+        root: Place,
+        image_size: Side,
+        template: Text | Annotated[Sequence[Text], MinLen(1)] = "a photo of a {}",
         crop: Literal["center", "random"] = "center",
-        val_fraction: float = 0.05,
-        test_fraction: float = 0.05,
-        seed: int = 0,
-        max_pixels: int = 64_000_000,
+        val_fraction: Fraction = 0.05,
+        test_fraction: Fraction = 0.05,
+        seed: Seed = 0,
+        max_pixels: PositiveInt = 64_000_000,
     ):
         self.templates = (template,) if isinstance(template, str) else tuple(template)
         for sentence in self.templates:

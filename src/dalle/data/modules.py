@@ -26,6 +26,7 @@ from dalle.data.norm import EmbedNorm
 from dalle.data.sources import EpochSampler, Source, SourceDataset, SourceFactory, as_it_is, captions_of
 from dalle.data.tokenizers import ClipBPE, TextTokenizer
 from dalle.errors import UserError
+from dalle.ranges import Fraction, NonNegative, NonNegativeInt, Place, PositiveInt, Seed, Workers
 
 TOKENIZER_ITEMS = 20_000  # items whose captions train a tokenizer
 NORM_ITEMS = 10_000  # items on which an embedding normalisation is fitted
@@ -56,12 +57,12 @@ class SourceDataModule(L.LightningDataModule):
     def __init__(
         self,
         source: SourceFactory,
-        batch_size: int,
-        num_workers: int = 0,
-        seed: int = 0,
-        val_items: int | None = None,
-        test_items: int | None = None,
-        train_items: int | None = None,
+        batch_size: PositiveInt,
+        num_workers: Workers = 0,
+        seed: Seed = 0,
+        val_items: PositiveInt | None = None,
+        test_items: PositiveInt | None = None,
+        train_items: PositiveInt | None = None,
     ):
         super().__init__()
         if batch_size < 1:
@@ -182,12 +183,12 @@ class TextImageDataModule(SourceDataModule):
         self,
         source: SourceFactory,
         tokenizer: TextTokenizer | Callable[[list[str]], TextTokenizer],
-        batch_size: int,
-        num_workers: int = 0,
-        seed: int = 0,
-        val_items: int | None = None,
-        test_items: int | None = None,
-        train_items: int | None = None,
+        batch_size: PositiveInt,
+        num_workers: Workers = 0,
+        seed: Seed = 0,
+        val_items: PositiveInt | None = None,
+        test_items: PositiveInt | None = None,
+        train_items: PositiveInt | None = None,
     ):
         super().__init__(source, batch_size, num_workers, seed, val_items, test_items, train_items)
         self._tokenizer = tokenizer
@@ -231,16 +232,16 @@ class EmbeddingDataModule(SourceDataModule):
         self,
         source: SourceFactory,
         clip: FrozenCLIP,
-        batch_size: int,
-        cache_dir: str | Path,
-        num_workers: int = 0,
-        seed: int = 0,
-        val_items: int | None = None,
-        test_items: int | None = None,
-        train_items: int | None = None,
+        batch_size: PositiveInt,
+        cache_dir: Place,
+        num_workers: Workers = 0,
+        seed: Seed = 0,
+        val_items: PositiveInt | None = None,
+        test_items: PositiveInt | None = None,
+        train_items: PositiveInt | None = None,
         image_embed_norm: str = "unit_times_sqrt_dim",
-        cache_items: int = 100_000,
-        cache_text_gb: float = 1.0,
+        cache_items: NonNegativeInt = 100_000,
+        cache_text_gb: NonNegative = 1.0,
     ):
         super().__init__(source, batch_size, num_workers, seed, val_items, test_items, train_items)
         self.clip: FrozenCLIP = clip
@@ -342,15 +343,15 @@ class CodeDataModule(TextImageDataModule):
         source: SourceFactory,
         tokenizer: TextTokenizer | Callable[[list[str]], TextTokenizer],
         image_tokenizer: FrozenTokenizer,
-        batch_size: int,
-        cache_dir: str | Path,
-        num_workers: int = 0,
-        seed: int = 0,
-        val_items: int | None = None,
-        test_items: int | None = None,
-        train_items: int | None = None,
-        cache_items: int = 1_000_000,
-        bpe_dropout: float | int = 0.1,
+        batch_size: PositiveInt,
+        cache_dir: Place,
+        num_workers: Workers = 0,
+        seed: Seed = 0,
+        val_items: PositiveInt | None = None,
+        test_items: PositiveInt | None = None,
+        train_items: PositiveInt | None = None,
+        cache_items: NonNegativeInt = 1_000_000,
+        bpe_dropout: Fraction = 0.1,
     ):
         super().__init__(source, tokenizer, batch_size, num_workers, seed, val_items, test_items, train_items)
         self.image_tokenizer, self.cache_dir = image_tokenizer, Path(cache_dir)

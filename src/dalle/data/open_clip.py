@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dalle.data.frozen import FrozenCLIP
 from dalle.data.tokenizers import ClipBPE
 from dalle.errors import UserError
+from dalle.ranges import Text
 
 CLIP_VOCABULARY = 49408
 
@@ -82,7 +83,7 @@ class OpenClipNet(nn.Module):
         return embed, states[0], mask
 
 
-def load_open_clip(name: str, pretrained: str, cache_dir: str | None = None) -> FrozenCLIP:
+def load_open_clip(name: Text, pretrained: Text, cache_dir: Text | None = None) -> FrozenCLIP:
     """A pretrained model by its open_clip name, e.g. `load_open_clip("ViT-B-32", "openai")`.
 
     Args:

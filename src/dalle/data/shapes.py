@@ -27,6 +27,7 @@ from dalle.data.scenes import (
     tell,
 )
 from dalle.errors import UserError
+from dalle.ranges import Fraction, PositiveInt, Seed, Side
 
 # Part of the fingerprint: raise it whenever the same item may look or read differently than before.
 FORMAT = 1
@@ -193,10 +194,10 @@ class Shapes:
     def __init__(
         self,
         split: str,
-        image_size: int = 32,
-        size: int | None = None,
-        seed: int = 0,
-        two_objects: float = 0.5,
+        image_size: Side = 32,
+        size: PositiveInt | None = None,
+        seed: Seed = 0,
+        two_objects: Fraction = 0.5,
     ):
         if split not in _SPLIT_SIZES:
             raise UserError(f"shapes has no split {split!r}; it has {', '.join(_SPLIT_SIZES)}")

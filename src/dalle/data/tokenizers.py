@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dalle.errors import UserError
 from dalle.files import write_json
+from dalle.ranges import Length, Vocabulary
 
 # Captions are short, one thread is as fast; and threads started before a DataLoader forks make workers warn.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -65,7 +66,7 @@ class CaptionTokenizer:
 
     @classmethod
     def train(
-        cls, captions: Iterable[str], vocab_size: int, context_length: int | Literal["auto"]
+        cls, captions: Iterable[str], vocab_size: Vocabulary, context_length: Length | Literal["auto"]
     ) -> "CaptionTokenizer":
         """Learns at most `vocab_size` ids, the same ones from the same captions.
 
@@ -169,7 +170,7 @@ class ClipBPE:
 
     pad_id = 0
 
-    def __init__(self, context_length: int = 77) -> None:
+    def __init__(self, context_length: Length = 77) -> None:
         try:
             from open_clip.tokenizer import SimpleTokenizer
         except ImportError as error:

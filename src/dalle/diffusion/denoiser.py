@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dalle.diffusion.schedule import Schedule, expand, posterior, precise
 from dalle.errors import UserError
+from dalle.ranges import Exponent, Positive
 
 MIN_SNR_GAMMA = 5.0
 VELOCITY_FLOOR = 0.1  # keeps the last, nearly clean times from outweighing all others
@@ -37,8 +38,8 @@ class Denoiser(nn.Module):
         weighting: str = "none",
         time_sampling: str = "uniform",
         learned_variance: bool = False,
-        logit_mean: float = 0.0,
-        logit_std: float = 1.0,
+        logit_mean: Exponent = 0.0,
+        logit_std: Positive = 1.0,
     ):
         super().__init__()
         _check(schedule, prediction, weighting, time_sampling, learned_variance)

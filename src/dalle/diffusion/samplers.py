@@ -10,6 +10,7 @@ Euler's method.
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from typing import Literal, get_type_hints
 
 import torch
 from jaxtyping import Float
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from dalle.diffusion.schedule import Level, Levels, Schedule, posterior
 from dalle.errors import UserError
+from dalle.ranges import Fraction, NonNegative, Steps, Text, misfit
 
 Randn = Callable[[Tensor], Tensor]
 OnStep = Callable[[int, int, Tensor], object]
@@ -30,8 +32,8 @@ def ddpm(
     denoise: Denoise,
     x: Float[Tensor, "B *S"],
     levels: Levels,
-    variance: str = "small",
-    eps_square: Sequence[float] | None = None,
+    variance: Literal["small", "large", "learned", "analytic"] = "small",
+    eps_square: Sequence[NonNegative] | None = None,
     randn: Randn = torch.randn_like,
     on_step: OnStep | None = None,
 ) -> Float[Tensor, "B *S"]:
@@ -67,7 +69,7 @@ def ddim(
     denoise: Denoise,
     x: Float[Tensor, "B *S"],
     levels: Levels,
-    eta: float | int = 0.0,
+    eta: Fraction = 0.0,
     randn: Randn = torch.randn_like,
     on_step: OnStep | None = None,
 ) -> Float[Tensor, "B *S"]:
@@ -115,8 +117,8 @@ def heun(
     denoise: Denoise,
     x: Float[Tensor, "B *S"],
     levels: Levels,
-    churn: float | int = 0.0,
-    churn_noise: float | int = 1.0,
+    churn: NonNegative = 0.0,
+    churn_noise: NonNegative = 1.0,
     randn: Randn = torch.randn_like,
     on_step: OnStep | None = None,
 ) -> Float[Tensor, "B *S"]:
@@ -159,17 +161,18 @@ class Sampler:
     heun: churn). Raises UserError for an unknown method, spacing or option.
     """
 
-    def __init__(self, method: str = "ddim", steps: int = 50, spacing: str | None = None, **options):
+    def __init__(self, method: str = "ddim", steps: Steps = 50, spacing: Text | None = None, **options):
         if method not in METHODS:
             raise UserError(f"unknown sampler '{method}': choose one of {', '.join(METHODS)}")
         arguments = list(inspect.signature(METHODS[method]).parameters.items())[3:]
-        known = {name: p.default for name, p in arguments if name not in ("randn", "on_step")}
+        known = [name for name, _ in arguments if name not in ("randn", "on_step")]
+        hints = get_type_hints(METHODS[method], include_extras=True)
         for name, value in options.items():
             if name not in known:
                 has = ", ".join(known) or "none"
                 raise UserError(f"sampler {method} has no option '{name}': its options are: {has}")
-            if isinstance(known[name], float) and not isinstance(value, int | float):
-                raise UserError(f"sampler {method}: {name} must be a number, not {value!r}")
+            if wrong := misfit(value, hints[name]):
+                raise UserError(f"sampler {method}: {name} must be {wrong.wanted}, not {value!r}")
         if steps < 1:
             raise UserError(f"a sampler needs at least 1 step, not {steps}")
         self.method, self.steps, self.spacing, self.options = method, steps, spacing, options

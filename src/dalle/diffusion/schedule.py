@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dalle.errors import UserError
+from dalle.ranges import Positive, Steps
 
 SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid", "flow")
 SPACINGS = ("strided", "trailing", "leading", "uniform", "logsnr", "edm", "fast27")
@@ -86,7 +87,9 @@ class Schedule:
     large, redundant pictures are decided (Hoogeboom et al. 2023, sec. 2; flow: Esser et al. 2024, eq. 23).
     """
 
-    def __init__(self, name: str, steps: int = 1000, zero_terminal_snr: bool = False, shift: float = 1.0):
+    def __init__(
+        self, name: str, steps: Steps = 1000, zero_terminal_snr: bool = False, shift: Positive = 1.0
+    ):
         if name not in SCHEDULES:
             raise UserError(f"unknown noise schedule '{name}': choose one of {', '.join(SCHEDULES)}")
         if steps < 2:

@@ -19,6 +19,7 @@ from torchmetrics.functional.image.lpips import _NoTrainLpips
 
 from dalle.errors import UserError
 from dalle.pictures import from_uint8
+from dalle.ranges import File
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ class LPIPS(nn.Module):
         return self.net(a, b).flatten()
 
 
-def perceptual_distance(weights: str | None = None) -> nn.Module:
+def perceptual_distance(weights: File | None = None) -> nn.Module:
     """LPIPS where VGG16's weights are given or in torch's cache, else the fixed random distance, said once.
 
     Raises:

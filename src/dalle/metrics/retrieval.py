@@ -4,13 +4,16 @@ Captions that are the same text count once as candidates, and any image they bel
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import MinLen
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
+
+from dalle.ranges import PositiveInt
 
 ROWS = 1024  # queries ranked at once: bounds the memory of similarities
 
@@ -40,7 +43,7 @@ class Retrieval(Metric):
     text_embed: list[Tensor]
     caption: list[Tensor]
 
-    def __init__(self, ks: Sequence[int] = (1, 5), **options: Any) -> None:
+    def __init__(self, ks: Annotated[Sequence[PositiveInt], MinLen(1)] = (1, 5), **options: Any) -> None:
         super().__init__(**options)
         self.ks = tuple(ks)
         for name in ("image_embed", "text_embed", "caption"):

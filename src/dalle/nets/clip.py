@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dalle.errors import UserError
 from dalle.nets.blocks import GroupNorm
+from dalle.ranges import Depth, Length, PositiveInt, Side, Vocabulary, Width
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the [0, 1] pixels CLIP was trained on
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -183,17 +184,17 @@ class CLIP(nn.Module):
 
     def __init__(
         self,
-        image_size: int,
-        patch_size: int,
-        vision_width: int,
-        vision_layers: int,
-        text_width: int,
-        text_layers: int,
-        context_length: int,
-        vocab_size: int,
-        embed_dim: int,
-        vision_heads: int | None = None,
-        text_heads: int | None = None,
+        image_size: Side,
+        patch_size: Side,
+        vision_width: Width,
+        vision_layers: Depth,
+        text_width: Width,
+        text_layers: Depth,
+        context_length: Length,
+        vocab_size: Vocabulary,
+        embed_dim: Width,
+        vision_heads: PositiveInt | None = None,
+        text_heads: PositiveInt | None = None,
         activation: str = "gelu",
         checkpoint: bool = False,
         vision: str = "vit",

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dalle.errors import UserError
 from dalle.nets.blocks import attend, grouped, linear_fp32
+from dalle.ranges import Depth, Dropout, Length, Levels, PositiveInt, Side, Vocabulary, Width
 
 SPARSE = ("row", "column", "conv")
 ATTENTION = ("full", *SPARSE, "dalle")
@@ -305,20 +306,20 @@ class DALLE(nn.Module):
 
     def __init__(
         self,
-        text_vocab: int,
-        text_length: int,
-        image_vocab: int,
-        grid: int,
-        width: int,
-        depth: int,
-        heads: int,
+        text_vocab: Vocabulary,
+        text_length: Length,
+        image_vocab: Vocabulary,
+        grid: Side,
+        width: Width,
+        depth: Depth,
+        heads: PositiveInt,
         attention: str = "full",
-        kernel: int = 11,
-        dropout: float | int = 0.0,
+        kernel: PositiveInt = 11,
+        dropout: Dropout = 0.0,
         style: str = "gpt",
         shift: bool = False,
         checkpoint: bool = False,
-        image_levels: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        image_levels: Levels | None = None,
     ):
         super().__init__()
         made = math.prod(map(math.prod, grouped(image_levels or ())))

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dalle.errors import UserError
 from dalle.nets.blocks import MLP, Attention, Conditioning
+from dalle.ranges import Depth, Dropout, Length, PositiveInt, Side, Width
 
 
 def positions(side: int, width: int) -> Float[Tensor, "N D"]:
@@ -62,17 +63,17 @@ class DiT(nn.Module):
 
     def __init__(
         self,
-        image_size: int,
-        channels: int,
-        out_channels: int,
-        patch: int,
-        width: int,
-        depth: int,
-        heads: int,
-        embed_dim: int,
-        text_width: int,
-        image_tokens: int = 4,
-        dropout: float | int = 0.0,
+        image_size: Side,
+        channels: PositiveInt,
+        out_channels: PositiveInt,
+        patch: Side,
+        width: Width,
+        depth: Depth,
+        heads: PositiveInt,
+        embed_dim: Width,
+        text_width: Width,
+        image_tokens: Length = 4,
+        dropout: Dropout = 0.0,
         checkpoint: bool = False,
     ):
         super().__init__()

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from dalle.errors import UserError
+from dalle.ranges import Depth, NonNegative, Positive, Side, Vocabulary, Width
 
 MARGIN = 0.1  # epsilon of the pixel map (App. A.3)
 
@@ -153,16 +154,16 @@ class DVAE(nn.Module):
 
     def __init__(
         self,
-        image_size: int,
-        vocab_size: int,
-        factor: int,
-        width: int,
-        inlet: int,
-        groups: int,
-        blocks: int,
-        gain: float | int | None = None,
-        patch: int = 1,
-        logit_gain: float | int | None = None,
+        image_size: Side,
+        vocab_size: Vocabulary,
+        factor: Side,
+        width: Width,
+        inlet: Width,
+        groups: Depth,
+        blocks: Depth,
+        gain: NonNegative | None = None,
+        patch: Side = 1,
+        logit_gain: Positive | None = None,
     ):
         super().__init__()
         halvings = max(1, factor // max(1, patch)).bit_length() - 1

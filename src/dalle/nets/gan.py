@@ -21,6 +21,7 @@ from torch.nn.utils.parametrizations import spectral_norm as with_spectral_norm
 
 from dalle.errors import UserError
 from dalle.nets.blocks import Attention, GroupNorm, PixelAttention, check_sizes, linear_fp32
+from dalle.ranges import Depth, Multipliers, PositiveInt, Side, Width
 
 SLOPE = 0.2  # of the discriminator's leaky ReLUs
 
@@ -87,17 +88,17 @@ class Generator(nn.Module):
 
     def __init__(
         self,
-        image_size: int,
-        latent_dim: int,
-        width: int,
-        multipliers: Sequence[int],
-        blocks: int,
-        attention: Sequence[int],
-        head_dim: int,
-        condition_width: int,
-        embed_dim: int,
-        text_width: int,
-        patch: int = 1,
+        image_size: Side,
+        latent_dim: Width,
+        width: Width,
+        multipliers: Multipliers,
+        blocks: Depth,
+        attention: Sequence[PositiveInt],
+        head_dim: Width,
+        condition_width: Width,
+        embed_dim: Width,
+        text_width: Width,
+        patch: Side = 1,
     ):
         super().__init__()
         check_sizes(image_size, patch, width, multipliers, attention, head_dim)
@@ -192,13 +193,13 @@ class Discriminator(nn.Module):
 
     def __init__(
         self,
-        image_size: int,
-        embed_dim: int,
-        text_width: int,
-        width: int,
-        multipliers: Sequence[int],
-        features: int,
-        patch: int = 1,
+        image_size: Side,
+        embed_dim: Width,
+        text_width: Width,
+        width: Width,
+        multipliers: Multipliers,
+        features: Width,
+        patch: Side = 1,
         spectral_norm: bool = False,
     ):
         super().__init__()

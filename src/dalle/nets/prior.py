@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dalle.nets.blocks import MLP, Attention, TimeMLP, keep_or_null
+from dalle.ranges import Depth, Dropout, Length, PositiveInt, Width
 
 Cache = list[Tensor]  # keys | values (B, T + 1, 2 * width) of the text part, for each layer
 
@@ -44,13 +45,13 @@ class Prior(nn.Module):
 
     def __init__(
         self,
-        embed_dim: int,
-        text_width: int,
-        context_length: int,
-        width: int,
-        depth: int,
-        heads: int,
-        dropout: float | int = 0.0,
+        embed_dim: Width,
+        text_width: Width,
+        context_length: Length,
+        width: Width,
+        depth: Depth,
+        heads: PositiveInt,
+        dropout: Dropout = 0.0,
         checkpoint: bool = False,
     ):
         super().__init__()

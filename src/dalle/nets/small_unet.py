@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dalle.errors import UserError
 from dalle.nets.blocks import Attention, Conditioning, GroupNorm, PixelAttention, check_sizes
+from dalle.ranges import Depth, Dropout, Length, Multipliers, PositiveInt, Side, Width
 
 
 class Block(nn.Module):
@@ -62,20 +63,20 @@ class SmallUNet(nn.Module):
 
     def __init__(
         self,
-        image_size: int,
-        channels: int,
-        out_channels: int,
-        width: int,
-        multipliers: Sequence[int],
-        blocks: Sequence[int],
-        attention: Sequence[int],
-        head_dim: int,
-        condition_width: int,
-        embed_dim: int,
-        text_width: int,
-        patch: int = 1,
-        image_tokens: int = 4,
-        dropout: float | int = 0.0,
+        image_size: Side,
+        channels: PositiveInt,
+        out_channels: PositiveInt,
+        width: Width,
+        multipliers: Multipliers,
+        blocks: Sequence[Depth],
+        attention: Sequence[PositiveInt],
+        head_dim: Width,
+        condition_width: Width,
+        embed_dim: Width,
+        text_width: Width,
+        patch: Side = 1,
+        image_tokens: Length = 4,
+        dropout: Dropout = 0.0,
         checkpoint: bool = False,
     ):
         super().__init__()

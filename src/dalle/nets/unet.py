@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dalle.errors import UserError
 from dalle.nets.blocks import Attention, Conditioning, GroupNorm, PixelAttention, check_sizes
+from dalle.ranges import Depth, Dropout, Length, Multipliers, PositiveInt, Side, Width
 
 
 class Downsample(nn.Conv2d):
@@ -100,19 +101,19 @@ class UNet(nn.Module):
 
     def __init__(
         self,
-        image_size: int,
-        channels: int,
-        out_channels: int,
-        width: int,
-        multipliers: Sequence[int],
-        blocks: int,
-        attention: Sequence[int],
-        head_dim: int,
-        embed_dim: int,
-        text_width: int,
-        patch: int = 1,
-        image_tokens: int = 4,
-        dropout: float | int = 0.0,
+        image_size: Side,
+        channels: PositiveInt,
+        out_channels: PositiveInt,
+        width: Width,
+        multipliers: Multipliers,
+        blocks: Depth,
+        attention: Sequence[PositiveInt],
+        head_dim: Width,
+        embed_dim: Width,
+        text_width: Width,
+        patch: Side = 1,
+        image_tokens: Length = 4,
+        dropout: Dropout = 0.0,
         resample: str = "conv",
         positions: bool = False,
         checkpoint: bool = False,

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dalle.errors import UserError
+from dalle.ranges import Depth, Side, Width
 
 
 class VAE(nn.Module):
@@ -24,7 +25,7 @@ class VAE(nn.Module):
         UserError: the side cannot be halved so often, or pictures of another size.
     """
 
-    def __init__(self, image_size: int, latent_dim: int, width: int, halvings: int):
+    def __init__(self, image_size: Side, latent_dim: Width, width: Width, halvings: Depth):
         super().__init__()
         if halvings < 1 or image_size % (1 << halvings):
             raise UserError(

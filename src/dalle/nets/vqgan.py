@@ -8,7 +8,6 @@ norms, so that pictures do not see their neighbours and ranks need not agree.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from vector_quantize_pytorch import FSQ, VectorQuantize
 
 from dalle.errors import UserError
 from dalle.nets.blocks import GroupNorm, grouped
+from dalle.ranges import Decay, Depth, Levels, Multipliers, NonNegative, Side, Vocabulary, Weight, Width
 
 
 class Block(nn.Module):
@@ -125,18 +125,18 @@ class VQGAN(nn.Module):
 
     def __init__(
         self,
-        image_size: int,
-        vocab_size: int,
-        width: int,
-        multipliers: Sequence[int],
-        blocks: int,
-        code_dim: int,
-        patch: int = 1,
-        commitment: float | int = 0.25,
-        decay: float | int = 0.99,
-        dead_below: float | int = 0.0,
-        levels: Sequence[int] | Sequence[Sequence[int]] | None = None,
-        patchwise: int | None = None,
+        image_size: Side,
+        vocab_size: Vocabulary,
+        width: Width,
+        multipliers: Multipliers,
+        blocks: Depth,
+        code_dim: Width,
+        patch: Side = 1,
+        commitment: Weight = 0.25,
+        decay: Decay = 0.99,
+        dead_below: NonNegative = 0.0,
+        levels: Levels | None = None,
+        patchwise: Width | None = None,
     ):
         super().__init__()
         halvings = len(multipliers) - 1
@@ -243,7 +243,7 @@ class VQGAN(nn.Module):
 class PatchDiscriminator(nn.Module):
     """Says of every patch whether it is true (Isola et al. 2017): 4x4 convolutions, `layers` halving ones."""
 
-    def __init__(self, width: int, layers: int):
+    def __init__(self, width: Width, layers: Depth):
         super().__init__()
         parts: list[nn.Module] = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         n = width

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dalle.data.batch import Batch
 from dalle.decoding import OnStep, generate
 from dalle.diffusion.samplers import Randn
+from dalle.ranges import Fraction, Guidance, NonNegative, PositiveInt, Share, Weight
 from dalle.stages.base import Stage
 from dalle.stages.optim import Recipe
 
@@ -41,14 +42,14 @@ class DalleStage(Stage):
         self,
         net: nn.Module,
         optimizer: Recipe | None = None,
-        text_weight: float | int = 1 / 8,
-        image_weight: float | int = 7 / 8,
-        text_dropout: float | int = 0.1,
+        text_weight: Weight = 1 / 8,
+        image_weight: Weight = 7 / 8,
+        text_dropout: Fraction = 0.1,
         pad_loss: bool = True,
-        temperature: float | int = 1.0,
-        top_k: int | None = None,
-        top_p: float | int | None = None,
-        guidance: float | int = 1.0,
+        temperature: NonNegative = 1.0,
+        top_k: PositiveInt | None = None,
+        top_p: Share | None = None,
+        guidance: Guidance = 1.0,
     ) -> None:
         super().__init__(optimizer)
         self.net = net

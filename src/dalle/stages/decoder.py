@@ -6,7 +6,7 @@ for 50 %, independently, so that each can be guided by a scale of its own.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,7 @@ from dalle.data.batch import Batch
 from dalle.diffusion.denoiser import Denoiser
 from dalle.diffusion.guidance import Branch, guide, one_scale, threshold, two_scales
 from dalle.diffusion.samplers import OnStep, Randn, Sampler
+from dalle.ranges import Fraction, Guidance
 from dalle.stages.base import Stage
 from dalle.stages.optim import Recipe
 
@@ -44,12 +45,12 @@ class DecoderStage(Stage):
         denoiser: Callable[[nn.Module], Denoiser],
         sampler: Sampler,
         optimizer: Recipe | None = None,
-        image_dropout: float | int = 0.1,
-        text_dropout: float | int = 0.5,
-        guidance: float | int = 2.0,
-        text_guidance: float | int | None = None,
-        rescale: float | int = 0.0,
-        thresholding: str = "static",
+        image_dropout: Fraction = 0.1,
+        text_dropout: Fraction = 0.5,
+        guidance: Guidance = 2.0,
+        text_guidance: Guidance | None = None,
+        rescale: Fraction = 0.0,
+        thresholding: Literal["none", "static", "dynamic"] = "static",
     ) -> None:
         super().__init__(optimizer)
         self.denoiser, self.sampler = denoiser(net.to(memory_format=torch.channels_last)), sampler

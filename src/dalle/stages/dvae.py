@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dalle.data.batch import Batch
+from dalle.ranges import Exponent, NonNegative, NonNegativeInt
 from dalle.stages.base import Stage
 from dalle.stages.optim import Recipe
 
@@ -27,9 +28,9 @@ from dalle.stages.optim import Recipe
 class Ramp:
     """A number that goes from `start` to `end` along half a cosine over the first `steps` steps."""
 
-    start: float | int
-    end: float | int
-    steps: int
+    start: NonNegative
+    end: NonNegative
+    steps: NonNegativeInt
 
     def __call__(self, step: int) -> float:
         done = min(step / self.steps, 1.0) if self.steps > 0 else 1.0
@@ -80,7 +81,7 @@ class DVAEStage(Stage):
         kl_weight: Ramp,
         optimizer: Recipe | None = None,
         likelihood: Literal["laplace", "normal"] = "laplace",
-        ln_b: float | int | None = None,
+        ln_b: Exponent | None = None,
     ) -> None:
         super().__init__(optimizer)
         self.net: Any = net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

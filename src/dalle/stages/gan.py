@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dalle.data.batch import Batch
 from dalle.diffusion.samplers import Randn
-from dalle.errors import UserError
+from dalle.ranges import Decay, Depth, PositiveInt, Rate, Weight
 from dalle.stages.base import Stage
 from dalle.stages.optim import Recipe
 
@@ -55,19 +55,14 @@ class GanStage(Stage):
         optimizer: Recipe | None = None,
         loss: Literal["nonsaturating", "hinge"] = "nonsaturating",
         conditioning: Literal["projection", "matching"] = "matching",
-        r1_gamma: float | int = 1.0,
-        r1_every: int = 16,
-        d_steps: int = 1,
-        d_lr: float | int = 1.0,
-        beta1: float | int = 0.0,
+        r1_gamma: Weight = 1.0,
+        r1_every: PositiveInt = 16,
+        d_steps: Depth = 1,
+        d_lr: Rate = 1.0,
+        beta1: Decay = 0.0,
         augment: Sequence[Literal["colour", "translation", "cutout"]] = (),
     ) -> None:
         super().__init__(optimizer and with_first_beta(optimizer, beta1))
-        for name, value in {"r1_every": r1_every, "d_steps": d_steps}.items():
-            if value < 1:
-                raise UserError(f"model.{name}={value}: give at least 1")
-        if r1_gamma < 0 or d_lr <= 0:
-            raise UserError(f"model.r1_gamma={r1_gamma} may not be negative, and model.d_lr={d_lr} not zero")
         self.automatic_optimization = False
         self.net: Any = net.to(memory_format=torch.channels_last)
         sizes = {name: getattr(net, name) for name in ("image_size", "embed_dim", "text_width")}

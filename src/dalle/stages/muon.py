@@ -6,7 +6,7 @@ AdamW's usually has (Liu et al. 2025, "Muon is scalable for LLM training", eq. 4
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
+
+from dalle.ranges import Betas, Decay, NonNegative, Rate
 
 NEWTON_SCHULZ = (
     3.4445,
@@ -52,12 +54,12 @@ class Muon(Optimizer):
     def __init__(
         self,
         params: Iterable[dict[str, Any]],
-        lr: float | int,
-        muon_lr: float | int,
-        betas: Sequence[float | int] = (0.9, 0.99),
-        eps: float | int = 1e-8,
-        weight_decay: float | int = 0.0,
-        momentum: float | int = 0.95,
+        lr: Rate,
+        muon_lr: Rate,
+        betas: Betas = (0.9, 0.99),
+        eps: NonNegative = 1e-8,
+        weight_decay: NonNegative = 0.0,
+        momentum: Decay = 0.95,
     ) -> None:
         groups = [{**g, "lr": muon_lr} if g.get("matrices") else g for g in params]
         # `fused` is read by load_state_dict, which then leaves AdamW's step counters on their device

@@ -4,11 +4,28 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Collection
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from dalle.errors import UserError
+from dalle.ranges import Betas, Decay, Fraction, NonNegative, NonNegativeInt, Rate
+
+
+class Options(TypedDict, total=False):
+    """What presets tune of one optimizer or another; null: the optimizer's own way."""
+
+    betas: Betas
+    eps: NonNegative
+    momentum: Decay
+    dampening: Fraction
+    nesterov: bool
+    fused: bool | None
+    foreach: bool | None
+    amsgrad: bool
+    muon_lr: Rate
 
 
 class Recipe:
@@ -29,20 +46,35 @@ class Recipe:
     def __init__(
         self,
         algorithm: Callable[..., Optimizer],
-        lr: float | int,
-        weight_decay: float | int = 0.0,
-        warmup: int = 0,
+        lr: Rate,
+        weight_decay: NonNegative = 0.0,
+        warmup: NonNegativeInt = 0,
         decay: Literal["constant", "linear", "cosine"] = "cosine",
-        decay_start: float | int = 0.0,
-        decay_end: float | int = 1.0,
-        final: float | int = 0.0,
-        **options: Any,
+        decay_start: Fraction = 0.0,
+        decay_end: Fraction = 1.0,
+        final: Fraction = 0.0,
+        **options: Unpack[Options],
     ) -> None:
-        self.algorithm, self.lr, self.weight_decay, self.options = algorithm, lr, weight_decay, options
+        self.algorithm, self.lr, self.weight_decay = algorithm, lr, weight_decay
+        self.options: dict[str, Any] = {**options}
         if "betas" in options:  # torch refuses a whole number beside a fraction
             options["betas"] = tuple(float(beta) for beta in options["betas"])
         self.warmup, self.decay, self.decay_start = warmup, decay, decay_start
         self.decay_end, self.final = decay_end, final
+        if decay_start > decay_end:
+            raise UserError(
+                f"optimizer.decay_start={decay_start} comes after optimizer.decay_end={decay_end}"
+            )
+        for name in self.options.keys() - Options.__annotations__.keys() - {*self.known}:
+            raise UserError(f"optimizer.{name} is an option of no optimizer here; there are {self.names()}")
+        try:
+            self.build(nn.Linear(1, 1), 1)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"optimizer: {error}") from None
+
+    def names(self) -> str:
+        own = [name for name in self.known if name not in ("params", "lr", "weight_decay")]
+        return ", ".join(sorted({*own, *Options.__annotations__}))
 
     def paced(self, lr: float | int, memory: float | int = 1.0) -> "Recipe":
         """A copy with all step sizes times `lr` and the decays of all averages to the power of `memory`."""

@@ -20,6 +20,7 @@ from dalle.data.norm import EmbedNorm
 from dalle.diffusion.denoiser import Denoiser
 from dalle.diffusion.guidance import guide, one_scale
 from dalle.diffusion.samplers import Randn, Sampler
+from dalle.ranges import Depth, Fraction, Guidance, NonNegativeInt
 from dalle.stages.base import Stage
 from dalle.stages.optim import Recipe
 
@@ -45,10 +46,10 @@ class PriorStage(Stage):
         denoiser: Callable[[nn.Module], Denoiser],
         sampler: Sampler,
         optimizer: Recipe | None = None,
-        text_dropout: float | int = 0.1,
-        guidance: float | int = 1.0,
-        candidates: int = 2,
-        val_samples: int = 256,
+        text_dropout: Fraction = 0.1,
+        guidance: Guidance = 1.0,
+        candidates: Depth = 2,
+        val_samples: NonNegativeInt = 256,
     ) -> None:
         super().__init__(optimizer)
         self.denoiser, self.sampler = denoiser(net), sampler

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dalle.data.batch import Batch
 from dalle.diffusion.samplers import Randn
+from dalle.ranges import Weight
 from dalle.stages.base import Stage
 from dalle.stages.optim import Recipe
 
@@ -55,7 +56,7 @@ class VAEStage(Stage):
         net: nn.Module,
         optimizer: Recipe | None = None,
         likelihood: Literal["gaussian", "bce"] = "gaussian",
-        kl_weight: float | int = 1.0,
+        kl_weight: Weight = 1.0,
     ) -> None:
         super().__init__(optimizer)
         self.net: Any = net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

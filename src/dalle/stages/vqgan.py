@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dalle.data.batch import Batch
+from dalle.ranges import NonNegativeInt, Weight
 from dalle.stages.base import Stage
 from dalle.stages.optim import Recipe
 
@@ -47,9 +48,9 @@ class VQGANStage(Stage):
         perceptual: Callable[[], nn.Module],
         optimizer: Recipe | None = None,
         pixel_loss: Literal["l1", "mse"] = "l1",
-        perceptual_weight: float | int = 1.0,
-        adversarial_weight: float | int = 0.8,
-        disc_start: int = 0,
+        perceptual_weight: Weight = 1.0,
+        adversarial_weight: Weight = 0.8,
+        disc_start: NonNegativeInt = 0,
     ) -> None:
         super().__init__(optimizer)
         self.automatic_optimization = False
