@@ -51,7 +51,9 @@ def test_a_distance_of_too_few_pictures_says_so_in_its_name(made, real, biased):
     meter = distances("clip", metrics=("fid",))
     name = "fid_clip_biased" if biased else "fid_clip"
     assert set(meter.figures(*sets(made, real), [])) == {name}
-    assert bool(meter.notes) == biased
+    (note,) = meter.notes
+    assert ("mostly bias" in note) == biased
+    assert (f"the interval is of the estimate at n={made}" in note) != biased
 
 
 def test_features_that_are_no_numbers_are_counted():

@@ -12,7 +12,14 @@ from torch.utils.data import Dataset
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from dalle.metrics.distances import frechet, inception_score, kid, precision_recall
+from dalle.metrics.distances import (
+    enough_for_infinity,
+    frechet,
+    frechet_infinity,
+    inception_score,
+    kid,
+    precision_recall,
+)
 from dalle.metrics.features import FeatureNet, random_features
 from dalle.metrics.frechet import FrechetDistance
 from dalle.metrics.perceptual import RandomFeatures
@@ -141,6 +148,56 @@ def test_intervals_are_as_wide_as_fresh_samples_scatter(statistic):
     scatter = torch.tensor([figure.value for figure in fresh]).std().item()
     width = torch.tensor([(figure.high - figure.low) / (2 * 1.96) for figure in fresh]).mean().item()
     assert width == pytest.approx(scatter, rel=0.5)
+
+
+def gaussians(n: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of 16 dimensions, with a distance of 0.5^2 + 16 (1.2 - 1)^2 = 0.89."""
+    real, generated = torch.randn(2, n, 16, generator=generator, dtype=torch.float64)
+    generated = 1.2 * generated
+    generated[:, 0] += 0.5
+    return real, generated
+
+
+def test_the_distance_at_infinity_is_that_of_the_distributions():
+    """The bias of FID falls like 1/n; the line through several n leaves little of it."""
+    generator = torch.Generator().manual_seed(5)
+    pairs = [gaussians(160, generator) for _ in range(8)]
+    finite = torch.tensor([frechet(*pair).value for pair in pairs[:5]])
+    endless = [frechet_infinity(*pair) for pair in pairs]
+    bias = finite.mean().item() - 0.89
+    left = torch.tensor([figure.value for figure in endless]).mean().item() - 0.89
+    assert bias > 0.2
+    assert abs(left) < bias / 3
+    assert sum(figure.low <= 0.89 <= figure.high for figure in endless) >= 7
+    assert all(figure.low < figure.value < figure.high for figure in endless)
+
+
+def test_the_distance_at_infinity_is_the_same_on_every_call_and_needs_enough_pictures():
+    pair = gaussians(150, torch.Generator().manual_seed(6))
+    assert frechet_infinity(*pair) == frechet_infinity(*pair)
+    assert enough_for_infinity(16) == 81
+    assert enough_for_infinity(2048) > 9000
+
+
+@pytest.mark.parametrize("offset", [0.0, 2000.0, 50_000.0])
+def test_features_far_from_zero(offset):
+    """Differences of float32 features survive; squares of them do not."""
+    generator = torch.Generator().manual_seed(7)
+    grid = 1 / 64  # what float32 still holds at the largest offset
+    real, generated = (
+        ((torch.randn(400, 6, generator=generator) * scale / grid).round() * grid + offset).float()
+        for scale in (1.0, 1.6)
+    )
+    exact = [real.double() - offset, generated.double() - offset]
+
+    def brute(points, others):
+        radius = (others[:, None] - others).square().sum(2).kthvalue(4, dim=1).values
+        return ((points[:, None] - others).square().sum(2) <= radius).any(1).double().mean().item()
+
+    precision, recall = precision_recall(real, generated)
+    assert (precision.value, recall.value) == (brute(exact[1], exact[0]), brute(exact[0], exact[1]))
+    assert 0.3 < precision.value < 0.9
+    assert frechet(real, generated).value == pytest.approx(frechet(*exact).value, rel=1e-5)
 
 
 def test_the_interval_of_the_inception_score_holds_it():

@@ -47,6 +47,12 @@ def distance_of_tables(real, generated):
     return metric.compute().item()
 
 
+@pytest.mark.parametrize("offset", [0.0, 2000.0])
+def test_features_far_from_zero(offset):
+    real, generated = exact_sample([0, 0], np.eye(2)), exact_sample([1, 0], np.diag([4.0, 1.0]))
+    assert distance_of_tables(real + offset, generated + offset) == pytest.approx(2.0, rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("m1", "c1", "m2", "c2", "expected"),
     [

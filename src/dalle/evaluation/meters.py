@@ -14,8 +14,14 @@ from torch import Tensor
 
 from dalle.data.frozen import FrozenCLIP
 from dalle.errors import UserError
-from dalle.metrics.bootstrap import Figure, of_mean
-from dalle.metrics.distances import frechet, inception_score, kid, precision_recall
+from dalle.metrics.bootstrap import Figure, of_mean, of_share
+from dalle.metrics.distances import (
+    frechet,
+    frechet_infinity,
+    inception_score,
+    kid,
+    precision_recall,
+)
 from dalle.metrics.features import FeatureNet
 from dalle.metrics.judge import Judge
 from dalle.metrics.retrieval import retrieve
@@ -25,6 +31,7 @@ Rows = dict[str, Tensor]
 NEEDS = {  # metric -> the fewest pictures it can be made of
     "fid": 2,
     "kid": 2,
+    "fid_infinity": 2,  # and more the more dimensions features have
     "inception": 10,
     "precision_recall": 4,
     "clip_score": 1,
@@ -56,7 +63,7 @@ class Meter:
 
 
 class Distances(Meter):
-    """FID, KID, inception score, precision and recall."""
+    """FID, at so many pictures and at infinity, KID, inception score, precision and recall."""
 
     def __init__(self, metrics: Sequence[str], network: FeatureNet, prefix: str = "") -> None:
         super().__init__(metrics)
@@ -86,7 +93,14 @@ class Distances(Meter):
                     "mostly bias, compare it only with figures of as many pictures"
                 )
                 name = f"{name}_biased"
+            else:
+                self.notes.append(
+                    f"{name}: the interval is of the estimate at n={fewest}, not of the distance of endless "
+                    f"pictures, which is lower ({self.called('fid_infinity')})"
+                )
             found[name] = frechet(*sets)
+        if "fid_infinity" in self.metrics:
+            found[self.called("fid_infinity")] = frechet_infinity(*sets)
         if "kid" in self.metrics:
             found[self.called("kid")] = kid(*sets)
         if "inception" in self.metrics and self.network.head is not None:
@@ -139,7 +153,7 @@ class ZeroShot(Scores):
             right = order == labels[labelled][:, None]
             for k in (1, 5):
                 if k < len(means):
-                    found[f"zero_shot/top{k}"] = of_mean(right[:, :k].any(1))
+                    found[f"zero_shot/top{k}"] = of_share(right[:, :k].any(1))
             self.notes.append(f"zero_shot: {int(labelled.sum())} pictures of {len(means)} classes")
         return found
 
@@ -159,10 +173,10 @@ class Verdicts(Meter):
 
     def figures(self, made: Rows, real: Rows, captions: list[str]) -> dict[str, Figure]:
         names = self.groups(list(range(len(captions)))) if self.groups else []
-        found = {f"judge/{attribute}": of_mean(right) for attribute, right in made.items()}
+        found = {f"judge/{attribute}": of_share(right) for attribute, right in made.items()}
         for group in sorted(set(names)):
             member = torch.tensor([name == group for name in names])
-            found |= {f"judge/{group}/{key}": of_mean(right[member]) for key, right in made.items()}
+            found |= {f"judge/{group}/{key}": of_share(right[member]) for key, right in made.items()}
         return {name: figure for name, figure in found.items() if figure.value == figure.value}
 
 
@@ -172,7 +186,7 @@ def recalls(rows: Rows, captions: list[str]) -> dict[str, Figure]:
     caption = torch.tensor([numbers[text] for text in captions])
     found = retrieve(rows["image_embed"], rows["text_embed"], caption)
     return {
-        f"retrieval/{way}_r{k}": of_mean(rank < k)
+        f"retrieval/{way}_r{k}": of_share(rank < k)
         for way, rank in found.items()
         for k in KS
         if k < len(numbers)

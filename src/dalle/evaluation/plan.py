@@ -16,7 +16,16 @@ from dalle.evaluation.meters import NEEDS, Distances, Meter, Scores, Verdicts, Z
 from dalle.evaluation.results import Result, machine
 from dalle.evaluation.subjects import Clip, Subject, classes_of, groups_of, scorer_of
 from dalle.metrics.bootstrap import RESAMPLES
-from dalle.metrics.distances import FEWER, LARGE, NEIGHBOURS, SPLITS, SUBSET_SIZE, SUBSETS
+from dalle.metrics.distances import (
+    FEWER,
+    LARGE,
+    NEIGHBOURS,
+    PARTS,
+    SPLITS,
+    SUBSET_SIZE,
+    SUBSETS,
+    enough_for_infinity,
+)
 from dalle.metrics.features import FeatureNet, clip_features, inception_features, random_features
 from dalle.pipelines.load import PUBLIC, load_any_clip
 from dalle.trust import composed, listed
@@ -122,6 +131,7 @@ class Plan:
     def choose_meters(self, config: dict[str, Any]) -> Iterator[Meter]:
         """Those that can be had. A metric that was asked for by name and cannot is refused."""
         asked, lacking = config["metrics"] or (), {}
+        fewest = min(self.made or self.real, self.real)
         shapes, captioned = isinstance(self.source, Shapes), self.subject.captioned
         if isinstance(self.subject, Clip):
             assert self.scorer is not None
@@ -129,7 +139,7 @@ class Plan:
             if classes is None:
                 lacking["zero_shot"] = "the data have no classes (data=imagefolder has)"
             yield ZeroShot(self.metrics, self.scorer, classes)
-        distances = [m for m in ("fid", "kid", "inception", "precision_recall") if m in self.metrics]
+        distances = [m for m in Subject.metrics if m in self.metrics]
         network = self.features(config) if distances else None
         if network is None:
             reason = (
@@ -137,11 +147,17 @@ class Plan:
             )
             lacking |= dict.fromkeys(distances, reason)
         else:
+            if fewest < (needed := enough_for_infinity(network.facts["dimension"])):
+                lacking["fid_infinity"] = (
+                    f"features of {network.facts['dimension']} dimensions need {needed} pictures of either "
+                    f"kind, there are {fewest}"
+                )
             if network.head is None:
                 lacking["inception"] = (
                     "it reads the logits of Inception: give its weights with inception=FILE"
                 )
-            yield Distances(distances, network, self.subject.prefix)
+            there = [metric for metric in distances if metric not in lacking]
+            yield Distances(there, network, self.subject.prefix)
         scores = [m for m in ("clip_score", "retrieval") if m in self.metrics and self.subject.makes]
         if scores and self.scorer and captioned:
             yield Scores(scores, self.scorer)
@@ -198,12 +214,14 @@ class Plan:
             "constants": {
                 "kid": f"{SUBSETS} subsets of {SUBSET_SIZE}",
                 "inception_score": f"{SPLITS} splits",
-                "precision_recall": f"{NEIGHBOURS} neighbours",
+                "precision_recall": f"{NEIGHBOURS} neighbours, features centred, float64",
+                "fid_infinity": f"a line through 1 to {PARTS} parts of both sets",
             },
             "features": next((m.key for m in self.meters if isinstance(m, Distances)), None),
             "scorer": next((m.key for m in self.meters if isinstance(m, Scores)), None),
-            "interval": f"95 %, {RESAMPLES} resamples of the pictures ({FEWER} for FID of more than {LARGE} "
-            "features)",
+            "interval": "95 %: of shares Wilson's; of FID at infinity a jackknife of ten groups; of others "
+            f"{RESAMPLES} resamples of the pictures ({FEWER} for FID of more than {LARGE} features), so that "
+            "of FID is of the estimate at this many pictures",
             "time": "wall clock of the sampling alone, mean over batches, the first of several left out",
             "memory": "peak allocated on the GPU"
             if torch.cuda.is_available()

@@ -68,7 +68,7 @@ class Subject:
     makes = captioned = True
     prefix = ""
     pictures: int | None = None
-    metrics: tuple[str, ...] = ("fid", "kid", "inception", "precision_recall")
+    metrics: tuple[str, ...] = ("fid", "kid", "fid_infinity", "inception", "precision_recall")
     skipped = 0
     notes: tuple[str, ...] = ()
 

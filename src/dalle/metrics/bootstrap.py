@@ -1,10 +1,12 @@
-"""How sure a figure is: 95 % intervals from resampled pictures (Efron & Tibshirani 1993, ch. 13).
+"""How sure a figure is: its 95 % interval, over the pictures it was measured on.
 
-Of a mean, the percentiles of resampled means. Of a statistic of the whole set (FID, KID, inception score),
-the figure plus or minus 1.96 standard deviations of the resampled ones: drawing with repetition makes a set
-poorer, so the resampled figures themselves lie to one side.
+Of a share, Wilson's (1927): resampling is too narrow where few are right or wrong. Of another mean, the
+percentiles of resampled means (Efron & Tibshirani 1993, ch. 13). Of a statistic of the whole set (FID, KID,
+inception score), the figure plus or minus 1.96 standard deviations of the resampled ones: drawing with
+repetition makes a set poorer, so the resampled figures themselves lie to one side.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,7 +15,8 @@ from torch import Tensor
 
 RESAMPLES = 200
 SEED = 20220413
-SIGMAS = 1.96
+SIGMAS = 1.96  # of the normal law, to 95 %
+GROUPS, STUDENT = 10, 2.262  # of the jackknife; Student's t with 9 degrees of freedom, to 95 %
 
 
 class Figure(NamedTuple):
@@ -22,6 +25,9 @@ class Figure(NamedTuple):
     value: float
     low: float
     high: float
+
+
+UNKNOWN = Figure(math.nan, math.nan, math.nan)
 
 
 def exact(value: float | int) -> Figure:
@@ -36,23 +42,48 @@ def counts(n: int, resamples: int = RESAMPLES) -> Float[Tensor, "R n"]:
     return torch.zeros(resamples, n, dtype=torch.float64).scatter_add_(1, picks, ones)
 
 
+def of_share(right: Shaped[Tensor, "n"]) -> Figure:
+    """The share of verdicts (1, 0 or True, False) that are right, and Wilson's score interval: the shares p
+    with |found - p| <= z sqrt(p (1 - p) / n) (Wilson 1927; Brown, Cai & DasGupta 2001, eq. 4).
+
+    nan counts as not judged, and gives nan where all is.
+    """
+    known = right.double()
+    known = known[~known.isnan()]
+    n = len(known)
+    if not n:
+        return UNKNOWN
+    if not ((known == 0) | (known == 1)).all():
+        raise ValueError("verdicts are 0 or 1; of_mean is for other values")
+    share, spread = known.mean().item(), SIGMAS**2 / n
+    middle = (share + spread / 2) / (1 + spread)
+    half = math.sqrt(share * (1 - share) * spread + spread**2 / 4) / (1 + spread)
+    # what the ends are in exact numbers, where nothing or all is right
+    return Figure(share, 0.0 if share == 0 else middle - half, 1.0 if share == 1 else middle + half)
+
+
 def of_mean(values: Shaped[Tensor, "n"]) -> Figure:
     """The mean of what was measured on each picture; nan counts as not measured, and gives nan where all is.
 
-    Verdicts (0 or 1) that are all the same have no spread to resample; the rule of three (3 / n) bounds them.
+    Shares have an interval of their own, `of_share`.
     """
     known = values.double()
     known = known[~known.isnan()]
     if not len(known):
-        return Figure(*[float("nan")] * 3)
+        return UNKNOWN
     means = counts(len(known)) @ known / len(known)
-    value, low, high = known.mean().item(), *means.quantile(means.new_tensor([0.025, 0.975])).tolist()
-    if value in (0.0, 1.0) and bool((known == value).all()):
-        low, high = (0.0, min(1.0, 3 / len(known))) if value == 0 else (max(0.0, 1 - 3 / len(known)), 1.0)
-    return Figure(value, low, high)
+    return Figure(known.mean().item(), *means.quantile(means.new_tensor([0.025, 0.975])).tolist())
 
 
 def around(value: float, resampled: Float[Tensor, "R"]) -> Figure:
     """A statistic of the whole set, and how much it varies over resamples."""
     spread = SIGMAS * resampled.std().item()
+    return Figure(value, value - spread, value + spread)
+
+
+def jackknife(value: float, without: Float[Tensor, "GROUPS"]) -> Figure:
+    """A statistic of the whole set, and those without each of ten equal groups of the pictures in turn: the
+    delete-a-group jackknife (Efron & Tibshirani 1993, eq. 11.5), for what repeated pictures would bias.
+    """
+    spread = STUDENT * ((GROUPS - 1) * without.double().var(correction=0)).sqrt().item()
     return Figure(value, value - spread, value + spread)

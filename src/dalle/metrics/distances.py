@@ -1,9 +1,13 @@
 """Statistics of two sets of features, each with its interval: FID, KID, inception score, precision, recall.
 
-What torch-fidelity 0.4 computes on the same features; its functions are used as they are where they give all
-that is needed. Intervals are over the generated pictures (recall's: over the real ones); the other set is
-taken as given.
+What torch-fidelity 0.4 computes on the same features, in float64: differences of features far from zero would
+drown in float32. Its functions are used as they are where they give all that is needed. Intervals are over
+the generated pictures (recall's: over the real ones); the other set is taken as given. That of FID is of the
+estimate at this many pictures, which is biased upwards; FID at infinity and its interval are of the
+distributions.
 """
+
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -11,13 +15,14 @@ from torch import Tensor
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
-from dalle.metrics.bootstrap import RESAMPLES, Figure, around, counts, of_mean
+from dalle.metrics.bootstrap import GROUPS, RESAMPLES, SEED, Figure, around, counts, jackknife, of_share
 
 SUBSETS, SUBSET_SIZE = 100, 1000  # of KID; with fewer pictures one subset is all of them
 SPLITS = 10  # of the inception score
 NEIGHBOURS = 3  # of precision and recall
 LARGE, FEWER = 512, 50  # with more dimensions than this, FID is resampled less often: it takes a second each
 KID_PICTURES = 5000  # on so many at most the interval of KID is estimated
+PARTS = 4  # of FID at infinity: the set is cut into 1, 2, ... so many parts
 ROWS = 2048  # of a matrix of pairs at a time
 
 
@@ -26,11 +31,21 @@ def frechet(real: Float[Tensor, "m d"], generated: Float[Tensor, "n d"]) -> Figu
 
     With C1 = R R', the trace of the root of C1 C2 is that of the symmetric R' C2 R; R is computed once.
     """
+    distance, n = _distance(real, generated), len(generated)
+    resamples = RESAMPLES if real.shape[1] <= LARGE else FEWER
+    drawn = torch.stack([distance(count) for count in counts(n, resamples)])
+    return around(distance(torch.ones(n, dtype=torch.float64)).item(), drawn)
+
+
+def _distance(
+    real: Float[Tensor, "m d"], generated: Float[Tensor, "n d"]
+) -> Callable[[Float[Tensor, "n"]], Float[Tensor, ""]]:
+    """The distance, with each generated picture counted as often as is asked."""
     real, generated = real.double(), generated.double()
     mean, root = real.mean(0), _root(real)
     trace, projected = root.square().sum(), generated @ root
 
-    def distance(count: Float[Tensor, "n"]) -> Tensor:
+    def distance(count: Float[Tensor, "n"]) -> Float[Tensor, ""]:
         n = count.sum()
         weight, m = count / (n - 1), count @ generated / n
         part = (projected - m @ root) * weight.sqrt()[:, None]
@@ -38,9 +53,43 @@ def frechet(real: Float[Tensor, "m d"], generated: Float[Tensor, "n d"]) -> Figu
         cross = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().sum()
         return (m - mean).square().sum() + trace + weight @ (generated - m).square().sum(1) - 2 * cross
 
-    value = distance(torch.ones(len(generated), dtype=torch.float64)).item()
-    resamples = RESAMPLES if root.shape[1] <= LARGE else FEWER
-    return around(value, torch.stack([distance(count) for count in counts(len(generated), resamples)]))
+    return distance
+
+
+def frechet_infinity(real: Float[Tensor, "m d"], generated: Float[Tensor, "n d"]) -> Figure:
+    """The Frechet distance of endless pictures (Chong & Forsyth 2020, sec. 3.2): a line in 1/N through the
+    distances of fewer pictures, at 1/N = 0.
+
+    Theirs lets only the generated pictures grow, to 15 random sizes; here both sets do, since both are
+    finite, and the sizes are a whole, halves, thirds and quarters, with the mean over all parts. Parts must
+    hold more pictures than there are dimensions, see `enough_for_infinity`.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    sets, seed = [], generator.get_state()
+    for features in (real.double(), generated.double()):
+        generator.set_state(seed)  # sets of one size stay pairs
+        sets.append(features[torch.randperm(len(features), generator=generator)])
+
+    def without(group: int | None) -> list[Tensor]:
+        return [x if group is None else x[torch.arange(len(x)) % GROUPS != group] for x in sets]
+
+    value, *others = (_at_infinity(*without(group)) for group in (None, *range(GROUPS)))
+    return jackknife(value, torch.tensor(others))
+
+
+def enough_for_infinity(dimension: int) -> int:
+    """How many pictures of either kind FID at infinity needs: more than dimensions in every part."""
+    return (PARTS * (dimension + 2) * GROUPS) // (GROUPS - 1) + 1
+
+
+def _at_infinity(real: Float[Tensor, "m d"], generated: Float[Tensor, "n d"]) -> float:
+    found = []
+    for parts in range(1, PARTS + 1):
+        pairs = zip(real.tensor_split(parts), generated.tensor_split(parts), strict=True)
+        each = [_distance(a, b)(torch.ones(len(b), dtype=torch.float64)) for a, b in pairs]
+        found.append(torch.stack(each).mean())
+    line = torch.stack([torch.ones(PARTS), torch.arange(1.0, PARTS + 1)], 1).double()
+    return torch.linalg.lstsq(line, torch.stack(found)[:, None]).solution[0, 0].item()
 
 
 def _root(features: Float[Tensor, "m d"]) -> Float[Tensor, "d r"]:
@@ -62,8 +111,8 @@ def kid(real: Float[Tensor, "m d"], generated: Float[Tensor, "n d"]) -> Figure:
     size = min(SUBSET_SIZE, len(real), len(generated))
     whole = size == len(real) == len(generated)
     found = kid_features_to_metric(
-        generated.float(),
-        real.float(),
+        generated.double(),
+        real.double(),
         kid_subset_size=size,
         kid_subsets=1 if whole else SUBSETS,
         verbose=False,
@@ -95,14 +144,17 @@ def precision_recall(
     """Shares of generated pictures among the real ones, and of real ones among the generated (Kynkaanniemi et
     al. 2019, eq. 2): within the distance of some picture's k-th nearest neighbour of its own kind.
     """
+    real, generated = real.double(), generated.double()
+    centre = real.mean(0)
+    real, generated = real - centre, generated - centre  # cdist expands squares
     return (
-        of_mean(_within(generated, real, neighbours)),
-        of_mean(_within(real, generated, neighbours)),
+        of_share(_within(generated, real, neighbours)),
+        of_share(_within(real, generated, neighbours)),
     )
 
 
 def _within(points: Float[Tensor, "p d"], others: Float[Tensor, "o d"], neighbours: int) -> Tensor:
-    """Which points lie in some other's ball, 1 or 0."""
+    """Which points lie in some other's ball."""
     parts = others.split(ROWS)  # the nearest of all to a point is itself
     radius = torch.cat([torch.cdist(p, others).kthvalue(neighbours + 1).values for p in parts])
-    return torch.cat([(torch.cdist(part, others) <= radius).any(1) for part in points.split(ROWS)]).double()
+    return torch.cat([(torch.cdist(part, others) <= radius).any(1) for part in points.split(ROWS)])
