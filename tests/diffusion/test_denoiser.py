@@ -261,7 +261,7 @@ def test_hybrid_loss_adds_the_bound_and_keeps_it_off_the_mean():
         ("flow", {"prediction": "v"}, "take velocity"),
         ("flow", {"prediction": "eps"}, "pure noise"),
         ("cosine", {"prediction": "noise"}, "choose one of eps"),
-        ("cosine", {"weighting": "snr"}, "choose one of none, min_snr, velocity"),
+        ("cosine", {"weighting": "snr"}, "choose one of none, min_snr, velocity, velocity_damped"),
         ("cosine", {"time_sampling": "sobol"}, "choose one of uniform"),
         ("cosine", {"prediction": "v", "learned_variance": True}, "needs prediction=eps"),
         ("flow", {"prediction": "x0", "learned_variance": True}, "needs prediction=eps"),
@@ -277,9 +277,36 @@ def test_eps_is_refused_with_zero_terminal_snr():
         Denoiser(nn.Identity(), Schedule("linear", zero_terminal_snr=True), "eps")
 
 
-@pytest.mark.parametrize("prediction", ["x0", "velocity"])
-def test_velocity_weighting_is_the_loss_of_the_velocity_whatever_is_predicted(prediction):
-    t = torch.tensor([0.5, 0.9], dtype=torch.float64)
-    weight = Denoiser(nn.Identity(), Schedule("flow"), prediction, "velocity").weight(t)
-    of_x0 = 1 / (t.square() + 0.1)
-    torch.testing.assert_close(weight, of_x0 if prediction == "x0" else of_x0 * t.square())
+@pytest.mark.parametrize("pair", [*PAIRS, ("flow", "eps")])
+def test_velocity_weighting_is_the_squared_error_of_the_velocity_whatever_is_predicted(pair):
+    name, prediction = pair
+    schedule = Schedule(name)
+    if prediction == "eps" and name == "flow":  # refused for pure noise alone
+        schedule.ends_in_pure_noise = False
+    x0, eps, error = torch.randn(3, 4, 5, dtype=torch.float64).unbind()
+    t = torch.tensor([0.2, 0.3, 0.4, 0.6], dtype=torch.float64)
+    alpha, sigma = (c[:, None] for c in schedule.alpha_sigma(t))
+    x_t = alpha * x0 + sigma * eps
+    out = target(schedule, prediction, x0, eps, t) + error
+    denoiser = Denoiser(Outputs(out), schedule, prediction, "velocity")
+    x0_hat = denoiser(x_t, t)
+    eps_hat = (x_t - alpha * x0_hat) / sigma
+    velocity = "velocity" if name == "flow" else "v"
+    missed = target(schedule, velocity, x0_hat, eps_hat, t) - target(schedule, velocity, x0, eps, t)
+    assert min(alpha.min(), sigma.min()) > 0.05
+    torch.testing.assert_close(denoiser.losses(x0, t=t, noise=eps)[0], missed.square().mean(1))
+    torch.testing.assert_close(denoiser.output_of(x_t, x0_hat, t), out)
+
+
+def test_weights_of_the_velocity_where_it_is_held_and_damped():
+    t = f64(0.01, 0.05, 0.5, 1.0)
+    flow = Schedule("flow")
+    of_x0 = Denoiser(nn.Identity(), flow, "x0", "velocity").weight(t)
+    torch.testing.assert_close(of_x0, f64(400, 400, 4, 1))
+    assert (Denoiser(nn.Identity(), flow, "velocity", "velocity").weight(t) == 1).all()
+    of_eps = Denoiser(nn.Identity(), Schedule("cosine"), "eps", "velocity").weight(f64(1.0))
+    torch.testing.assert_close(of_eps, f64(400))
+    damped = 1 / (t.square() + 0.1)
+    for prediction, gain in (("x0", 1.0), ("velocity", t.square())):
+        weight = Denoiser(nn.Identity(), flow, prediction, "velocity_damped").weight(t)
+        torch.testing.assert_close(weight, gain * damped)

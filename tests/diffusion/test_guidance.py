@@ -6,6 +6,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -129,6 +130,27 @@ def test_rescale():
     guided = guide(scaled, one_scale({"by": torch.full((2,), 2.0)}, {"by": torch.ones(2)}, 4.0), rescale=1.0)
     torch.testing.assert_close(guided(x, T), 2 * x)  # (1 + 4) x, brought back to the spread of 2 x
     assert match_spread(torch.zeros(2, 4), torch.ones(2, 4), 1.0).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "prediction"), [("cosine", "eps"), ("cosine", "v"), ("cosine", "x0"), ("flow", "velocity")]
+)
+def test_rescale_is_that_of_diffusers_for_every_prediction(name, prediction):
+    """It acts on what the network predicts; the same on x0 would be another picture."""
+
+    class Net(nn.Module):
+        def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+            return torch.tanh(x + c[:, None, None, None]) * (1 + c[:, None, None, None])
+
+    denoiser = Denoiser(Net(), Schedule(name), prediction)
+    x, t = torch.randn(2, 3, 4, 4), torch.tensor([0.3, 0.7])
+    cond, null = {"c": torch.ones(2)}, {"c": torch.zeros(2)}
+    told, untold = denoiser.net(x, t, **cond), denoiser.net(x, t, **null)
+    theirs = rescale_noise_cfg(untold + 3.0 * (told - untold), told, guidance_rescale=0.7)
+    ours = guide(denoiser, one_scale(cond, null, 3.0), 0.7, denoiser)(x, t)
+    torch.testing.assert_close(ours, denoiser.x0_of(x, theirs, t), rtol=1e-4, atol=1e-4)
+    of_x0 = guide(denoiser, one_scale(cond, null, 3.0), 0.7)(x, t)
+    assert (prediction == "x0") == torch.allclose(ours, of_x0, rtol=1e-3, atol=1e-3)
 
 
 # ---------------------------------------------------------------- thresholds

@@ -158,6 +158,48 @@ def test_churn_adds_noise_and_keeps_the_law():
     assert louder[2] > churned[2]
 
 
+@pytest.mark.parametrize("spacing", ["strided", "trailing", "uniform", "logsnr", "edm", "fast27"])
+@pytest.mark.parametrize("name", ["linear", "scaled_linear", "cosine", "sigmoid", "flow"])
+def test_heun_on_any_levels_is_nearer_to_the_data_than_ddim(name, spacing):
+    """A first step from g of hundreds to a few is Euler's: the mean of both ends' slopes spread too far."""
+    schedule = Schedule(name)
+    denoise, levels = exact(schedule, 0.3, 0.5), schedule.levels(27, spacing)
+    first = (levels.alpha[0] ** 2 + levels.sigma[0] ** 2).item()
+
+    def std(*run: float) -> float:
+        return math.sqrt(run[0] ** 2 * first + run[2])
+
+    quiet, euler = std(*affine(heun, denoise, levels)), std(*affine(ddim, denoise, levels))
+    assert abs(quiet - 0.5) < 0.02 or abs(quiet - 0.5) < 0.6 * abs(euler - 0.5)
+    churned = std(*affine(heun, denoise, levels, churn=10.0))
+    assert abs(churned - 0.5) < 0.05
+
+
+@pytest.mark.parametrize("name", ["linear", "scaled_linear", "cosine"])
+def test_heun_is_of_second_order(name):
+    """Twice the steps, a quarter of the error or less, the last step (to no noise, Euler's) included."""
+    schedule = Schedule(name)
+    denoise = exact(schedule, 0.3, 0.5)
+    gains = [affine(heun, denoise, schedule.levels(n, "edm"))[0] for n in (20, 40, 80)]
+    assert abs(gains[1] - gains[2]) < 0.3 * abs(gains[0] - gains[1])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("spacing", [None, "logsnr", "edm", "leading"])
+def test_pure_noise_is_where_sampling_starts_if_the_schedule_ends_in_it(method, spacing):
+    """Lin et al. 2024, sec. 3.3: a step from elsewhere takes noise for a picture of mean brightness."""
+    seen: list[float] = []
+    schedule = Schedule("linear", zero_terminal_snr=True)
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        seen.append(t[0].item())
+        return torch.full_like(x, 0.8)  # a bright picture
+
+    out = Sampler(method, 5, spacing)(denoise, torch.randn(4, 3), schedule)
+    assert seen[0] == 1.0
+    torch.testing.assert_close(out, torch.full((4, 3), 0.8), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     ("name", "zero_terminal_snr"), [("cosine", False), ("sigmoid", False), ("linear", True), ("flow", False)]
@@ -268,6 +310,19 @@ def test_ddim_from_zero_terminal_snr_is_that_of_diffusers():
     theirs.set_timesteps(10)
     out = run_ours(Sampler("ddim", 10, "trailing"), Schedule("linear", zero_terminal_snr=True), "v")
     torch.testing.assert_close(out, run_library(theirs, start()), rtol=1e-3, atol=1e-3)
+
+
+def test_dpmpp_from_zero_terminal_snr_is_that_of_diffusers():
+    theirs = library(
+        diffusers.DPMSolverMultistepScheduler,
+        "linear",
+        "v",
+        timestep_spacing="trailing",
+        rescale_betas_zero_snr=True,
+    )
+    theirs.set_timesteps(10)
+    out = run_ours(Sampler("dpmpp", 10, "trailing"), Schedule("linear", zero_terminal_snr=True), "v")
+    torch.testing.assert_close(out, run_library(theirs, start()), rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("variance", ["small", "large"])

@@ -122,6 +122,19 @@ class TestSample:
         torch.testing.assert_close(whole[2:3], alone, rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("kind", ["none", "unit", "unit_times_sqrt_dim", "standardized"])
+    def test_embeddings_have_the_length_of_the_datas(self, kind):
+        """The decoder has seen no other, and the mean of vectors of one length is shorter than they are."""
+        stage, batch = make_stage(), make_batch(8)
+        plain = stage.sample(batch, candidates=1, randn=self.randn(8))
+        stage.norm = EmbedNorm(kind).fit(torch.randn(50, EMBED) + 1)
+        made = stage.sample(batch, candidates=1, randn=self.randn(8))
+        if kind in ("none", "standardized"):
+            assert torch.equal(made, stage.sample(batch, candidates=1, randn=self.randn(8)))
+        else:
+            torch.testing.assert_close(made.norm(dim=1), torch.full((8,), stage.norm.scale(EMBED)))
+            assert F.cosine_similarity(made, plain).min() > 1 - 1e-5
+
+    @pytest.mark.parametrize("kind", ["none", "unit", "unit_times_sqrt_dim", "standardized"])
     def test_keeps_the_candidate_nearest_to_the_caption(self, kind):
         stage, batch = make_stage(), make_batch(8)
         stage.norm = EmbedNorm(kind).fit(
@@ -130,9 +143,7 @@ class TestSample:
         randn = self.randn(8)
         one_by_one = torch.stack([stage.sample(batch, randn=randn) for _ in range(3)])
         kept = stage.sample(batch, candidates=3, randn=self.randn(8))
-        score = F.cosine_similarity(
-            torch.stack([stage.norm.decode(z) for z in one_by_one]), batch["text_embed"], dim=-1
-        )
+        score = (torch.stack([stage.norm.decode(z) for z in one_by_one]) * batch["text_embed"]).sum(-1)
         assert torch.equal(kept, one_by_one[score.argmax(0), torch.arange(8)])
         assert len(set(score.argmax(0).tolist())) > 1
 

@@ -16,6 +16,8 @@ from dalle.errors import UserError
 
 Kind = Literal["none", "unit", "unit_times_sqrt_dim", "standardized"]
 
+UNIT: tuple[Kind, ...] = ("unit", "unit_times_sqrt_dim")  # all embeddings have one length
+
 STD_PER_DIM = 17.2 / 1024**0.5  # 0.5375
 SMALLEST_STD = 1e-6  # a dimension that never moves is left at zero, not blown up
 
@@ -61,6 +63,10 @@ class EmbedNorm:
             mean, std = self._statistics(normalised)
             return normalised * std + mean
         return normalize(normalised, dim=-1)
+
+    def project(self, normalised: Float[Tensor, "b e"]) -> Float[Tensor, "b e"]:
+        """The nearest that an encoded embedding can be: of the right length for the two unit kinds."""
+        return self.encode(self.decode(normalised)) if self.kind in UNIT else normalised
 
     def scale(self, dim: int) -> float:
         """Length of an encoded vector of the two unit kinds."""

@@ -16,16 +16,19 @@ from dalle.errors import UserError
 from dalle.ranges import Exponent, Positive
 
 MIN_SNR_GAMMA = 5.0
-VELOCITY_FLOOR = 0.1  # keeps the last, nearly clean times from outweighing all others
+VELOCITY_FLOOR = 0.05  # of what errors are divided by (Li & He 2025)
+DAMPING = 0.1  # keeps the last, nearly clean times from outweighing all others
+
+WEIGHTINGS = ("none", "min_snr", "velocity", "velocity_damped")
 
 
 class Denoiser(nn.Module):
     """Wraps `net(x_t, t, **cond) -> (B, C, ...)`, where t is the continuous time in [0, 1].
 
     prediction: what the network's output means: `eps`, `x0`, `v` (variance-preserving schedules only) or
-    `velocity` (flow only). weighting: `none`, `min_snr`, or `velocity` (the loss of the velocity, whatever is
-    predicted: Li & He 2025 for x0). time_sampling: `uniform` or `logit_normal` (`logit_mean`, `logit_std`);
-    rounded up to a discrete level where the schedule has them.
+    `velocity` (flow only). weighting: `none`, `min_snr`, `velocity` (the squared error of the velocity,
+    whatever is predicted) or `velocity_damped`: see `weight`. time_sampling: `uniform` or `logit_normal`
+    (`logit_mean`, `logit_std`); rounded up to a discrete level where the schedule has them.
     learned_variance: the network emits 2C channels, the second half the variance (eps prediction on a
     variance-preserving schedule only). Raises UserError for combinations that do not exist.
     """
@@ -56,7 +59,7 @@ class Denoiser(nn.Module):
     ) -> tuple[Float[Tensor, "B *S"], Float[Tensor, "B *S"] | None]:
         """The estimate of x0; if learned, where ln variance lies between the posterior's (0) and beta (1)."""
         out, fraction = self._split(self.net(x_t, t, **cond), x_t)
-        return self._x0(x_t, out, t), fraction
+        return self.x0_of(x_t, out, t), fraction
 
     def losses(
         self,
@@ -84,7 +87,7 @@ class Denoiser(nn.Module):
         }[self.prediction]
         loss = (out - target).square().flatten(1).mean(1) * self.weight(t)
         if fraction is not None:  # the hybrid loss: Nichol & Dhariwal 2021, eq. 16, rescaled by T/1000
-            x0_hat = self._x0(x_t, out, t).detach()
+            x0_hat = self.x0_of(x_t, out, t).detach()
             loss = loss + self.schedule.steps / 1000 * vlb_bits(self.schedule, x0, x0_hat, fraction, t)
         return loss, t
 
@@ -106,26 +109,47 @@ class Denoiser(nn.Module):
         return t
 
     def weight(self, t: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
-        """The factor on the squared error of the network's own output at times t."""
+        """The factor on the squared error of the network's own output at times t.
+
+        velocity: where x_t is given, an error of the velocity, v or noise - x0, is one of x0 over sigma, or
+        one of eps over alpha; the divisor is held above 0.05. So an x0 prediction weighs
+        1 / max(sigma, 0.05)^2, an eps prediction 1 / max(alpha, 0.05)^2, and v and velocity predictions 1.
+        velocity_damped: an error of x0 weighs 1 / (sigma^2 + 0.1), whatever is predicted.
+        """
         if self.weighting == "none":
             return torch.ones_like(t)
         alpha, sigma = self.schedule.alpha_sigma(t)
+        if self.weighting == "velocity":
+            divisor = {"x0": sigma, "eps": alpha}.get(self.prediction, torch.ones_like(t))
+            return divisor.clamp(min=VELOCITY_FLOOR) ** -2
         snr = (alpha / sigma).square()
         # the error of x0 is this many times that of the output
         gain = {"eps": 1 / snr, "x0": torch.ones_like(snr)}.get(self.prediction, sigma.square())
-        if (
-            self.weighting == "velocity"
-        ):  # an error of x0 is sigma times one of the velocity (x_t - x0) / sigma
-            return gain / (sigma.square() + VELOCITY_FLOOR)
+        if self.weighting == "velocity_damped":
+            return gain / (sigma.square() + DAMPING)
         return torch.where(snr > 0, snr.clamp(max=MIN_SNR_GAMMA) * gain, 1.0)  # Hang et al. 2023
 
-    def _x0(self, x_t: Tensor, out: Tensor, t: Tensor) -> Tensor:
+    def x0_of(
+        self, x_t: Float[Tensor, "B *S"], out: Float[Tensor, "B *S"], t: Float[Tensor, "B"]
+    ) -> Float[Tensor, "B *S"]:
+        """The estimate of x0 that an output of the network means."""
         if self.prediction == "x0":
             return out
         alpha, sigma = (expand(c, x_t) for c in self.schedule.alpha_sigma(t))
         if self.prediction == "eps":
             return (x_t - sigma * out) / alpha
         return (alpha * x_t if self.prediction == "v" else x_t) - sigma * out
+
+    def output_of(
+        self, x_t: Float[Tensor, "B *S"], x0: Float[Tensor, "B *S"], t: Float[Tensor, "B"]
+    ) -> Float[Tensor, "B *S"]:
+        """The inverse: the output that means this estimate."""
+        if self.prediction == "x0":
+            return x0
+        alpha, sigma = (expand(c, x_t) for c in self.schedule.alpha_sigma(t))
+        if self.prediction == "eps":
+            return (x_t - alpha * x0) / sigma
+        return ((alpha * x_t if self.prediction == "v" else x_t) - x0) / sigma
 
     def _split(self, out: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
         """Mean channels and the fraction of the learned range, in x_t's precision despite autocast."""
@@ -195,7 +219,7 @@ def _check(
 ) -> None:
     for name, value, known in (
         ("prediction", prediction, ("eps", "x0", "v", "velocity")),
-        ("weighting", weighting, ("none", "min_snr", "velocity")),
+        ("weighting", weighting, WEIGHTINGS),
         ("time_sampling", time_sampling, ("uniform", "logit_normal")),
     ):
         if value not in known:

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dalle.diffusion.denoiser import Denoiser
 from dalle.diffusion.samplers import Denoise
 from dalle.errors import UserError
 
@@ -32,13 +33,15 @@ def two_scales(
     return [(1 - image_scale, null), (image_scale - text_scale, image), (text_scale, both)]
 
 
-def guide(denoise: Denoise, branches: Sequence[Branch], rescale: Scale = 0.0) -> Denoise:
+def guide(
+    denoise: Denoise, branches: Sequence[Branch], rescale: Scale = 0.0, denoiser: Denoiser | None = None
+) -> Denoise:
     """A denoiser of (x_t, t) whose x0 is the weighted sum over `branches`; the weights must add up to 1.
 
     Branches of weight 0 cost nothing. The last branch left is the fullest condition: its variance is kept
     where that is learned, and `rescale` pulls the spread of the sum towards its (phi of Lin et al. 2024,
-    eq. 15-16). Conditions may hold tensors (B, ...), None, and lists, tuples and dicts of them, the same in
-    every branch.
+    eq. 15-16): that of what the network of `denoiser` predicts (eps, v ...), or of x0 without one. Conditions
+    may hold tensors (B, ...), None, and lists, tuples and dicts of them, the same in every branch.
     """
     if abs(sum(weight for weight, _ in branches) - 1) > 1e-6:
         raise ValueError(f"guidance weights must add up to 1: {[weight for weight, _ in branches]}")
@@ -54,7 +57,12 @@ def guide(denoise: Denoise, branches: Sequence[Branch], rescale: Scale = 0.0) ->
         for weight, estimate in zip(weights[1:], estimates[1:], strict=True):
             x0 = x0 + weight * estimate
         if rescale and n > 1:
-            x0 = match_spread(x0, estimates[-1], rescale)
+            pair = (x0, estimates[-1])
+            if denoiser is None:
+                x0 = match_spread(*pair, rescale)
+            else:
+                outputs = (denoiser.output_of(x_t, estimate, t) for estimate in pair)
+                x0 = denoiser.x0_of(x_t, match_spread(*outputs, rescale), t)
         return (x0, None if fraction is None else fraction.chunk(n)[-1]) if isinstance(out, tuple) else x0
 
     return guided
@@ -77,11 +85,11 @@ def threshold(denoise: Denoise, kind: str = "dynamic", percentile: Scale = 0.995
 
 
 def match_spread(
-    x0: Float[Tensor, "B *S"], reference: Float[Tensor, "B *S"], phi: Scale
+    x: Float[Tensor, "B *S"], reference: Float[Tensor, "B *S"], phi: Scale
 ) -> Float[Tensor, "B *S"]:
-    """Part phi of the way from x0 to x0 with each sample's standard deviation that of `reference`."""
-    ratio = reference.flatten(1).std(1) / x0.flatten(1).std(1).clamp(min=1e-8)
-    return x0 * (1 + phi * (ratio - 1)).reshape(-1, *[1] * (x0.ndim - 1))
+    """Part phi of the way from x to x with each sample's standard deviation that of `reference`."""
+    ratio = reference.flatten(1).std(1) / x.flatten(1).std(1).clamp(min=1e-8)
+    return x * (1 + phi * (ratio - 1)).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def dynamic_threshold(x0: Float[Tensor, "B *S"], percentile: Scale = 0.995) -> Float[Tensor, "B *S"]:

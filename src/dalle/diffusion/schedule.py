@@ -142,7 +142,9 @@ class Schedule:
         spacing: `strided` (evenly spaced indices, both ends kept; the default), `trailing`, `leading`
         ("ddimN"), `uniform` in t (the default of flow), `logsnr` (uniform in ln(alpha/sigma)), `edm`
         (Karras et al. 2022, eq. 5), or counts for equal sections of the schedule, cleanest first:
-        "10,10,3,2,2"; `fast27` is GLIDE's. Raises UserError for a number of steps the spacing cannot give.
+        "10,10,3,2,2"; `fast27` is GLIDE's. Where the schedule ends in pure noise, the first level is that,
+        whatever the spacing (Lin et al. 2024, sec. 3.3). Raises UserError for a number of steps the spacing
+        cannot give.
         """
         spacing = spacing or ("strided" if self.variance_preserving else "uniform")
         if steps < 1:
@@ -156,6 +158,8 @@ class Schedule:
         else:
             kept = torch.tensor(kept_indices(self.steps, steps, spacing)[::-1], dtype=torch.float64)
             t = (kept + 1) / self.steps
+        if self.ends_in_pure_noise:
+            t[0] = 1.0
         t = torch.cat([t, t.new_zeros(1)])
         return Levels(t, *self.alpha_sigma(t), self)
 

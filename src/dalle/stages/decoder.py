@@ -33,7 +33,7 @@ class DecoderStage(Stage):
         image_dropout, text_dropout: shares of training pictures without image embedding, without caption.
         guidance: scale of both conditions together; 1 is none.
         text_guidance: scale of the caption alone; then `guidance` is that of the image embedding.
-        rescale: how far guided estimates are pulled back to the spread of unguided ones, 0 to 1.
+        rescale: how far guided predictions are pulled back to the spread of unguided ones, 0 to 1.
         thresholding: what holds estimates in [-1, 1]: none, static or dynamic.
     """
 
@@ -84,7 +84,7 @@ class DecoderStage(Stage):
         guidance = self.guidance if guidance is None else guidance
         text_guidance = self.text_guidance if text_guidance is None else text_guidance
         denoise = self.denoiser.with_variance if self.denoiser.learned_variance else self.denoiser
-        guided = guide(denoise, self.branches(batch, guidance, text_guidance), self.rescale)
+        guided = guide(denoise, self.branches(batch, guidance, text_guidance), self.rescale, self.denoiser)
         guided = threshold(guided, self.thresholding)
         n, size, device = len(batch["text_embed"]), self.net.image_size, batch["text_embed"].device
         like = torch.empty(n, self.net.channels, size, size, device=device)

@@ -119,14 +119,18 @@ class PriorStage(Stage):
             run(denoise, randn(like), self.denoiser.schedule, randn=randn)
             for _ in range(candidates or self.candidates)
         ]
-        return best(drawn, text["text_embed"], self.norm or EmbedNorm("unit"))
+        made = best(drawn, text["text_embed"], self.norm or EmbedNorm("unit"))
+        # the mean of what an embedding may be is shorter than each: the decoder has seen the true length only
+        return made if self.norm is None else self.norm.project(made)
 
 
 def best(drawn: list[Tensor], text_embed: Float[Tensor, "B E"], norm: EmbedNorm) -> Float[Tensor, "B E"]:
-    """Of several embeddings per caption the one nearest to the caption's: the largest cosine."""
+    """Of several embeddings per caption the one of the largest dot product with the caption's (Ramesh et al.
+    2022, sec. 2.2), of unit vectors where the norm is a unit one.
+    """
     if len(drawn) == 1:
         return drawn[0]
-    scores = torch.stack([F.cosine_similarity(norm.decode(z), text_embed) for z in drawn])
+    scores = torch.stack([(norm.decode(z) * text_embed).sum(1) for z in drawn])
     return torch.stack(drawn)[scores.argmax(0), torch.arange(len(text_embed), device=text_embed.device)]
 
 
