@@ -14,7 +14,8 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dalle.callbacks import Ema, GenerationTest, LastCheckpoint, LossByTime, SampleGrid, Throughput, take
+from dalle.callbacks import Ema, GenerationTest, LossByTime, SampleGrid, Throughput, take
+from dalle.checkpoints import LastCheckpoint
 from dalle.data.shapes import Shapes
 from dalle.loggers import log_verdicts
 from dalle.stages.base import Stage

@@ -64,7 +64,7 @@ def test_jobs_run_in_order_each_in_its_own_directory(work):
 def test_nothing_else_is_left_behind(work):
     assert [p.name for p in work.iterdir()] == ["logs"]
     assert {p.name for p in (work / "logs").iterdir()} == {".cache", ".multirun", "default"}
-    files = {"config.yaml", "last.ckpt", "model.safetensors", "manifest.json", "metrics.csv"}
+    files = {".dalle-run", "config.yaml", "last.ckpt", "model.safetensors", "manifest.json", "metrics.csv"}
     assert {p.name for p in (work / "logs" / "default" / "prior").iterdir()} == files
 
 

@@ -109,7 +109,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_run_leaves_what_the_readme_says(trained, stage):
     run = Run(trained / "default" / stage)
-    files = {"config.yaml", "last.ckpt", "model.safetensors", "manifest.json", "metrics.csv"}
+    files = {".dalle-run", "config.yaml", "last.ckpt", "model.safetensors", "manifest.json", "metrics.csv"}
     tokenizer = {"tokenizer.json"} if stage in ("clip", "dalle") else set()
     samples = {"samples"} if stage in ("decoder", "dalle") else set()
     assert {p.name for p in run.path.iterdir()} == files | tokenizer | samples
@@ -194,9 +194,10 @@ def test_a_finished_run_is_not_resumed(trained, capsys):
 
 def test_overwrite_starts_again(trained, logs):
     run = train("prior", logs)
-    (run.path / "old").touch()
+    (run.path / "samples").mkdir()
+    (run.path / "samples" / "old").touch()
     train("prior", logs, "overwrite=true")
-    assert not (run.path / "old").exists()
+    assert not (run.path / "samples").exists()
     assert same(weights(run), weights(Run(trained / "default" / "prior")))  # and the seed decides everything
 
 
@@ -280,7 +281,7 @@ def test_stopped_amid_the_test(logs, probe):
 
 
 def test_a_truncated_checkpoint_is_named(logs, probe):
-    probe(Probe(stop_at(1)))
+    probe(interrupt_in(0))
     with pytest.raises(SystemExit):
         train("prior", logs)
     path = logs / "default" / "prior" / "last.ckpt"
@@ -290,7 +291,7 @@ def test_a_truncated_checkpoint_is_named(logs, probe):
 
 
 def test_another_network_cannot_go_on(logs, probe):
-    probe(Probe(stop_at(1)))
+    probe(interrupt_in(0))
     with pytest.raises(SystemExit):
         train("prior", logs)
     run = Run(logs / "default" / "prior")

@@ -1,18 +1,15 @@
-"""Side work of training: moving average, pictures, loss by timestep, throughput, checkpoints.
+"""Side work of training: moving average, pictures, loss by timestep, throughput.
 
 None of it is known to the stages; each callback asks only for what `Stage` promises.
 """
 
-import os
-import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 
 from dalle.data.batch import Batch
@@ -25,10 +22,6 @@ from dalle.metrics.judge import Judge
 from dalle.pictures import from_uint8, grid, save_png, to_uint8
 from dalle.ranges import Decay, Depth, File, NonNegativeInt, Place, PositiveInt, Seed
 from dalle.stages.base import Stage
-
-STOP_EVERY = (
-    10  # steps between the questions to all ranks whether one was told to stop: each costs a device sync
-)
 
 
 class Ema(lightning.Callback):
@@ -151,6 +144,12 @@ class SampleGrid(lightning.Callback):
             save_png(picture, self.directory / f"step-{trainer.global_step:07d}.png")
             log_picture(trainer, "samples", picture)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"due": self.due}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.due = state_dict["due"]
+
 
 class GenerationTest(lightning.Callback):
     """Tests a stage that makes images by what it makes: FID, CLIP score (where the data come with a CLIP)
@@ -255,7 +254,8 @@ class LossByTime(lightning.Callback):
             return
         which = (outputs["t"] * self.bins).long().clamp(0, self.bins - 1)
         if self.sums is None:
-            self.sums = torch.zeros(2, self.bins, device=which.device)
+            self.sums = torch.zeros(2, self.bins)
+        self.sums = self.sums.to(which.device)
         self.sums[0].index_add_(0, which, outputs["per_sample"].float())
         self.sums[1].index_add_(0, which, torch.ones_like(which, dtype=torch.float32))
         if is_logging(trainer):
@@ -263,6 +263,12 @@ class LossByTime(lightning.Callback):
             names = [f"train/loss_t{i / self.bins:.2f}-{(i + 1) / self.bins:.2f}" for i in range(self.bins)]
             pl_module.log_dict(dict(zip(names, means, strict=True)))
             self.sums.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self.sums}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.sums = state_dict["sums"]
 
 
 class Throughput(lightning.Callback):
@@ -303,71 +309,3 @@ class Progress(TQDMProgressBar):
     def get_metrics(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)
         return {k: v for k, v in metrics.items() if k != "v_num"}
-
-
-class LastCheckpoint(Checkpoint):
-    """Keeps ``last.ckpt`` current: every `every` steps, at the end, and when training is stopped.
-
-    Ctrl-C and SIGTERM take effect at the end of a training step, where the state is whole, and on all ranks
-    at the same one; a second signal stops at once.
-    """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self, directory: Place, every: PositiveInt = 1000) -> None:
-        self.path, self.every = Path(directory) / "last.ckpt", every
-        self.saved_step: int | None = None  # None: training has not begun, there is nothing to save
-        self.asked = self.agreed = False
-        self.handlers: dict[int, Any] = {}
-
-    def save(self, trainer: lightning.Trainer) -> None:
-        if trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
-            return
-        if self.saved_step is None or trainer.global_step <= self.saved_step:
-            return
-        trainer.save_checkpoint(self.path)  # Lightning writes aside and renames
-        self.saved_step = trainer.global_step
-
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
-        self.saved_step = trainer.global_step
-        if threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.signal(number, self.on_signal) for number in self.SIGNALS}
-
-    def on_signal(self, number: int, frame: Any) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-        # print may not be entered twice
-        os.write(2, b"\nstopping after this step; once more stops at once\n")
-
-    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
-        if trainer.world_size == 1:
-            self.agreed = self.asked
-        elif trainer.global_step % STOP_EVERY == 0:
-            self.agreed = trainer.strategy.reduce_boolean_decision(self.asked, all=False)
-        if self.agreed or trainer.global_step % self.every == 0:
-            self.save(trainer)
-
-    def on_train_batch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
-        if self.agreed:  # only now: the last step is logged and, where one was due, validated
-            raise KeyboardInterrupt
-
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
-        self.save(trainer)
-        self.restore_handlers()
-        if self.agreed:
-            raise KeyboardInterrupt
-
-    def on_exception(self, trainer: lightning.Trainer, pl_module: Stage, exception: BaseException) -> None:
-        self.restore_handlers()
-        # saving waits for all ranks, which may not come after an error on one of them
-        if trainer.state.fn == "fit" and (self.agreed or trainer.world_size == 1):
-            self.save(trainer)
-        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero and self.path.exists():
-            step = "there" if self.saved_step is None else f"step {self.saved_step}"
-            print(f"\nstopped; the same command with resume=true goes on from {step}", flush=True)
-
-    def restore_handlers(self) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        self.handlers = {}

@@ -16,7 +16,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,11 +49,13 @@ REASONS = {
 
 
 @contextmanager
-def explained(path: str | Path, kept: str = "", kinds: Collection[int] = REASONS) -> Iterator[None]:
+def explained(
+    path: str | Path, kept: str | Callable[[], str] = "", kinds: Collection[int] = REASONS
+) -> Iterator[None]:
     """Turns what a disk says while something is written at `path` into one line for the user.
 
     Args:
-        kept: what the user still has, as the end of a sentence.
+        kept: what the user still has, as the end of a sentence, or what finds that out.
         kinds: error numbers of the system; `FULL` where other files are read meanwhile.
 
     Raises:
@@ -64,6 +66,7 @@ def explained(path: str | Path, kept: str = "", kinds: Collection[int] = REASONS
     except Exception as error:
         if (number := _number(error)) not in kinds:
             raise
+        kept = kept() if callable(kept) else kept
         kept = kept or ("what was there before is kept" if _exists(path) else "nothing is left of it")
         raise UserError(f"{path} cannot be written: {REASONS[number]}; {kept}") from error
 
@@ -77,7 +80,7 @@ def _number(error: Exception) -> int:
 
 
 @contextmanager
-def beside(path: str | Path, sync: bool = True, kept: str = "") -> Iterator[Path]:
+def beside(path: str | Path, sync: bool = True, kept: str | Callable[[], str] = "") -> Iterator[Path]:
     """Gives a hidden path to write a file to, which takes the place of `path` once that went well.
 
     Folders are made as needed. Whatever goes wrong, the file before stays as it was.

@@ -4,6 +4,7 @@ Each is told the same: what a run is and is made from (`begin`), pictures and ve
 leaves behind (`end`).
 """
 
+import contextlib
 import csv
 import io
 import os
@@ -57,7 +58,8 @@ class MetricsCsv(Logger):
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         step = step or 0
         if self.rows is None:
-            self.rows = [row for row in self._read() if int(row["step"]) < step]
+            self.rewind(step)
+        assert self.rows is not None
         values = {k: float(v) if isinstance(v, Tensor | float) else v for k, v in metrics.items()}
         if self.rows and int(self.rows[-1]["step"]) == step:
             self.rows[-1].update(values)
@@ -65,8 +67,13 @@ class MetricsCsv(Logger):
             self.rows.append({"step": step, **values})
 
     @rank_zero_only
+    def rewind(self, step: int) -> None:
+        """Drops the rows of this step and those after it: they are about to be written again."""
+        self.rows = [row for row in self.read() if int(row["step"]) < step]
+
+    @rank_zero_only
     def save(self) -> None:
-        if not self.rows:
+        if self.rows is None:
             return
         columns = sorted({key for row in self.rows for key in row} - {"step"})
         text = io.StringIO()
@@ -77,13 +84,25 @@ class MetricsCsv(Logger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        self.save()
+        with contextlib.suppress(*[UserError] if status == "failed" else []):  # that is the second error
+            self.save()
 
-    def _read(self) -> list[dict[str, Any]]:
+    def read(self) -> list[dict[str, Any]]:
+        """The rows there are. Raises UserError where the file is not one of ours."""
         if not self.path.exists():
             return []
-        with self.path.open(encoding="utf-8", newline="") as file:
-            return [{k: v for k, v in row.items() if v != ""} for row in csv.DictReader(file)]
+        try:
+            with self.path.open(encoding="utf-8", newline="") as file:
+                rows = [
+                    {k: v for k, v in row.items() if v != ""} for row in csv.DictReader(file, strict=True)
+                ]
+            if any(int(row["step"]) < 0 or None in row for row in rows):
+                raise ValueError("a row is not as its header says")
+        except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+            raise UserError(
+                f"{self.path} cannot be read as metrics of a run ({error}); restore it, or delete it"
+            ) from None
+        return rows
 
 
 class RunLogger(WandbLogger):

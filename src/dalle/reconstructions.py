@@ -118,6 +118,12 @@ class Reconstructions(lightning.Callback):
             log_picture(trainer, "reconstructions", picture)
         self.forget()
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"due": self.due}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.due = state_dict["due"]
+
     def on_test_epoch_end(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
         self.tell(trainer, pl_module, "test")
         self.forget()

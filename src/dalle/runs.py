@@ -105,7 +105,7 @@ class Run:
         """The run's text tokenizer. Raises UserError when it cannot be read."""
         try:
             return load_tokenizer(self.tokenizer)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{self.tokenizer} cannot be read ({error}); restore it or train the stage again"
             ) from None

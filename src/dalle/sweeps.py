@@ -21,9 +21,8 @@ from typing import Any
 
 from dalle.cli import REASON, STOPPED
 from dalle.files import write_json, write_text
-from dalle.processes import beside, call, only_one
+from dalle.processes import beside, call, is_main_process, only_one
 from dalle.runs import Run
-from dalle.training import is_main_process
 
 COLUMNS = ("job", "state", "reason", "seconds", "overrides")
 

@@ -4,12 +4,10 @@ The order is: refuse what cannot work, claim the run directory, build, fit, test
 """
 
 import logging
-import os
 import platform
-import shutil
-import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +18,21 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 
 import dalle
-from dalle import loggers, preflight
+from dalle import loggers, preflight, resume
 from dalle.build import build, check
 from dalle.callbacks import Ema
+from dalle.checkpoints import LastCheckpoint, read_checkpoint
+from dalle.claim import check_ours, check_place, claimed
 from dalle.data.modules import SourceDataModule
-from dalle.data.tokenizers import load_tokenizer, save_tokenizer
+from dalle.data.tokenizers import save_tokenizer
 from dalle.errors import UserError
 from dalle.files import write_text
 from dalle.loggers import MetricsCsv
+from dalle.processes import is_main_process
 from dalle.runs import Run
 from dalle.stages.base import Stage
 
 Config = dict[str, Any]
-
-
-def is_main_process() -> bool:
-    """False in the processes that DDP starts, which run the script again from the top."""
-    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def train(config: Config) -> dict[str, float]:
@@ -54,10 +50,9 @@ def train(config: Config) -> dict[str, float]:
     datamodule = build(config["datamodule"], "datamodule", **kept_tokenizer(config, run))
     fill_sizes(config, datamodule.sizes)
     stage: Stage = build(config["model"], "model")
-    if resuming:
-        check_same_network(run.checkpoint, stage)
     if config["preflight"]:
-        preflight.report(config, stage, datamodule, steps_behind(run.checkpoint) if resuming else 0)
+        behind = resume.steps_behind(run, stage) if resuming else 0
+        preflight.report(config, stage, datamodule, behind)
         return {}
     if config["compile"]:
         stage.net.compile()
@@ -65,29 +60,64 @@ def train(config: Config) -> dict[str, float]:
     stage.check_trainer(trainer)
     datamodule.trainer = trainer
     datamodule.train_dataloader()  # refuses a batch larger than the data, while nothing has been touched
-    if is_main_process():
-        print(preflight.outline(config, stage, datamodule, trainer.world_size), flush=True)
-        for line in preflight.strangers(config, datamodule):
-            print(f"careful: {line}", flush=True)
-        claim(run, config)
+    described = origins(stage, datamodule)
+    (saver, *_) = [c for c in trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint)]
+    saver.facts = resume.facts(described["facts"], trainer.world_size)
+    if resuming:
+        resume.check(run, config, stage, saver.facts)
+    if not is_main_process():
+        return fit_and_test(config, run, trainer, stage, datamodule, saver, resuming)
+    print(preflight.outline(config, stage, datamodule, trainer.world_size), flush=True)
+    for line in preflight.strangers(config, datamodule):
+        print(f"careful: {line}", flush=True)
+    with claimed(run, config["overwrite"]):
+        if not is_free(run, config):
+            return {}
         if "tokenizer" in config["datamodule"]:
             save_tokenizer(datamodule.tokenizer, run.tokenizer)
         write_text(run.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-        loggers.begin(trainer.loggers, config, origins(stage, datamodule), upstream(config))
+        loggers.begin(trainer.loggers, config, described, upstream(config))
+        return fit_and_test(config, run, trainer, stage, datamodule, saver, resuming)
 
-    started = time.perf_counter()
-    trainer.fit(
-        stage, datamodule=datamodule, ckpt_path=run.checkpoint if resuming else None, weights_only=True
-    )
-    seconds = time.perf_counter() - started
-    trainer.test(stage, datamodule=datamodule, verbose=False)
+
+def fit_and_test(
+    config: Config,
+    run: Run,
+    trainer: lightning.Trainer,
+    stage: Stage,
+    datamodule: Any,
+    saver: LastCheckpoint,
+    resuming: bool,
+) -> dict[str, float]:
+    """Gives the test metrics; on all ranks."""
+    with ranks_together(trainer, run):
+        checkpoint = run.checkpoint if resuming else None
+        trainer.fit(stage, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+        trainer.test(stage, datamodule=datamodule, verbose=False)
     metrics = {k: round(float(v), 6) for k, v in trainer.callback_metrics.items() if k.startswith("test/")}
     if config["trainer"].get("fast_dev_run") or config["trainer"].get("overfit_batches"):
         if trainer.is_global_zero:
             print(f"everything ran; a debug run is no finished one, so there are no weights in {run}")
     else:
-        finish(run, trainer, stage, facts(config, trainer, stage, datamodule, metrics, seconds))
+        finish(run, trainer, stage, facts(config, trainer, stage, datamodule, metrics, saver.seconds))
     return metrics
+
+
+@contextmanager
+def ranks_together(trainer: lightning.Trainer, run: Run) -> Iterator[None]:
+    """One line where another rank has ended amid the training: why is in that one's own last lines.
+
+    Raises:
+        UserError: as far as the library for communication says so.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        lost = ("closed by peer", "reset by peer", "broken pipe", "timed out", "connection", "remote process")
+        if trainer.world_size == 1 or not any(sign in str(error).lower() for sign in lost):
+            raise
+        left = "go on with resume=true" if run.checkpoint.exists() else "there is no checkpoint yet"
+        raise UserError(f"another process of this run has ended, so this one does; {left}") from error
 
 
 def quiet() -> None:
@@ -160,9 +190,12 @@ def may_start(config: Config) -> bool:
         UserError: a wrong type, a machine without what is asked for, or a directory that holds a run
             although neither resume nor overwrite was asked for.
     """
+    run = Run(Path(config["paths"]["run"]))
+    if config["resume"] is True and run.checkpoint.exists():
+        resume.keep_precision(run, config)
     check_machine(config)
-    if not is_main_process():
-        return True  # the main process has looked, and the directory may already be its own
+    if not is_main_process():  # the main process has looked, and the directory may already be its own
+        return not (config["resume"] and run.finished)
     for key in ("resume", "overwrite", "compile", "preflight"):
         if not isinstance(config[key], bool):
             raise UserError(f"{key} must be true or false, got {config[key]!r}")
@@ -171,15 +204,27 @@ def may_start(config: Config) -> bool:
     check({"_target_": "lightning.Trainer", **config["trainer"]}, "trainer")
     build(config["sampler"], "sampler")
 
-    run = Run(Path(config["paths"]["run"]))
     if config["overwrite"] and config["resume"]:
         raise UserError("resume=true and overwrite=true contradict each other; give one of them")
+    if not config["preflight"]:
+        check_place(config)
+        check_ours(run.path, config["overwrite"])
+    return is_free(run, config)
+
+
+def is_free(run: Run, config: Config) -> bool:
+    """False when a finished run needs nothing more.
+
+    Raises:
+        UserError: the directory holds a run, although neither resume nor overwrite was asked for, or a
+            damaged one.
+    """
     if config["resume"]:
         if run.finished:
             print(f"{run} is finished; nothing to resume (overwrite=true trains it again)")
             return False
         if run.checkpoint.exists():
-            check_readable(run.checkpoint)
+            read_checkpoint(run.checkpoint)
     elif run.occupied and not config["overwrite"] and not config["preflight"]:
         raise UserError(
             f"{run} already holds a run; resume=true goes on with it, name=other trains beside it, "
@@ -189,43 +234,10 @@ def may_start(config: Config) -> bool:
     return True
 
 
-def claim(run: Run, config: Config) -> None:
-    """Makes the run directory ours; what was there is deleted only now, when all else has been built."""
-    if config["overwrite"]:
-        shutil.rmtree(run.path, ignore_errors=True)
-    run.path.mkdir(parents=True, exist_ok=True)
-
-
-def check_readable(checkpoint: Path) -> None:
-    try:
-        torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise UserError(
-            f"{checkpoint} cannot be read ({str(error).splitlines()[0]}); "
-            "delete it, or start again with overwrite=true"
-        ) from None
-
-
-def steps_behind(checkpoint: Path) -> int:
-    return torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-
-
-def check_same_network(checkpoint: Path, stage: Stage) -> None:
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-    own = stage.state_dict()
-    for key in sorted(saved.keys() | own.keys()):
-        there, here = (tuple(s[key].shape) if key in s else None for s in (saved, own))
-        if there != here:
-            raise UserError(
-                f"{checkpoint} is of another network ({key} is {there} there, {here} here); resume with the "
-                "settings in config.yaml beside it, or train another with name=other"
-            )
-
-
 def kept_tokenizer(config: Config, run: Run) -> Config:
     """A run that is resumed keeps its tokenizer, whatever has become of the captions it was trained on."""
     kept = "tokenizer" in config["datamodule"] and run.tokenizer.exists() and not config["overwrite"]
-    return {"tokenizer": load_tokenizer(run.tokenizer)} if kept else {}
+    return {"tokenizer": run.load_tokenizer()} if kept else {}
 
 
 CHOICES = ("vocab_size", "image_levels")  # sizes that a network may have otherwise than the data
@@ -251,6 +263,8 @@ def make_trainer(config: Config, run: Run) -> lightning.Trainer:
     if not config["trainer"].get("enable_progress_bar", True):
         nodes.pop("progress", None)
     callbacks = [build(node, f"callbacks.{key}") for key, node in nodes.items()]
+    if not any(isinstance(callback, LastCheckpoint) for callback in callbacks):
+        callbacks.append(LastCheckpoint(run.path))
     made: list[Logger] = [build(node, f"logger.{k}") for k, node in config["logger"].items() if node]
     if not any(isinstance(logger, MetricsCsv) for logger in made):
         made.append(MetricsCsv(run.path))
@@ -299,6 +313,7 @@ def facts(
         "steps": trainer.global_step,
         "seconds_training": round(seconds, 1),
         "metrics": dict(metrics),
+        **({"resumed": config["resumed"]} if config.get("resumed") else {}),
         **datamodule.describe(),
         "versions": {
             "dalle": dalle.__version__,

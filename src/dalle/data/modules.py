@@ -7,6 +7,7 @@ DDP hold only what is trained. What they make of a fixed, small enough split is 
 
 import hashlib
 import json
+import signal
 from collections.abc import Callable
 from functools import partial
 from itertools import chain
@@ -147,9 +148,16 @@ class SourceDataModule(L.LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_deaf,
             # Its own generator: else every new iterator would shift the noise that training draws.
             generator=torch.Generator().manual_seed(self.seed),
         )
+
+
+def _deaf(_: int) -> None:
+    """What stops a group of processes is for the training itself, which then ends its workers."""
+    for number in (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _position(trainer: L.Trainer, batches: int, overfit: bool) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from dalle.errors import UserError
 from dalle.evaluation.meters import Distances, Meter, Rows
 from dalle.evaluation.plan import Plan
 from dalle.pictures import from_uint8, save_png, to_pil, to_uint8
-from dalle.training import is_main_process
+from dalle.processes import is_main_process
 
 SHOWN = 16  # in the grid
 

@@ -23,7 +23,8 @@ from dalle.evaluation.subjects import subject_of
 from dalle.files import to_json, write_text
 from dalle.metrics.bootstrap import Figure, exact, of_mean
 from dalle.pictures import from_uint8, grid, save_png
-from dalle.training import check_machine, is_main_process, quiet
+from dalle.processes import is_main_process
+from dalle.training import check_machine, quiet
 
 TRAINER = ("accelerator", "strategy", "devices", "num_nodes", "plugins", "deterministic", "benchmark")
 
