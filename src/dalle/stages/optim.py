@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection
 from typing import Any, Literal, TypedDict, Unpack
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -68,7 +69,7 @@ class Recipe:
         for name in self.options.keys() - Options.__annotations__.keys() - {*self.known}:
             raise UserError(f"optimizer.{name} is an option of no optimizer here; there are {self.names()}")
         try:
-            self.build(nn.Linear(1, 1), 1)
+            self.build(nn.ParameterList([torch.zeros(1, 1), torch.zeros(1)]), 1)  # draws no random number
         except (TypeError, ValueError) as error:
             raise UserError(f"optimizer: {error}") from None
 
