@@ -259,7 +259,7 @@ def test_nothing_is_trained_yet(command, tmp_path):
         (["prompt=x", "promt=y"], "there is no setting promt; did you mean prompt"),
         (["prompt=x", "precision=fp8"], "there is no precision=fp8; "),
         (["recipe=broken.yaml"], "broken.yaml"),
-        (["recipe=nowhere.yaml"], "the recipe nowhere.yaml cannot be read"),
+        (["recipe=nowhere.yaml"], "nowhere.yaml cannot be read"),
         (["prompt=x", "out=full"], "full is not empty; give another folder with out="),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",

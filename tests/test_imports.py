@@ -59,6 +59,8 @@ def test_import_rule(path):
             "dalle.errors",
             "dalle.files",
             "dalle.ranges",
+            "dalle.reading",
+            "dalle.records",
             "annotated_types",
             *sys.stdlib_module_names,
         }

@@ -143,7 +143,7 @@ def test_an_occupied_folder_stays_as_it_is(make, tmp_path):
         ([PROMPT, "device=tpu"], "device must be one of auto, cpu, cuda"),
         ([PROMPT, "name=nobody"], "nobody.decoder holds no finished run"),
         (["prompt=" + "a red circle and " * 60], r"is too long: CLIP reads .* tokens"),
-        ([PROMPT, "recipe=nowhere.yaml"], "the recipe nowhere.yaml cannot be read"),
+        ([PROMPT, "recipe=nowhere.yaml"], "nowhere.yaml cannot be read"),
     ],
 )
 def test_mistakes_write_nothing(make, tmp_path, settings, message):

@@ -40,7 +40,7 @@ def test_panels_show_what_a_stage_logs(logs, stage):
         f"paths.run='{logs}/run'",
     )
     run = train(stage, logs, *options)
-    logged = dashboard.read(run)
+    logged = run.metrics()
     for title, metrics in {**panels.ALWAYS, **panels.STAGES[stage]}.items():
         for metric in metrics:
             assert panels.matching(metric, logged), f"{stage} logs no {metric} for {title!r}"

@@ -6,7 +6,6 @@ run leaves in its directory whatever its loggers: metrics.csv, manifest.json, sa
 
 import argparse
 import base64
-import csv
 import html
 import io
 from collections import defaultdict
@@ -33,21 +32,10 @@ def runs_below(folder: Path) -> dict[str, list[Run]]:
     for metrics in sorted(folder.rglob("metrics.csv")):
         run = Run(metrics.parent)
         if (run.path / "config.yaml").exists():
-            found[run.config()["stage"]].append(run)
+            found[run.config("stage")["stage"]].append(run)
     if not found:
         raise UserError(f"{folder} holds no runs; give the folder of a training, such as logs/default")
     return dict(found)
-
-
-def read(run: Run) -> Table:
-    """The columns of metrics.csv."""
-    columns: Table = defaultdict(dict)
-    with (run.path / "metrics.csv").open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            for name, value in row.items():
-                if value and name != "step":
-                    columns[name][int(row["step"])] = float(value)
-    return columns
 
 
 def draw(title: str, metrics: Sequence[str], tables: dict[str, Table]) -> bytes | None:
@@ -93,13 +81,13 @@ def facts(run: Run, table: Table) -> list[str]:
     if not run.finished:
         steps = max((max(column) for column in table.values()), default=0)
         return ["not finished", f"step {steps:,}"]
-    about = run.manifest()
+    about = run.manifest("parameters", "steps", "seconds_training", "data", "weights")
     data = about["data"]
     upstream = {key: about[key]["weights"] for key in ("clip", "image_tokenizer") if key in about}
     return [
         f"{about['parameters']:,} parameters",
         f"{about['steps']:,} steps in {about['seconds_training']:.0f} s",
-        f"{data['source']}, {data['items']['train']:,} items, {data['fingerprint']['train']}",
+        f"{data['source']}, {data['items'].get('train', 0):,} items, {data['fingerprint'].get('train', '')}",
         *(f"{key} {weights}" for key, weights in upstream.items()),
         f"weights {about['weights']}",
     ]
@@ -113,7 +101,7 @@ def make(folder: Path) -> Path:
         f"<h1>{name}</h1>",
     ]
     for stage, runs in found.items():
-        tables = {str(run.path.relative_to(folder)): read(run) for run in runs}
+        tables = {str(run.path.relative_to(folder)): run.metrics() for run in runs}
         parts.append(f"<h2>{html.escape(stage)}</h2>")
         for run, (name, table) in zip(runs, tables.items(), strict=True):
             about = html.escape("; ".join(facts(run, table)))

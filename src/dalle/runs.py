@@ -12,30 +12,39 @@ A run is finished when its manifest is there: it is written last. Every file is 
 renamed (dalle.files).
 """
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+import csv
+import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dalle.build import build
-from dalle.data.frozen import FrozenCLIP, FrozenTokenizer, weights_hash
+from dalle.data.frozen import FrozenCLIP, FrozenTokenizer, tensors_hash, weights_hash
 from dalle.data.norm import EmbedNorm
 from dalle.data.tokenizers import CaptionTokenizer, ClipBPE, load_tokenizer
 from dalle.errors import UserError
 from dalle.files import beside, write_json
-from dalle.ranges import Place
+from dalle.ranges import Place, shown
+from dalle.reading import read_json, read_text, read_yaml, shaped
+from dalle.records import Manifest, RunConfig
 from dalle.stages.base import Stage
 from dalle.trust import listed
 
 SCHEMA = 1
+ADVICE = "restore it or train the stage again"
 IMAGE_TOKENIZERS = ("dvae", "vqgan")  # the stages that turn pictures into codes
+NEEDS = {  # what a manifest must say for a stage to be of use
+    "prior": ("clip", "image_embed_norm"),
+    "decoder": ("clip", "image_embed_norm"),
+    "gan": ("clip", "image_embed_norm"),
+    "dalle": ("image_tokenizer", "tokenizer"),
+}
 
 
 @dataclass(frozen=True)
@@ -64,34 +73,74 @@ class Run:
         begun = ("last.ckpt", "config.yaml", "metrics.csv")
         return self.finished or any((self.path / name).exists() for name in begun)
 
-    def manifest(self) -> dict[str, Any]:
-        """Raises UserError when this is no finished run, or one of another layout."""
+    def manifest(self, *needs: str) -> dict[str, Any]:
+        """What is known of a finished run; `needs` are keys that the caller cannot do without.
+
+        Raises:
+            UserError: this is no finished run, one of another layout, or manifest.json is damaged.
+        """
         if not self.finished:
             raise UserError(
                 f"{self.path} holds no finished run (no manifest.json); train it, or give another path"
             )
-        manifest = self._read("manifest.json", json.loads, needs=("schema",))
-        if manifest.get("schema") != SCHEMA:
+        path = self.path / "manifest.json"
+        content = read_json(path, dict, ADVICE)
+        if content.get("schema", SCHEMA) != SCHEMA:
+            layout = shown(content["schema"])
             raise UserError(
-                f"{self.path} was written with layout {manifest.get('schema')}, this version reads {SCHEMA}; "
-                "train it again"
+                f"{self.path} was written with layout {layout}, this version reads {SCHEMA}; train it again"
             )
+        manifest: dict[str, Any] = dict(shaped(content, Manifest, path, ADVICE))
+        for key in needs:
+            if key not in manifest:
+                raise UserError(f"{path} is damaged ({key} is missing); {ADVICE}")
         return manifest
 
-    def config(self) -> dict[str, Any]:
-        """The resolved configuration it was trained with. Raises UserError when it cannot be read."""
-        return self._read("config.yaml", yaml.safe_load, needs=("model",))
+    def config(self, *needs: str) -> dict[str, Any]:
+        """The resolved configuration it was trained with; `needs` as in `manifest`.
 
-    def _read(self, name: str, parse: Callable[[str], Any], needs: Sequence[str]) -> dict[str, Any]:
+        Raises:
+            UserError: config.yaml is missing or damaged.
+        """
+        config: dict[str, Any] = dict(read_yaml(self.path / "config.yaml", RunConfig, ADVICE))
+        for need in needs:
+            inner: Any = config
+            for key in need.split("."):
+                inner = inner.get(key) if isinstance(inner, dict) else None
+            if inner is None:
+                raise UserError(f"{self.path / 'config.yaml'} is damaged ({need} is missing); {ADVICE}")
+        return config
+
+    def source(self) -> dict[str, Any]:
+        """The source of pictures that it was trained on, as its configuration describes it."""
+        return self.config("datamodule.source")["datamodule"]["source"]
+
+    def metrics(self) -> dict[str, dict[int, float]]:
+        """The columns of metrics.csv: for each metric its values by step. None at all where it is missing.
+
+        Raises:
+            UserError: a row is no row of numbers.
+        """
+        path = self.path / "metrics.csv"
+        if not path.exists():
+            return {}
+        advice = "restore the file, or take out that line"
+        columns: dict[str, dict[int, float]] = {}
+        rows = csv.DictReader(io.StringIO(read_text(path, advice), newline=""))
         try:
-            content = parse((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise UserError(
-                f"{self.path / name} cannot be read ({error}); restore it or train the stage again"
-            ) from None
-        if not isinstance(content, dict) or any(key not in content for key in needs):
-            raise UserError(f"{self.path / name} is damaged; restore it or train the stage again")
-        return content
+            if rows.fieldnames is None or "step" not in rows.fieldnames:
+                raise ValueError("there is no column step")
+            for row in rows:
+                step = int(row.pop("step"))
+                for name, value in row.items():
+                    if name is None or value is None:
+                        raise ValueError("it has more or fewer cells than the first line")
+                    if value:
+                        columns.setdefault(name, {})[step] = float(value)
+        except (ValueError, TypeError, csv.Error) as error:
+            line = rows.line_num + isinstance(error, csv.Error)
+            raise UserError(f"{path} is damaged in line {line} ({error}); {advice}") from None
+        return columns
 
     def save(self, net: nn.Module, manifest: Mapping[str, Any]) -> None:
         """Writes the weights and then the manifest, which makes the run a finished one."""
@@ -103,19 +152,27 @@ class Run:
 
     def load_tokenizer(self) -> CaptionTokenizer | ClipBPE:
         """The run's text tokenizer. Raises UserError when it cannot be read."""
-        try:
-            return load_tokenizer(self.tokenizer)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{self.tokenizer} cannot be read ({error}); restore it or train the stage again"
-            ) from None
+        return load_tokenizer(self.tokenizer)
 
     def weights(self) -> dict[str, torch.Tensor]:
-        path = self.path / "model.safetensors"
+        """The trained network's weights.
+
+        Raises:
+            UserError: they cannot be read, are no numbers, or are others than the manifest says.
+        """
+        path, expected = self.path / "model.safetensors", self.manifest().get("weights")
         try:
-            return load_file(path)
+            weights = load_file(path)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} cannot be read ({error}); restore it or train the stage again") from None
+            raise UserError(f"{path} cannot be read ({error}); {ADVICE}") from None
+        for name, tensor in weights.items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise UserError(f"{path} holds weights that are no numbers ({name}); train the stage again")
+        if expected is not None and (found := tensors_hash(weights)) != expected:
+            raise UserError(
+                f"{path} holds other weights ({found}) than its manifest.json says ({expected}); {ADVICE}"
+            )
+        return weights
 
 
 def load_stage(path: str | Path, *expected: str) -> tuple[Stage, dict[str, Any]]:
@@ -129,6 +186,7 @@ def load_stage(path: str | Path, *expected: str) -> tuple[Stage, dict[str, Any]]
     manifest = run.manifest()
     if expected and (found := manifest.get("stage")) not in expected:
         raise UserError(f"{path} holds a {found}, but a {' or '.join(expected)} is needed here")
+    run.manifest(*NEEDS.get(manifest.get("stage", ""), ()))
     stage = build_stage(run)
     try:
         stage.net.load_state_dict(run.weights(), strict=True)
@@ -136,24 +194,25 @@ def load_stage(path: str | Path, *expected: str) -> tuple[Stage, dict[str, Any]]
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{run.path}: model.safetensors does not fit config.yaml: {reason}") from None
     if "image_embed_norm" in manifest:
-        stage.norm = EmbedNorm.from_dict(manifest["image_embed_norm"])
+        stage.norm = norm = EmbedNorm.from_dict(manifest["image_embed_norm"])
+        sizes = {0 if values is None else len(values) for values in (norm.mean, norm.std)}
+        if norm.kind == "standardized" and sizes != {stage.net.embed_dim}:
+            raise UserError(f"{run.path / 'manifest.json'} is damaged (image_embed_norm); {ADVICE}")
     return stage.eval().requires_grad_(False), manifest
 
 
 def build_stage(run: Run) -> Any:
     """The stage that a run's config.yaml describes; it may be anybody's and name listed classes only."""
     node, where = run.config()["model"], f"{run.path / 'config.yaml'}: model"
-    if not isinstance(node, dict) or "_target_" not in node:
-        raise UserError(f"{where} describes no stage; restore it or train the stage again")
     try:
         stage = build({**node, "optimizer": None}, where, listed)
     except UserError:
         raise
     except Exception as error:  # whatever networks raise for sizes that nobody has trained
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"{where} cannot be built ({reason}); restore it or train the stage again") from error
+        raise UserError(f"{where} cannot be built ({reason}); {ADVICE}") from error
     if not isinstance(stage, Stage):
-        raise UserError(f"{where} is no stage but a {type(stage).__name__}; restore it")
+        raise UserError(f"{where} is no stage but a {type(stage).__name__}; {ADVICE}")
     return stage
 
 

@@ -114,10 +114,12 @@ class Search:
     def tell(self, study: Any, number: int, job: Job, state: str) -> None:
         """Tells the study what came of a trial; a metric that is not finite is a failure."""
         if state == "finished":
-            metrics = Run(job.run).manifest()["metrics"]
+            metrics = Run(job.run).manifest("metrics")["metrics"]
             if self.metric not in metrics:
                 raise UserError(f"there is no search.metric={self.metric}; there are {', '.join(metrics)}")
-            if math.isfinite(value := metrics[self.metric]):
+            value = metrics[self.metric]
+            value = math.nan if value is None else value  # JSON has no other word for it
+            if math.isfinite(value):
                 study.tell(number, value)
                 return
             job.note("failed", f"{self.metric} is {value}")

@@ -11,7 +11,6 @@ The same command again skips what is finished, resumes what was stopped or kille
 
 import csv
 import io
-import json
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,9 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dalle import records
 from dalle.cli import REASON, STOPPED
+from dalle.errors import UserError
 from dalle.files import write_json, write_text
 from dalle.processes import beside, call, is_main_process, only_one
+from dalle.reading import read_json
 from dalle.runs import Run
 
 COLUMNS = ("job", "state", "reason", "seconds", "overrides")
@@ -67,9 +69,10 @@ class Job:
 
 
 def read(notes: Path) -> dict[str, Any]:
+    """What is noted of a job; nothing where nothing is, or notes are damaged: then it is done again."""
     try:
-        return json.loads(notes.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return dict(read_json(notes, records.Job, "delete it"))
+    except UserError:
         return {}
 
 
@@ -153,7 +156,7 @@ def table(folder: Path) -> list[dict[str, Any]]:
         run = Run(notes.parent.parent / notes.name.removesuffix(".json"))
         if record := read(notes):
             job = {"job": str(run.path.relative_to(folder)), "overrides": " ".join(record.pop("overrides"))}
-            rows.append({**job, **record, **(run.manifest()["metrics"] if run.finished else {})})
+            rows.append({**job, **record, **(run.manifest("metrics")["metrics"] if run.finished else {})})
     return rows
 
 
@@ -172,8 +175,8 @@ def show(rows: Sequence[dict[str, Any]], metric: str) -> None:
     lines = [("job", "state", metric, "reason")]
     for row, own in zip(rows, settings, strict=True):
         differs = [o for o in own if not all(o in others for others in settings)]
-        value = row.get(metric, "")
-        value = f"{value:.4g}" if isinstance(value, float) else str(value)
+        value = row.get(metric)
+        value = "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
         lines.append((" ".join(differs) or row["job"], row["state"], value, row["reason"]))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:

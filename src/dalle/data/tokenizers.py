@@ -24,6 +24,8 @@ from torch import Tensor
 from dalle.errors import UserError
 from dalle.files import write_json
 from dalle.ranges import Length, Vocabulary
+from dalle.reading import read_json
+from dalle.records import TokenizerFile
 
 # Captions are short, one thread is as fast; and threads started before a DataLoader forks make workers warn.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -210,5 +212,12 @@ def save_tokenizer(tokenizer: TextTokenizer, path: Path) -> None:
 
 
 def load_tokenizer(path: Path) -> CaptionTokenizer | ClipBPE:
-    """Reads what `save_tokenizer` wrote."""
-    return tokenizer_from_dict(json.loads(path.read_text(encoding="utf-8")))
+    """Reads what `save_tokenizer` wrote. Raises UserError when it is damaged."""
+    advice = "restore it or train the stage again"
+    state = read_json(path, TokenizerFile, advice)
+    try:
+        return tokenizer_from_dict(dict(state))
+    except UserError:
+        raise
+    except Exception as error:  # the package raises bare ones, of whatever it cannot read
+        raise UserError(f"{path} is damaged ({' '.join(str(error).split())[:200]}); {advice}") from None

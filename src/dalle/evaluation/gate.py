@@ -5,19 +5,19 @@ records anew. What the figures were made of is in the file beside them.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from dalle import records
 from dalle.cli import run
 from dalle.errors import UserError
 from dalle.evaluation.report import number
-from dalle.evaluation.results import Result, flat
+from dalle.evaluation.results import Result, figure_of, flat
 from dalle.files import write_json
-from dalle.metrics.bootstrap import Figure
+from dalle.reading import read_json
 from dalle.runs import Run
 
 CLIP = {"features.weights", "scorer.clip"}  # of the demo itself: another one makes other figures
@@ -72,7 +72,7 @@ def compare(result: Result, recorded: dict[str, Any]) -> list[str]:
         raise UserError(f"the recorded figures are of another protocol ({changes}); make gate RECORD=1")
     left = []
     for name, ends in recorded["figures"].items():
-        figure = Figure(**ends)
+        figure = figure_of(ends)
         found = result.figures.get(name)
         if different and not name.startswith("judge/"):
             continue  # seen through another CLIP
@@ -99,7 +99,7 @@ def main() -> None:
         return
     if not args.file.is_file():
         raise UserError(f"there are no recorded figures at {args.file}; make gate RECORD=1 writes them")
-    recorded = json.loads(args.file.read_text(encoding="utf-8"))
+    recorded: Any = read_json(args.file, records.Gate, "make gate RECORD=1 writes it anew")
     result = measure(args.runs, args.script, recorded["settings"])
     left = compare(result, recorded)
     retrained = result.subject["weights"] != recorded["weights"]

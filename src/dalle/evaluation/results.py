@@ -14,7 +14,7 @@ import math
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ from typing import Any
 import torch
 
 import dalle
+from dalle import records
 from dalle.errors import UserError
 from dalle.files import to_json
 from dalle.metrics.bootstrap import Figure
+from dalle.reading import read_json, shaped
 from dalle.sampling import next_folder
 
 SCHEMA = 1
@@ -74,20 +76,19 @@ class Result:
     def read(cls, folder: str | Path) -> "Result":
         """Raises UserError where there is none, or one of another layout."""
         path = Path(folder, FILE)
-        try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
-            if facts.pop("schema") != SCHEMA:
-                raise UserError(f"{path} was written by another version; evaluate again")
-            figures = {name: Figure(**numbers(figure)) for name, figure in facts.pop("figures").items()}
-            del facts["id"], facts["protocol_id"]
-            return cls(**facts, figures=figures, path=Path(folder))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} cannot be read ({error}); evaluate again with overwrite=true") from None
+        advice = "evaluate again with overwrite=true"
+        content = read_json(path, dict, advice)
+        if content.get("schema", SCHEMA) != SCHEMA:
+            raise UserError(f"{path} was written by another version; evaluate again")
+        facts = shaped(content, records.Result, path, advice)
+        known: Any = {f.name: facts[f.name] for f in fields(cls) if f.name in facts}
+        known["figures"] = {name: figure_of(ends) for name, ends in facts["figures"].items()}
+        return cls(**known, path=Path(folder))
 
 
-def numbers(figure: Mapping[str, float | None]) -> dict[str, float]:
-    """What JSON has no number for is null there."""
-    return {key: math.nan if value is None else value for key, value in figure.items()}
+def figure_of(ends: Mapping[str, Any]) -> Figure:
+    """A figure as a file has it: what JSON has no number for is null there."""
+    return Figure(**{key: math.nan if value is None else value for key, value in ends.items()})
 
 
 def identity(facts: Any) -> str:
@@ -99,9 +100,9 @@ def find(home: Path, result: Result) -> Path | None:
     """The folder of an earlier evaluation of the same by the same protocol."""
     for path in sorted(home.glob(f"*/{FILE}")):
         try:
-            if json.loads(path.read_text(encoding="utf-8")).get("id") == result.id:
+            if read_json(path, records.Result, "evaluate again")["id"] == result.id:
                 return path.parent
-        except (OSError, ValueError, AttributeError):
+        except UserError:
             continue  # damaged: whoever reads it is told so
     return None
 

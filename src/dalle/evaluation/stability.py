@@ -8,7 +8,6 @@ training/grad_spread   95th percentile of the gradient norm over its median, whe
 training/seconds       of all stages together
 """
 
-import csv
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -56,16 +55,7 @@ def of_run(run: Run) -> dict[str, float]:
 
 def read_columns(run: Run) -> dict[str, list[float]]:
     """The numbers of each column, without gaps."""
-    path = run.path / "metrics.csv"
-    if not path.is_file():
-        return {}
-    columns: dict[str, list[float]] = {}
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            for name, text in row.items():
-                if text:
-                    columns.setdefault(name, []).append(float(text))
-    return columns
+    return {name: list(column.values()) for name, column in run.metrics().items()}
 
 
 def spikes(values: Sequence[float]) -> int:

@@ -106,7 +106,7 @@ class Pipeline(Subject):
         self.clip = getattr(loaded.pipeline, "clip", None)
         self.home = Path(config["paths"]["logs"], config["name"])
         main = Run(Path(loaded.paths[MAIN.get(kind, str(kind))]))
-        self.image_size, self.data = loaded.pipeline.image_size, main.config()["datamodule"]["source"]
+        self.image_size, self.data = loaded.pipeline.image_size, main.source()
         if isinstance(loaded.pipeline, Unconditional):
             self.notes = (f"{kind} reads no captions: what is said of them is how often chance has it right",)
         self.facts = {
@@ -137,7 +137,7 @@ class Tokenizer(Subject):
     def __init__(self, path: str) -> None:
         self.module: FrozenTokenizer = load_image_tokenizer(path)
         run = Run(Path(path))
-        self.home, self.data = run.path.parent, run.config()["datamodule"]["source"]
+        self.home, self.data = run.path.parent, run.source()
         self.image_size = self.module.image_size
         self.parameters = {run.manifest()["stage"]: sum(p.numel() for p in self.module.parameters())}
         stage = run.manifest()["stage"]
@@ -171,8 +171,8 @@ class Clip(Subject):
     def __init__(self, path: str) -> None:
         self.clip = self.module = load_clip(path)
         run = Run(Path(path))
-        self.home, self.data = run.path.parent, run.config()["datamodule"]["source"]
-        self.image_size = run.manifest()["image_size"]
+        self.home, self.data = run.path.parent, run.source()
+        self.image_size = run.manifest("image_size")["image_size"]
         self.parameters = {"clip": sum(p.numel() for p in self.module.parameters())}
         self.facts = {"kind": "clip", "weights": {"clip": self.clip.weights_hash}, "paths": {"clip": path}}
 
@@ -272,7 +272,7 @@ def subject_of(config: dict[str, Any]) -> Subject:
         raise UserError("image_size is for a folder; trained networks have a size of their own")
     if not run:
         return Pipeline(config)
-    stage = Run(Path(run)).manifest()["stage"]
+    stage = Run(Path(run)).manifest("stage")["stage"]
     if stage == "clip":
         return Clip(run)
     if stage in IMAGE_TOKENIZERS:

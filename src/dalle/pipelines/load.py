@@ -127,7 +127,7 @@ def _upstream(run: Path, key: str) -> Path:
 def _node_of(run: Path, key: str, *needs: str) -> dict[str, Any]:
     """What a run's config says of a frozen network, with those of its facts that are needed."""
     node = Run(run).config().get(key)
-    if not isinstance(node, dict) or not all(isinstance(node.get(need), str) for need in needs):
+    if not node or not all(isinstance(node.get(need), str) for need in needs):
         raise UserError(
             f"{run / 'config.yaml'}: {key} does not say where the {key} is ({', '.join(needs)}); "
             f"restore it, or give {key} yourself"

@@ -5,16 +5,19 @@ Bit for bit on the same machine; elsewhere up to the rounding of that machine's 
 
 import platform
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import torch
 import yaml
 
 import dalle
+from dalle import records
 from dalle.errors import UserError
 from dalle.files import write_text
+from dalle.ranges import shown
+from dalle.reading import read_yaml, shaped
 
 SCHEMA = 2
 
@@ -79,25 +82,20 @@ class Recipe:
             UserError: no such file, no YAML, a missing or unknown key, a value of another type, another
                 schema.
         """
-        path = Path(path)
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"the recipe {path} cannot be read ({reason}); give the YAML file of a sampling"
-            ) from None
-        if not isinstance(content, dict) or "schema" not in content:
-            raise UserError(f"{path} is no recipe (it has no `schema`); give the YAML file of a sampling")
+        advice = "give the YAML file of a sampling"
+        content = read_yaml(path, dict, advice)
+        if "schema" not in content:
+            raise UserError(f"{path} is no recipe (it has no `schema`); {advice}")
         if content["schema"] == 1:  # of unclip alone, whose options were keys of the recipe
             content["options"] = {name: content.pop(name, {}) for name in ("prior", "decoder")}
             content["schema"] = SCHEMA
         if content["schema"] != SCHEMA:
             raise UserError(
-                f"{path} is a recipe of schema {content['schema']}, this version reads {SCHEMA}; sample anew"
+                f"{path} is a recipe of schema {shown(content['schema'])}, this version reads {SCHEMA}; "
+                "sample anew"
             )
-        _check_keys(path, content)
-        return cls(**content)
+        facts: Any = shaped(content, records.Recipe, path, advice)
+        return cls(**facts)
 
     def check_stages(self, found: Mapping[str, str]) -> None:
         """Whether these stages (name -> hash of weights) are those the pictures were made with.
@@ -118,29 +116,3 @@ class Recipe:
         """What is different from the environment then, as (then, now): last bits may differ with it."""
         now = environment()
         return {k: (self.made_with.get(k), v) for k, v in now.items() if self.made_with.get(k) != v}
-
-
-def _check_keys(path: Path, content: Mapping[str, Any]) -> None:
-    known = {f.name: f for f in fields(Recipe)}
-    for name in content:
-        if name not in known:
-            raise UserError(f"{path}: `{name}` is not a key of a recipe; it has {', '.join(known)}")
-    for name, f in known.items():
-        required = f.default is MISSING and f.default_factory is MISSING
-        if required and name not in content:
-            raise UserError(f"{path}: the key `{name}` is missing")
-        if name in content and not _fits(content[name], f.type):
-            words = str(f.type) if get_origin(f.type) else getattr(f.type, "__name__", str(f.type))
-            raise UserError(f"{path}: `{name}` must be of type {words}, got {content[name]!r}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value read from YAML is of a field's type, down to the items of lists and dicts."""
-    if hint is Any:
-        return True
-    if get_origin(hint) is list:
-        return isinstance(value, list) and all(_fits(item, get_args(hint)[0]) for item in value)
-    if get_origin(hint) is dict:
-        key, item = get_args(hint)
-        return isinstance(value, dict) and all(_fits(k, key) and _fits(v, item) for k, v in value.items())
-    return type(value) is hint
