@@ -65,9 +65,20 @@ def train(config: dict, overrides: list[str]) -> None:
                 continue
             print(f"{run} holds no finished {stage}: training it first", flush=True)
             shared = [o for o in overrides if not o.lstrip("+~").startswith(OWN)]
-            upstream = [f"model={stage}", f"paths.run='{run}'", f"resume={str(run.occupied).lower()}"]
+            upstream = [
+                f"model={model_for(stage, overrides)}",
+                f"paths.run='{run}'",
+                f"resume={str(run.occupied).lower()}",
+            ]
             run_job([*shared, *upstream], lock)
     training.train(config)
+
+
+def model_for(stage: str, overrides: list[str]) -> str:
+    """The model to train for a stage that is missing: of a paper's size where it is for a paper's."""
+    asked = [o.partition("=")[2] for o in overrides if o.startswith("model=")]
+    paper = Path(__file__).with_name("conf") / "model" / f"{stage}_paper.yaml"
+    return paper.stem if asked and asked[-1].endswith(("_paper", "_1b")) and paper.exists() else stage
 
 
 def run_job(overrides: list[str], lock: int | None = None) -> None:

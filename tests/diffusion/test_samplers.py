@@ -397,7 +397,7 @@ def test_samplers_that_do_not_exist(arguments, says):
         ({"spacing": "even"}, "unknown spacing"),
         (
             {"method": "ddpm", "variance": "huge"},
-            "must be one of small, large, learned, analytic, not 'huge'",
+            "must be one of auto, small, large",
         ),
         ({"method": "ddpm", "variance": "learned"}, "learned_variance=true"),
         ({"method": "ddpm", "variance": "analytic"}, "50 numbers"),

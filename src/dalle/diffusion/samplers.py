@@ -26,7 +26,7 @@ Denoise = Callable[..., Tensor | tuple[Tensor, Tensor | None]]
 
 LONG_STEP = 4.0
 
-VARIANCES = ("small", "large", "learned", "analytic")
+VARIANCES = ("auto", "small", "large", "learned", "analytic")
 
 
 @torch.inference_mode()
@@ -34,15 +34,16 @@ def ddpm(
     denoise: Denoise,
     x: Float[Tensor, "B *S"],
     levels: Levels,
-    variance: Literal["small", "large", "learned", "analytic"] = "small",
+    variance: Literal["auto", "small", "large", "learned", "analytic"] = "auto",
     eps_square: Sequence[NonNegative] | None = None,
     randn: Randn = torch.randn_like,
     on_step: OnStep | None = None,
 ) -> Float[Tensor, "B *S"]:
     """Ancestral sampling: Ho et al. 2020, algorithm 2, on respaced levels (Nichol & Dhariwal 2021, sec. 4).
 
-    variance: `small` (the posterior's), `large` (beta), `learned`, or `analytic` (Bao et al. 2022), which
-    needs `eps_square`: the mean of the squared eps estimate on data, at each of the N noisy levels.
+    variance: `small` (the posterior's), `large` (beta), `learned`, `auto` (learned where the denoiser tells
+    it, else small), or `analytic` (Bao et al. 2022), which needs `eps_square`: the mean of the squared eps
+    estimate on data, at each of the N noisy levels.
     """
     if variance not in VARIANCES:
         raise UserError(f"unknown variance '{variance}': choose one of {', '.join(VARIANCES)}")
@@ -53,13 +54,13 @@ def ddpm(
         c0, ct, beta, small = posterior(now.alpha, now.sigma, to.alpha, to.sigma)
         x = c0 * x0 + ct * x
         if to.sigma > 0:
-            if variance == "learned":
+            if variance == "learned" or (variance == "auto" and fraction is not None):
                 std = _learned_std(fraction, beta, small)
             elif variance == "analytic" and eps_square is not None:  # Bao et al. 2022, eq. 8
                 unsure = (now.sigma / max(now.alpha, 1e-12)) ** 2 * (1 - eps_square[i])  # Var[x_0 | x_t]
                 std = math.sqrt(small + c0**2 * min(max(unsure, 0.0), 1.0))
             else:
-                std = math.sqrt(small if variance == "small" else beta)
+                std = math.sqrt(beta if variance == "large" else small)
             x = x + std * randn(x)
         if on_step is not None:
             on_step(i, len(levels), x0)

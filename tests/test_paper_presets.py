@@ -1,0 +1,103 @@
+"""The papers' sizes fit each other as ladders, on the meta device: nothing is computed."""
+
+import sys
+from typing import Any
+
+import pytest
+import torch
+from test_conf import config_of
+from tiny import ROOT
+
+from dalle.build import build
+from dalle.data.frozen import FrozenCLIP, FrozenTokenizer
+from dalle.data.tokenizers import ClipBPE
+from dalle.preflight import count
+from dalle.stages.base import Stage
+from dalle.training import fill_sizes
+
+# CLIP has the parameters of the released ViT-B/32, the dVAE those of encoder and decoder as released.
+# Table 3 of Ramesh et al. 2022: 1B for the prior, 3.5B for a decoder with a text transformer, absent here.
+PRIOR, DECODER = 1_221_524_992, 2_249_628_166
+# those of DALL-E are worked out in tests/nets/test_dalle.py
+DALLE = {"dalle_paper": 12_293_824_256, "dalle_1b": 1_310_183_424}
+
+
+def made(name: str, *overrides: str, sizes: dict[str, Any] | None = None, **upstream: Any) -> Stage:
+    """The stage of a preset on shapes, with the sizes that its DataModule says."""
+    config = config_of(f"model={name}", "data.size=100", *overrides)
+    datamodule = build(config["datamodule"], "datamodule", **upstream)
+    fill_sizes(config, {**datamodule.sizes, **(sizes or {})})
+    assert "auto" not in config["model"]["net"].values()
+    with torch.device("meta"):
+        return build(config["model"], "model")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> ClipBPE:
+    pytest.importorskip("open_clip")
+    return ClipBPE(77)
+
+
+@pytest.fixture(scope="module")
+def clip(tokenizer) -> FrozenCLIP:
+    stage = made("clip_paper", tokenizer=tokenizer)
+    assert count(stage.net) == 151_277_313
+    return FrozenCLIP(stage.net, tokenizer)
+
+
+@pytest.fixture(scope="module")
+def dvae() -> FrozenTokenizer:
+    stage = made("dvae_paper")
+    assert count(stage.net) == 53_786_240 + 43_829_766
+    return FrozenTokenizer(stage.net)
+
+
+@pytest.mark.parametrize(("name", "size"), [("prior_paper", PRIOR), ("decoder_paper", DECODER)])
+def test_prior_and_decoder_stand_on_clip(clip, name, size):
+    stage = made(name, clip=clip)
+    assert (stage.net.embed_dim, stage.net.text_width) == (clip.embed_dim, clip.text_width) == (512, 512)
+    assert count(stage.net) == size
+
+
+@pytest.mark.parametrize("name", DALLE)
+def test_dalle_stands_on_the_dvae(dvae, name):
+    """With captions enough for the paper's vocabulary it has the paper's size, with few it has fewer ids."""
+    assert count(made(name, image_tokenizer=dvae, sizes={"text_vocab": 16384}).net) == DALLE[name]
+    small = made(name, image_tokenizer=dvae)
+    assert small.net.text_vocab < 1000
+    assert (small.net.grid, small.net.image_vocab) == (32, 8192)
+    assert small.net.text_length == (256 if name == "dalle_paper" else 128)
+
+
+def test_the_decoder_samples_as_in_the_paper(clip):
+    """Table 3: 250 steps, ancestral, with the variance that it learns."""
+    stage: Any = made("decoder_paper", clip=clip)
+    assert (stage.sampler.method, stage.sampler.steps) == ("ddpm", 250)
+    assert stage.sampler.options == {"variance": "auto"}
+    assert stage.denoiser.learned_variance
+
+
+@pytest.mark.parametrize("name", ["clip_paper", "dvae_paper", "prior_paper", "decoder_paper", "dalle_paper"])
+def test_clipping_and_averages_are_the_papers(name):
+    config = config_of(f"model={name}")
+    clip = {"dalle_paper": 4.0}.get(name)
+    decay = {"dvae_paper": 0.999, "prior_paper": 0.9999, "decoder_paper": 0.9999, "dalle_paper": 0.9996}
+    assert config["trainer"]["gradient_clip_val"] == clip
+    assert (config["callbacks"]["ema"] or {}).get("decay") == decay.get(name)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp", "heun"])
+@pytest.mark.parametrize("name", ["prior_paper", "decoder_paper"])
+def test_any_sampler_goes_with_them(name, sampler):
+    assert build(config_of(f"model={name}", f"sampler={sampler}")["sampler"], "sampler").method == sampler
+
+
+def test_what_is_missing_is_trained_at_the_papers_size(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    sys.modules.pop("train", None)
+    import train
+
+    assert train.model_for("clip", ["model=prior_paper", "name=x"]) == "clip_paper"
+    assert train.model_for("dvae", ["model=dalle_1b"]) == "dvae_paper"
+    assert train.model_for("vqgan", ["model=dalle_paper"]) == "vqgan"  # there is none of a paper's size
+    assert train.model_for("clip", ["model=prior"]) == train.model_for("clip", []) == "clip"
