@@ -182,8 +182,8 @@ def test_trainers(group, tmp_path):
     for name in files_of(group):
         extra = [] if group == "trainer" else ["trainer=cpu"]
         config = config_of(f"{group}={name}", f"paths.logs='{tmp_path}'", *extra)
-        if name in ("gpu", "fsdp") and not torch.cuda.is_available():
-            with pytest.raises(UserError, match="PyTorch sees none"):
+        if name == "fsdp" or (name == "gpu" and not torch.cuda.is_available()):
+            with pytest.raises(UserError, match=r"PyTorch sees none|does not train rightly yet"):
                 check_machine(config)
             continue
         check_machine(config)
@@ -192,6 +192,17 @@ def test_trainers(group, tmp_path):
         assert "LastCheckpoint" in made
         assert ("Ema" in made) == (name != "none")
         assert trainer.max_steps == config["trainer"]["max_steps"]
+
+
+@pytest.mark.parametrize("model", ["prior", "decoder_paper", "dvae"])
+def test_fsdp_has_no_average_under_any_model_and_is_refused_on_gpus(monkeypatch, tmp_path, model):
+    config = config_of("trainer=fsdp", f"model={model}", f"paths.logs='{tmp_path}'")
+    assert "_target_" not in (config["callbacks"]["ema"] or {})
+    assert "_target_" in config["callbacks"]["checkpoint"]
+    check_all(config)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(UserError, match=r"trainer=fsdp does not train rightly yet.*use trainer=ddp"):
+        check_machine(config)
 
 
 def test_sources_of_ones_own_pictures(tmp_path):

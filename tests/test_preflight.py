@@ -3,6 +3,7 @@
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning
@@ -143,3 +144,64 @@ def test_a_step_too_large_for_the_device(command, monkeypatch, tmp_path):
     monkeypatch.setattr(lightning.Trainer, "fit", full)
     line = command("train.py", *overrides("clip", Path("logs")), "preflight=true").error
     assert "a step does not fit into the memory of cpu; give a smaller batch_size" in line
+
+
+class Clock:
+    """Stands for the time of a run whose batches take so many seconds."""
+
+    def __init__(self, monkeypatch, seconds: list[float]):
+        self.now, self.seconds = 0.0, iter(seconds)
+        monkeypatch.setattr(preflight.time, "perf_counter", self)
+
+    def __call__(self) -> float:
+        self.now += next(self.seconds, 1.0)
+        return self.now
+
+
+def watch_batches(watched: preflight.Watch, device: str) -> int:
+    """Batches on a stage that says it is on this device, until the watch has seen enough; how many."""
+    stage: Any = SimpleNamespace(
+        device=torch.device(device), parameters=lambda: iter(()), net=SimpleNamespace(compile=lambda: None)
+    )
+    trainer: Any = SimpleNamespace(should_stop=False, accumulate_grad_batches=1)
+    for k in range(50):
+        if trainer.should_stop:
+            return k
+        watched.on_train_batch_start(trainer, stage, {}, k)
+        watched.on_train_batch_end(trainer, stage)
+    raise AssertionError("never enough")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "timed"),
+    [
+        ([1.0] * 20, preflight.TIMED),
+        ([1.0, 1.0, 300.0, 90.0] + [1.0] * 20, preflight.TIMED),  # compiled in the first two batches
+        ([100.0] * 20, 1),
+    ],
+)
+def test_compiling_takes_no_batch_away(monkeypatch, seconds, timed):
+    Clock(monkeypatch, seconds)
+    watched = preflight.Watch(compiled=True)
+    batches = watch_batches(watched, "cpu")
+    assert batches - preflight.WATCHED - preflight.WARM - 1 == timed
+    assert watched.seconds == seconds[-1]
+
+
+def test_on_a_gpu_it_says_so_and_what_was_in_use_there(monkeypatch, tmp_path, capsys):
+    """The stage is back on the CPU when the report is written."""
+    resets: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", resets.append)
+    watched = preflight.Watch(compiled=True)
+    watch_batches(watched, "cuda:0")
+    assert watched.device == torch.device("cuda:0")
+    assert resets == [watched.device]  # once, after the batch that was not compiled
+    stage, data = Toy(4, 8, 2), ToyData(8, 4)
+    stage.trainer = SimpleNamespace(optimizers=[])  # pyright: ignore
+    config = configure("clip", tmp_path, "callbacks=none", "trainer.max_steps=50")
+    assert preflight.memory(config, stage, data, watched).endswith("; seen at most 3 GiB")
+    monkeypatch.setattr(preflight, "watch", lambda *_: watched)
+    preflight.report(config, stage, data, done=0)
+    assert "GFLOP/s (cuda:0, 32-true)" in capsys.readouterr().out

@@ -122,6 +122,7 @@ class Watch(lightning.Callback):
     def __init__(self, compiled: bool) -> None:
         self.compiled = compiled
         self.ends: list[float] = []
+        self.device = torch.device("cpu")  # the one trained on: afterwards the stage is moved back
         self.flops = self.activations = self.batches = self.peak = 0
 
     def on_train_batch_start(self, trainer: Any, pl_module: Stage, batch: Any, batch_idx: int) -> None:
@@ -140,13 +141,17 @@ class Watch(lightning.Callback):
             if self.compiled:
                 pl_module.net.compile()
         self.batches += 1
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize()
-            self.peak = torch.cuda.max_memory_allocated()
+        self.device = pl_module.device
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            self.peak = torch.cuda.max_memory_allocated(self.device)
+            if self.compiled and self.batches == WATCHED + 1:  # what follows keeps less
+                torch.cuda.reset_peak_memory_stats(self.device)
         self.ends.append(time.perf_counter())
         timed = self.batches - WATCHED - 1 - WARM
+        # The time that compiling takes, in the warm batches, is not counted.
         if timed >= max(TIMED, trainer.accumulate_grad_batches) or (
-            timed >= 1 and self.ends[-1] - self.ends[0] > SECONDS
+            timed >= 1 and self.ends[-1] - self.ends[WATCHED + WARM] > SECONDS
         ):
             trainer.should_stop = True
 
@@ -155,6 +160,12 @@ class Watch(lightning.Callback):
         """Of a batch, loading included: the median."""
         ends = self.ends[WATCHED + WARM :]
         return statistics.median(b - a for a, b in pairwise(ends))
+
+
+def average_of(config: dict[str, Any]) -> dict[str, Any] | None:
+    """The moving average's settings; None where a preset has switched it off and another tuned it."""
+    ema = config["callbacks"].get("ema")
+    return ema if ema and "_target_" in ema else None
 
 
 def size(tensor: Tensor) -> int:
@@ -167,7 +178,7 @@ def watch(config: dict[str, Any], stage: Stage, datamodule: Any) -> Watch:
     Raises:
         UserError: a step does not fit into the device's memory.
     """
-    watched, ema = Watch(config["compile"]), config["callbacks"].get("ema")
+    watched, ema = Watch(config["compile"]), average_of(config)
     callbacks = [watched, *([build(ema, "callbacks.ema")] if ema else [])]
     trainer = build(
         {"_target_": "lightning.Trainer", **config["trainer"], **SHORT},
@@ -210,7 +221,7 @@ def report(config: dict[str, Any], stage: Stage, datamodule: Any, done: int) -> 
         "upstream": ", ".join(upstream(datamodule)) or "none",
         "sizes": ", ".join(f"{name} {value}" for name, value in datamodule.sizes.items()),
         "step": f"{flops / 1e9:,.4g} GFLOP and {step:.3g} s a device, {flops / step / 1e9:,.3g} GFLOP/s "
-        f"({stage.device}, {config['trainer']['precision']}{compiled})",
+        f"({watched.device}, {config['trainer']['precision']}{compiled})",
         "to the end": f"{left:,} steps on {world} device{'s' * (world > 1)}: {in_time(left * step)} "
         "without validation and tests",
         "memory": memory(config, stage, datamodule, watched),
@@ -230,11 +241,11 @@ def memory(config: dict[str, Any], stage: Stage, datamodule: Any, watched: Watch
         "weights": held(stage),
         "gradients": sum(size(p) for p in stage.parameters() if p.requires_grad),
         "optimizer": sum(size(v) for state in states for v in state.values() if isinstance(v, Tensor)),
-        "moving average": held(stage.net) if config["callbacks"].get("ema") else 0,
+        "moving average": held(stage.net) if average_of(config) else 0,
         "activations": watched.activations,
         "frozen networks": sum(map(held, frozen)),
     }
-    if stage.device.type == "cuda":
+    if watched.device.type == "cuda":
         seen = f"seen at most {in_bytes(watched.peak)}"
     else:
         import resource  # not on every system

@@ -171,6 +171,11 @@ def check_machine(config: Config) -> None:
             "trainer=fsdp shards over GPUs and PyTorch sees none; "
             "use trainer=ddp_cpu to try two processes here"
         )
+    if trainer.get("strategy") == "fsdp":
+        raise UserError(
+            "trainer=fsdp does not train rightly yet: sharded weights are not decayed, and one shard would "
+            "be saved for the whole; use trainer=ddp, with model.net.checkpoint=true where memory is short"
+        )
     if trainer.get("precision") == "auto":
         trainer["precision"] = "bf16-mixed" if fast_in_bf16() else "32-true"
 
