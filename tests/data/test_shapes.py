@@ -22,9 +22,10 @@ from dalle.data.scenes import (
     draw,
     parse,
     say,
+    swaps,
     tell,
 )
-from dalle.data.shapes import HELD_OUT, Shapes, _uniforms, prompts
+from dalle.data.shapes import HELD_OUT, UNSEEN, Shapes, _uniforms, names_unseen, prompts
 from dalle.errors import UserError
 
 SPLITS = ("train", "val", "test")
@@ -124,23 +125,46 @@ def test_fingerprint_tells_what_items_depend_on():
 # Scenes --------------------
 
 
-def test_held_out_pairs_occur_in_test_only():
+def test_held_out_pairs_never_occur_in_train_and_are_others_in_val_and_test():
     assert len(HELD_OUT) == 8
     assert len({colour for colour, _ in HELD_OUT}) == 8  # one for each colour
     for shape in range(len(SHAPES)):
         assert 1 <= sum(s == shape for _, s in HELD_OUT) <= 2
-    for split in ("train", "val"):
+    assert set(UNSEEN["val"]) | set(UNSEEN["test"]) == HELD_OUT
+    for split in SPLITS:
         source = Shapes(split, size=20_000)
-        seen = pairs(source.scenes(range(20_000)))
-        assert not seen & HELD_OUT
-        assert len(seen) == 40
-        assert not source.unseen(range(2000)).any()
+        found = pairs(source.scenes(range(20_000)))
+        assert found & HELD_OUT == set(UNSEEN[split])
+        assert len(found - HELD_OUT) == 40
+        assert source.unseen(range(2000)).any() == (split != "train")
+    for split in ("val", "test"):
+        assert len(UNSEEN[split]) == len({shape for _, shape in UNSEEN[split]}) == 4
+        scenes = Shapes(split, size=4000).scenes(range(4000))
+        held = [bool(pairs(scenes[i : i + 1]) & HELD_OUT) for i in range(4000)]
+        assert 0.47 < sum(held) / 4000 < 0.53
+
+
+def test_unseen_captions_name_the_pair():
+    """One in seven captions of a scene with a held-out pair does not: it can be right without it."""
     source = Shapes("test")
-    unseen = source.unseen(range(4000))
-    assert 0.47 < unseen.float().mean() < 0.53
-    scenes = source.scenes(range(4000))
-    assert pairs(scenes[unseen]) >= HELD_OUT
-    assert not pairs(scenes[~unseen]) & HELD_OUT
+    captions, scenes = source.captions_of(range(2000)), source.scenes(range(2000))
+    unseen = source.unseen(range(2000))
+    held = torch.tensor([bool(pairs(scenes[i : i + 1]) & HELD_OUT) for i in range(2000)])
+    assert not (unseen & ~held).any()
+    assert 0.10 < (held & ~unseen).sum() / held.sum() < 0.18
+    names = {caption: bool(HELD_OUT & {thing[:2] for thing in parse(caption).things}) for caption in captions}
+    assert unseen.tolist() == [names[caption] for caption in captions]
+    assert names_unseen(["a pink triangle", "a pink shape", "a triangle", "a red circle"]).tolist() == [
+        True, False, False, False,
+    ]  # fmt: skip
+
+
+def test_training_items_are_those_of_ever():
+    """Runs and caches of the training split stay valid: its items and their fingerprint may not move."""
+    source = Shapes("train")
+    assert source.fingerprint() == "57a06238e0b23bc3"
+    text = "\n".join(source.captions_of(range(1000)))
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "6c0eebf3f2509f4d"
 
 
 def test_everything_occurs_about_equally_often():
@@ -319,6 +343,35 @@ def test_parse_by_example():
     assert parse("a cyan triangle above an object") == Claim((Thing(7, 2), Thing()), relation=2)
 
 
+def test_swaps_by_example():
+    found = swaps("a small red circle on a white background")
+    assert found["size"] == ["a large red circle on a white background"]
+    assert len(found["colour"]) == 7
+    assert "a small orange circle on a white background" in found["colour"]
+    assert len(found["shape"]) == 5
+    assert found["background"] == [f"a small red circle on a {c} background" for c in ("black", "gray")]
+    assert set(found) == {"size", "colour", "shape", "background"}
+    assert "an orange square" in swaps("a red square")["colour"]
+    assert "a red square" in swaps("an orange square")["colour"]
+    assert swaps("a shape") == {}
+    two = swaps("a red disc left of a blue square")
+    assert len(two["colour"]) == 14
+    assert two["relation"] == [f"a red disc {r} a blue square" for r in ("to the right of", "above", "below")]
+    assert swaps("a ring at the top")["position"][0] == "a ring at the bottom"
+    assert "a ring on the left" not in swaps("a ring at the top")["position"]  # may both be true
+
+
+def test_swaps_are_false_and_change_one_thing():
+    source = Shapes("test", size=300)
+    captions, shown = source.captions_of(range(300)), tell(source.scenes(range(300)))
+    for caption, scene in zip(captions, shown, strict=True):
+        for attribute, others in swaps(caption).items():
+            assert len(set(others)) == len(others)
+            for other in others:
+                assert not holds(parse(other), scene), (attribute, caption, other)
+                assert parse(other) != parse(caption)
+
+
 @pytest.mark.parametrize(
     "caption",
     [
@@ -352,6 +405,10 @@ def test_prompts_are_of_their_kind(kind, seen):
         assert bool(pairs(scenes[i : i + 1]) & HELD_OUT) != seen
     assert prompts(kind, seen, 10)[0] == captions[:10]
     assert prompts(kind, seen, 10, seed=1)[0] != captions[:10]
+    others, held = prompts(kind, seen, 150, split="val")
+    assert others != captions
+    assert pairs(held) & HELD_OUT == (set() if seen else set(UNSEEN["val"]))
+    assert pairs(scenes) & HELD_OUT == (set() if seen else set(UNSEEN["test"]))
 
 
 def test_source_contract():
@@ -381,3 +438,5 @@ def test_wrong_arguments(kwargs, word):
 def test_prompts_of_unknown_kind():
     with pytest.raises(UserError, match="three"):
         prompts("three", True, 1)
+    with pytest.raises(UserError, match="train"):
+        prompts("one", True, 1, split="train")

@@ -6,9 +6,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from dalle.data.frozen import FrozenCLIP
+from dalle.data.scenes import draw, parse
+from dalle.data.shapes import prompts
 from dalle.errors import UserError
-from dalle.evaluation.meters import Distances, Verdicts, ZeroShot, recalls
+from dalle.evaluation.meters import Distances, Scores, Verdicts, ZeroShot, recalls
+from dalle.metrics.bootstrap import of_share
 from dalle.metrics.features import FeatureNet
+from dalle.pictures import to_uint8
 
 
 class Head(nn.Module):
@@ -103,12 +107,75 @@ def test_zero_shot_classes_of_a_clip_that_sees_colours():
     assert meter.notes == ["zero_shot: 4 pictures of 3 classes"]
 
 
-def test_verdicts_of_groups():
-    meter = Verdicts(["judge"], lambda items: ["seen" if item < 2 else "unseen" for item in items])
+def words(image_size: int = 64):
+    """Real pictures of single objects as 8 bits, and captions that name a colour and a shape."""
+    captions, scenes = prompts("one", True, 60)
+    return to_uint8(draw(scenes, image_size)), captions
+
+
+class Knowing(FrozenCLIP):
+    """A CLIP that reads both: a picture is embedded as the word counts of its own caption."""
+
+    weights_hash = "knowing"
+
+    def __init__(self, captions, blind=()):
+        nn.Module.__init__(self)
+        self.captions, self.blind = captions, blind
+        claims = [parse(caption).things[0] for caption in captions]
+        self.vectors = torch.stack([self.vector(*claim[:2]) for claim in claims])
+
+    def vector(self, colour, shape):
+        parts = [torch.eye(9)[8 if colour is None else colour], torch.eye(7)[6 if shape is None else shape]]
+        return torch.cat([0 * part if k in self.blind else part for k, part in enumerate(parts)]) + 0.1
+
+    def embed_captions(self, captions):
+        return {"text_embed": torch.stack([self.vector(*parse(c).things[0][:2]) for c in captions])}
+
+    def embed_image(self, image):
+        return self.vectors[: len(image)]
+
+
+def test_hard_negatives_see_the_word_that_a_clip_score_hardly_does():
+    image, captions = words()
+    sees, blind = Knowing(captions), Knowing(captions, blind=(1,))
+    shares = {}
+    for name, clip in {"sees": sees, "blind": blind}.items():
+        meter = Scores(["clip_score", "hard_negatives"], clip)
+        rows = meter.rows(image, captions, list(range(60)))
+        found = meter.figures(rows, rows, captions)
+        shares[name] = {key.split("/")[1]: f.value for key, f in found.items() if "negatives/" in key}
+        assert found["hard_negatives_real/colour"] == found["hard_negatives/colour"]
+    assert shares["sees"]["colour"] == shares["sees"]["shape"] == 1
+    assert shares["blind"]["colour"] == 1
+    assert shares["blind"]["shape"] == 0  # a tie is no success
+    assert shares["blind"]["all"] == 0
+    meter = Scores(["clip_score", "hard_negatives"], sees)
+    rows = meter.rows(image, captions, list(range(60)))
+    things = [parse(caption).things[0] for caption in captions]
+    other = [sees.vector(thing.colour, (thing.shape + 1) % 6) for thing in things]
+    wrong = {**rows, "image_embed": F.normalize(torch.stack(other), dim=1)}
+    found = meter.figures(wrong, rows, captions)
+    assert found["clip_score"].value > 0.4 * found["clip_score_real"].value
+    assert found["hard_negatives/shape"].value == 0
+    assert found["hard_negatives/colour"].value == 1
+
+
+def test_verdicts_of_groups_chance_and_what_training_read():
+    captions = ["a red circle", "a pink triangle", "a small pink shape", "a blue square"]
+    meter = Verdicts(["judge"], lambda: {"a red circle", "a pink triangle"})
     nan = torch.nan
-    rows = {"all": torch.tensor([1.0, 0.0, 0.0]), "size": torch.tensor([nan, 1.0, nan])}
-    found = {name: figure.value for name, figure in meter.figures(rows, {}, ["x"] * 3).items()}
-    assert found == {
-        "judge/all": pytest.approx(1 / 3), "judge/size": 1.0,
-        "judge/seen/all": 0.5, "judge/seen/size": 1.0, "judge/unseen/all": 0.0,
+    rows = {
+        "all": torch.tensor([1.0, 0.0, 0.0, 0.0]), "size": torch.tensor([nan, nan, 1.0, nan]),
+        "residual": torch.tensor([0.1, 0.2, 0.3, 0.4]),
     }  # fmt: skip
+    found = meter.figures(rows, {}, captions)
+    values = {name: figure.value for name, figure in found.items()}
+    chances = {name: values.pop(name) for name in list(values) if name.startswith("chance/")}
+    assert values == pytest.approx({
+        "judge/all": 1 / 4, "judge/size": 1.0, "judge/seen/all": 1 / 3, "judge/seen/size": 1.0,
+        "judge/unseen/all": 0.0, "judge/seen_new/all": 0.0, "judge/seen_new/size": 1.0,
+        "seen_captions_read_in_training": 1 / 3, "judge_residual": 0.25,
+    })  # fmt: skip
+    assert {"chance/all", "chance/seen/all", "chance/unseen/all", "chance/shape"} <= set(chances)
+    assert found["judge/all"] == of_share(torch.tensor([1, 0, 0, 0]))
+    assert "judge/seen_new/all" not in Verdicts(["judge"]).figures(rows, {}, captions)

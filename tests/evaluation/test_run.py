@@ -29,7 +29,17 @@ from dalle.runs import load_clip
 
 FAST = ("steps=2", "pipeline.prior_sampler.steps=2")
 COMMON = ("precision=fp32", "trainer=cpu", "n=12", "batch_size=8")
-ALL = {"fid", "kid", "precision_recall", "clip_score", "retrieval", "judge", "speed", "flops"}
+ALL = {
+    "fid",
+    "kid",
+    "precision_recall",
+    "clip_score",
+    "retrieval",
+    "hard_negatives",
+    "judge",
+    "speed",
+    "flops",
+}
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Folders of pictures: what is read, what is refused; captions from recipes; classes of sources."""
 
 import pytest
-import torch
 from conftest import files_below
 from PIL import Image
 
@@ -9,7 +8,7 @@ from dalle.data import folder
 from dalle.data.imagefolder import ImageFolder
 from dalle.data.shapes import Shapes
 from dalle.errors import UserError
-from dalle.evaluation.subjects import Folder, classes_of, groups_of
+from dalle.evaluation.subjects import Folder, classes_of
 from dalle.pictures import to_uint8
 from dalle.pipelines.recipe import Recipe
 
@@ -126,10 +125,3 @@ def test_classes_of_class_folders_and_of_nothing(tmp_path):
     assert sorted(labels.tolist()) == [0, 0, 0, 1, 1, 1]
     (tmp_path / "cat" / "1.txt").write_text("x\n")
     assert classes_of(folder.Folder("train", tmp_path, 8), range(1)) is None
-
-
-def test_groups_are_what_training_has_and_has_not_seen():
-    source = Shapes("test", image_size=16, size=32)
-    groups = groups_of(source, list(range(32)))
-    assert torch.equal(torch.tensor([name == "unseen" for name in groups]), source.unseen(range(32)))
-    assert set(groups) == {"seen", "unseen"}

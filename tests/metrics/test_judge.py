@@ -343,3 +343,31 @@ def test_shape_names_cover_the_tables():
         assert float(module._AREA[kind]) == pytest.approx(float(area), rel=2e-3)
         drop = ((covered.sum(1) * pixels).sum() / covered.sum() - 0.5) / 0.3
         assert float(module._DROP[kind]) == pytest.approx(float(drop), abs=2e-3)
+
+
+# How clean the drawing is --------------------
+
+
+@pytest.mark.parametrize("size", [16, 32, 64, 200])
+def test_the_residual_sees_what_the_judge_lets_pass(size):
+    """Colours a quarter grayer and, above 32 px, a checkerboard of half the range are right by captions."""
+    source = Shapes("test", size)
+    images, captions = source.images(range(60)), source.captions_of(range(60))
+    ground = images[:, :, :1, :1]
+    pixels = torch.arange(size)
+    board = 0.5 * (1 - 2 * ((pixels[:, None] + pixels) % 2))
+    grayer = torch.where((images - ground).abs().sum(1, keepdim=True) > 0.05, 0.75 * images, images)
+    clean = judge.residual(images)
+    assert clean.median() < 0.01  # at 16 px one in fifty is misread
+    assert judge.residual(0.75 * images).mean() > 0.15
+    assert judge.residual(grayer).mean() > 0.05
+    assert judge.residual((images + board).clamp(-1, 1)).mean() > 0.3
+    assert judge.residual(images + 0.1 * torch.randn_like(images)).mean() == pytest.approx(0.1, abs=0.02)
+    if size > 32:
+        assert judge((images + board).clamp(-1, 1), captions)["all"].mean() > 0.9
+
+
+def test_the_residual_of_a_picture_that_shows_nothing():
+    gray = torch.zeros(2, 3, 32, 32)
+    assert judge.residual(gray).tolist() == [0.0, 0.0]  # a clean drawing, of nothing
+    assert judge.residual(torch.rand(4, 3, 32, 32) * 2 - 1).min() > 0.3

@@ -185,6 +185,7 @@ RELATION_WORDS = (
     ("above", "over"),
     ("below", "under"),
 )
+BACKGROUND_WORDS = (("black",), ("gray", "grey"), ("white",))
 OPENINGS = ("", "a picture of", "a drawing of", "an image of")
 # (row, column) of a single object, None where unsaid.
 PLACES: dict[tuple[int | None, int | None], tuple[str, ...]] = {
@@ -271,7 +272,7 @@ def _either(words: Sequence[str] | dict) -> str:
 _SIZE, _COLOUR, _NOUN = _lookup(*SIZE_WORDS), _lookup(*COLOUR_WORDS), _lookup(*NOUNS)
 _RELATION = _lookup(*RELATION_WORDS)
 _PLACE = {word: place for place, words in PLACES.items() for word in words}
-_BACKGROUND = _lookup(("black",), ("gray", "grey"), ("white",))
+_BACKGROUND = _lookup(*BACKGROUND_WORDS)
 _THING = f"an? (?:({_either(_SIZE)}) )?(?:({_either(_COLOUR)}) )?({_either([*_NOUN, *ANY_NOUN])})"
 _CAPTION = re.compile(
     rf"(?:(?:{_either(OPENINGS[1:])}) )?{_THING}"
@@ -284,12 +285,16 @@ def _thing(size: str | None, colour: str | None, noun: str | None) -> Thing:
     return Thing(_COLOUR.get(colour or ""), _NOUN.get(noun or ""), _SIZE.get(size or ""))
 
 
+def _plain(caption: str) -> str:
+    return " ".join(caption.lower().replace(".", " ").split())
+
+
 def parse(caption: str) -> Claim:
     """What a caption says. Case, full stops and repeated blanks do not matter.
 
     Raises UserError for a caption that is not of the grammar.
     """
-    match = _CAPTION.fullmatch(" ".join(caption.lower().replace(".", " ").split()))
+    match = _CAPTION.fullmatch(_plain(caption))
     if match is None:
         raise UserError(f"cannot tell what this caption says about a scene: {caption!r}; expected {GRAMMAR}")
     size, colour, noun, place, relation, size2, colour2, noun2, background = match.groups()
@@ -302,3 +307,50 @@ def parse(caption: str) -> Claim:
         column=column,
         background=_BACKGROUND.get(background or ""),
     )
+
+
+# Of the groups of _CAPTION: what they say, and the words for it; places are apart.
+_WORDS = (
+    (1, "size", SIZE_WORDS), (2, "colour", COLOUR_WORDS), (3, "shape", NOUNS),
+    (5, "relation", RELATION_WORDS), (6, "size", SIZE_WORDS), (7, "colour", COLOUR_WORDS),
+    (8, "shape", NOUNS),
+    (9, "background", BACKGROUND_WORDS),
+)  # fmt: skip
+
+
+def swaps(caption: str) -> dict[str, list[str]]:
+    """All captions that say one thing otherwise, which makes them false, by attribute: another colour of one
+    object, another place ... Attributes that are not said are left out, and so are shapes called "object".
+
+    Raises UserError for a caption that is not of the grammar.
+    """
+    parse(caption)
+    text = _plain(caption)
+    match = _CAPTION.fullmatch(text)
+    assert match is not None
+    found: dict[str, list[str]] = {}
+
+    def put(group: int, word: str, attribute: str) -> None:
+        start, end = match.span(group)
+        other = text[:start] + word + text[end:]
+        found.setdefault(attribute, []).append(_ARTICLE.sub(_article, other))
+
+    for group, attribute, lists in _WORDS:
+        if match[group] in _lookup(*lists):
+            for words in lists:
+                if match[group] not in words:
+                    put(group, words[0], attribute)
+    if match[4]:
+        own = _PLACE[match[4]]
+        for place, words in PLACES.items():
+            # false only where both say a row, or a column, and not the same one
+            if any(a is not None and b is not None and a != b for a, b in zip(own, place, strict=True)):
+                put(4, words[0], "position")
+    return found
+
+
+_ARTICLE = re.compile(r"\ban? (?=(\w))")
+
+
+def _article(match: re.Match[str]) -> str:
+    return "an " if match[1] in "aeiou" else "a "

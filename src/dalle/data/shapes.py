@@ -2,8 +2,8 @@
 
 Item i of a split is a pure function of (seed, split, i): every draw is a hash of these three and of its own
 number, so items need no order, no state and no files. Eight colour-shape pairs (HELD_OUT) never occur in
-train and val; half of the scenes of the test split hold one, so that composition of the known into the
-unseen can be measured.
+train, so that composition of the known into the unseen can be measured: half of the scenes of val hold one of
+four of them, half of those of test one of the other four. Choose on val, report on test.
 """
 
 import hashlib
@@ -23,6 +23,7 @@ from dalle.data.scenes import (
     Scenes,
     Thing,
     draw,
+    parse,
     say,
     tell,
 )
@@ -36,7 +37,8 @@ FORMAT = 1
 HELD_OUT = frozenset((colour, (5 * colour + 2) % len(SHAPES)) for colour in range(len(COLOURS)))
 _PAIRS = [(colour, shape) for colour in range(len(COLOURS)) for shape in range(len(SHAPES))]
 _SEEN = torch.tensor([pair for pair in _PAIRS if pair not in HELD_OUT])
-_UNSEEN = torch.tensor(sorted(HELD_OUT))
+# By colour, so that either split has four colours and four shapes.
+UNSEEN = {"train": [], "val": sorted(HELD_OUT)[:4], "test": sorted(HELD_OUT)[4:]}
 
 _SPLIT_SIZES = {"train": 1_000_000, "val": 2_000, "test": 10_000}
 _EDGE, _GAP = 0.02, 0.07  # free space around objects, and between two of them; 1 = the picture's side
@@ -65,12 +67,16 @@ def _between(u: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return low + u * (high - low)
 
 
-def _pairs(u: Tensor, count: Tensor, unseen: Tensor) -> Tensor:
-    """(B, 2, 2): (colour, shape) of two objects that differ in at least one of the two; u (B, 4)."""
+def _pairs(u: Tensor, count: Tensor, unseen: Tensor, held_out: Sequence[tuple[int, int]]) -> Tensor:
+    """(B, 2, 2): (colour, shape) of two objects that differ in at least one of the two, one of them held out
+    where `unseen`; u (B, 4).
+    """
     first = (u[:, 0] * len(_SEEN)).long()
     second = (first + 1 + (u[:, 1] * (len(_SEEN) - 1)).long()) % len(_SEEN)
     pairs = torch.stack((_SEEN[first], _SEEN[second]), 1)
-    novel = _UNSEEN[(u[:, 2] * len(_UNSEEN)).long()]
+    if not held_out:
+        return pairs
+    novel = torch.tensor(held_out)[(u[:, 2] * len(held_out)).long()]
     slot = (u[:, 3] * count).long()[:, None] == torch.arange(2)  # which of the objects is the unseen one
     return torch.where((slot & unseen[:, None])[:, :, None], novel[:, None], pairs)
 
@@ -97,11 +103,15 @@ def _together(u: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack((start, start + apart), 1), torch.stack((across, other), 1)
 
 
-def _compose(stream: str, items: Tensor, two: float, unseen: float) -> Scenes:
-    """Scenes of the items: two objects with probability `two`, a held-out pair with probability `unseen`."""
+def _compose(
+    stream: str, items: Tensor, two: float, unseen: float, held_out: Sequence[tuple[int, int]]
+) -> Scenes:
+    """Scenes of the items: two objects with probability `two`, one of the pairs `held_out` with probability
+    `unseen`.
+    """
     u = _uniforms(stream, items, 20)
     both = u[:, 0] < two
-    pairs = _pairs(u[:, 1:5], 1 + both, u[:, 5] < unseen)
+    pairs = _pairs(u[:, 1:5], 1 + both, u[:, 5] < unseen, held_out)
     size = (u[:, 6:8] * len(SIZES)).long()
     radius = torch.tensor(list(SIZES.values()), dtype=u.dtype)[size]
 
@@ -173,16 +183,24 @@ def _captions(stream: str, items: Tensor, scenes: Scenes, complete: bool) -> lis
     return [say(_less(claim, chance, complete), chance.choose) for claim, chance in pairs]
 
 
-def _novel(scenes: Scenes) -> Bool[Tensor, "B"]:
-    pairs = scenes.colour[:, :, None] * len(SHAPES) + scenes.shape[:, :, None]
-    return (pairs == _UNSEEN[:, 0] * len(SHAPES) + _UNSEEN[:, 1]).any(2).any(1)
+def names_unseen(captions: Sequence[str]) -> Bool[Tensor, "B"]:
+    """Which captions name both the colour and the shape of a pair that training never shows.
+
+    A scene may hold one and its caption leave the colour or the shape unsaid: a picture can then be right
+    without it, so that caption is counted as seen.
+
+    Raises UserError for captions that are not of the grammar of `scenes`.
+    """
+    named = [{(thing.colour, thing.shape) for thing in parse(caption).things} for caption in captions]
+    return torch.tensor([not HELD_OUT.isdisjoint(pairs) for pairs in named], dtype=torch.bool)
 
 
 class Shapes:
     """The source `shapes`: captioned scenes of one or two objects, made on demand (a `Source`).
 
     Args:
-        split: "train", "val" or "test"; only "test" holds unseen colour-shape pairs, in half of its scenes.
+        split: "train", "val" or "test"; half of the scenes of "val" and of "test" hold a colour-shape pair
+            that "train" never has, see UNSEEN.
         image_size: side of the pictures in pixels, 16 to 1024.
         size: number of items; None: 1,000,000 for train, 2,000 for val, 10,000 for test.
         seed: another seed, other scenes.
@@ -216,8 +234,8 @@ class Shapes:
 
     def scenes(self, items: Sequence[int]) -> Scenes:
         """What is in the pictures of these items."""
-        unseen = 0.5 if self.split == "test" else 0.0
-        return _compose(self._stream, self._indices(items), self.two_objects, unseen)
+        items, held_out = self._indices(items), UNSEEN[self.split]
+        return _compose(self._stream, items, self.two_objects, 0.5, held_out)
 
     def images(self, items: Sequence[int], epoch: int = 0) -> Float[Tensor, "B 3 S S"]:
         """Pictures (B, 3, S, S), float32 in [-1, 1]; the same in every epoch."""
@@ -232,12 +250,12 @@ class Shapes:
         return _captions(f"{self._stream} words", self._indices(items), self.scenes(items), complete=False)
 
     def unseen(self, items: Sequence[int]) -> Bool[Tensor, "B"]:
-        """Whether an item's scene holds a colour-shape pair that never occurs in train."""
-        return _novel(self.scenes(items))
+        """Whether an item's caption names a colour-shape pair that never occurs in train."""
+        return names_unseen(self.captions_of(items))
 
     def fingerprint(self) -> str:
         """Hash of everything that pictures and captions depend on."""
-        facts = (FORMAT, self._stream, self.image_size, self.size, self.two_objects)
+        facts = (FORMAT, self._stream, self.image_size, self.size, self.two_objects, *UNSEEN[self.split])
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
     def _indices(self, items: Sequence[int]) -> Tensor:
@@ -247,17 +265,26 @@ class Shapes:
         return indices
 
 
-def prompts(kind: str, seen: bool, n: int, seed: int = 0) -> tuple[list[str], Scenes]:
+def prompts(kind: str, seen: bool, n: int, seed: int = 0, split: str = "test") -> tuple[list[str], Scenes]:
     """n captions for evaluation, and the scenes they were made for (`scenes.draw` gives reference pictures).
 
     Args:
         kind: "one" for scenes of one object, "two" for scenes of two.
         seen: whether all colour-shape pairs occur in train; else each scene has one that never does.
+        split: "test", or "val" to choose by: it has other prompts and other unseen pairs.
 
     Colours, shapes and the relation are always said; size, place and background now and then.
     """
     if kind not in ("one", "two"):
         raise UserError(f"there are prompts of one or two objects, not {kind!r}")
-    stream, items = f"prompts {seed} {kind} {seen}", torch.arange(n)
-    scenes = _compose(stream, items, two=float(kind == "two"), unseen=float(not seen))
+    if split not in ("val", "test"):
+        raise UserError(f"there are prompts of val and test, not of {split!r}")
+    stream, items = f"prompts {seed} {kind} {seen}" + " val" * (split == "val"), torch.arange(n)
+    scenes = _compose(stream, items, float(kind == "two"), float(not seen), UNSEEN[split])
     return _captions(f"{stream} words", items, scenes, complete=True), scenes
+
+
+def unrelated(n: int, seed: int = 0) -> Scenes:
+    """n scenes of one or two objects, all 48 pairs as likely: what somebody draws who reads no caption."""
+    stream, items = f"unrelated {seed}", torch.arange(n)
+    return _compose(stream, items, 0.5, len(HELD_OUT) / len(_PAIRS), sorted(HELD_OUT))

@@ -23,7 +23,7 @@ from dalle.runs import Run
 CLIP = {"features.weights", "scorer.clip"}  # of the demo itself: another one makes other figures
 SETTINGS: tuple[str, ...] = (
     "n=256",
-    "metrics=[fid,kid,precision_recall,clip_score,retrieval,judge]",
+    "metrics=[fid,kid,precision_recall,clip_score,retrieval,hard_negatives,judge]",
     "features=clip",
     "precision=fp32",
     "trainer=cpu",

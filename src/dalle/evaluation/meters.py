@@ -4,6 +4,8 @@ A meter turns a batch into rows, one for each picture; rows of all ranks are poo
 of them. Rows of real pictures are the same in every evaluation, and kept.
 """
 
+import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,8 +15,11 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from dalle.data.frozen import FrozenCLIP
+from dalle.data.scenes import swaps
+from dalle.data.shapes import names_unseen
 from dalle.errors import UserError
 from dalle.metrics.bootstrap import Figure, of_mean, of_share
+from dalle.metrics.chance import chance
 from dalle.metrics.distances import (
     frechet,
     frechet_infinity,
@@ -36,6 +41,7 @@ NEEDS = {  # metric -> the fewest pictures it can be made of
     "precision_recall": 4,
     "clip_score": 1,
     "retrieval": 2,
+    "hard_negatives": 1,
     "judge": 1,
     "reconstruction": 1,
     "zero_shot": 2,
@@ -43,6 +49,8 @@ NEEDS = {  # metric -> the fewest pictures it can be made of
     "flops": 1,
 }
 KS = (1, 5, 10)
+TEXTS = 512  # captions embedded at once
+RESIDUAL = "residual"
 
 
 class Meter:
@@ -111,7 +119,12 @@ class Distances(Meter):
 
 
 class Scores(Meter):
-    """CLIP score (100 max(cos, 0), see `metrics.clip_score`) and retrieval of captions by pictures."""
+    """CLIP score (100 max(cos, 0), see `metrics.clip_score`), retrieval of captions by pictures, and, of the
+    grammar of `shapes`, how often a picture's own caption is nearer than those that say one thing otherwise.
+
+    A CLIP score hardly falls with one wrong word; which of two captions is nearer does (Thrush et al. 2022,
+    "Winoground", image to text; Yuksekgonul et al. 2023, sec. 2).
+    """
 
     def __init__(self, metrics: Sequence[str], clip: FrozenCLIP) -> None:
         super().__init__(metrics)
@@ -130,6 +143,32 @@ class Scores(Meter):
                 found[name] = of_mean(100 * cosine.clamp(min=0))
         if "retrieval" in self.metrics:
             found |= recalls(made, captions)
+        if "hard_negatives" in self.metrics:
+            found |= self.hard_negatives(made, real, captions)
+        return found
+
+    def hard_negatives(self, made: Rows, real: Rows, captions: list[str]) -> dict[str, Figure]:
+        """Shares by attribute, and over all swaps; those of real pictures are what this CLIP can tell."""
+        swapped = [swaps(caption) for caption in captions]
+        texts = list(dict.fromkeys(text for other in swapped for some in other.values() for text in some))
+        if not texts:
+            return {}
+        batches = (texts[i : i + TEXTS] for i in range(0, len(texts), TEXTS))
+        parts = [self.clip.embed_captions(batch)["text_embed"] for batch in batches]
+        embed = F.normalize(torch.cat(parts), dim=1).cpu()
+        number = {text: k for k, text in enumerate(texts)}
+        found = {}
+        for name, rows in {"hard_negatives": made, "hard_negatives_real": real}.items():
+            columns: dict[str, list[float]] = defaultdict(lambda: [math.nan] * len(captions))
+            for i, other in enumerate(swapped):
+                image = rows["image_embed"][i]
+                own = image @ rows["text_embed"][i]
+                for key, some in other.items():
+                    # no numbers are no success
+                    columns[key][i] = float((embed[[number[t] for t in some]] @ image < own).all())
+                said = [columns[key][i] for key in other]
+                columns["all"][i] = min(said, default=math.nan)
+            found |= {f"{name}/{key}": of_share(torch.tensor(column)) for key, column in columns.items()}
         return found
 
 
@@ -162,22 +201,40 @@ Classes = tuple[list[tuple[str, ...]], Tensor]  # sentences of each class; the c
 
 
 class Verdicts(Meter):
-    """The judge of `shapes`, attribute by attribute; `groups` names each item's (seen, unseen)."""
+    """The judge of `shapes`, attribute by attribute, beside what chance has right.
 
-    def __init__(self, metrics: Sequence[str], groups: Callable[[list[int]], list[str]] | None) -> None:
+    Groups: `unseen` captions name a colour-shape pair that training never shows, all others are `seen`;
+    `seen_new` are those of them that the training never read word for word, where `read` knows.
+    """
+
+    def __init__(self, metrics: Sequence[str], read: Callable[[], set[str]] | None = None) -> None:
         super().__init__(metrics)
-        self.judge, self.groups = Judge(), groups
+        self.judge, self.read = Judge(), read
 
     def rows(self, image: UInt8[Tensor, "B 3 H W"], captions: list[str], items: list[int]) -> Rows:
-        return self.judge(from_uint8(image), captions)
+        images = from_uint8(image)
+        reading = self.judge.read(images)
+        return self.judge.score(reading, captions) | {RESIDUAL: self.judge.residual(images, reading)}
 
     def figures(self, made: Rows, real: Rows, captions: list[str]) -> dict[str, Figure]:
-        names = self.groups(list(range(len(captions)))) if self.groups else []
-        found = {f"judge/{attribute}": of_share(right) for attribute, right in made.items()}
-        for group in sorted(set(names)):
-            member = torch.tensor([name == group for name in names])
-            found |= {f"judge/{group}/{key}": of_share(right[member]) for key, right in made.items()}
-        return {name: figure for name, figure in found.items() if figure.value == figure.value}
+        groups = self.groups(captions)
+        verdicts, found = {key: rows for key, rows in made.items() if key != RESIDUAL}, {}
+        for of, name, table in ((of_share, "judge", verdicts), (of_mean, "chance", chance(captions))):
+            for group, member in groups.items():
+                found |= {f"{name}/{group}{key}": of(rows[member]) for key, rows in table.items()}
+        found = {name: figure for name, figure in found.items() if figure.value == figure.value}
+        if "seen_new/" in groups:
+            old = ~groups["seen_new/"][groups["seen/"]]
+            found["seen_captions_read_in_training"] = of_share(old)
+        return found | {f"judge_{RESIDUAL}": of_mean(made[RESIDUAL])}
+
+    def groups(self, captions: list[str]) -> dict[str, Tensor]:
+        unseen = names_unseen(captions)
+        groups = {"": torch.ones_like(unseen), "seen/": ~unseen, "unseen/": unseen}
+        if self.read and (~unseen).any():
+            known = self.read()
+            groups["seen_new/"] = ~unseen & torch.tensor([caption not in known for caption in captions])
+        return groups
 
 
 def recalls(rows: Rows, captions: list[str]) -> dict[str, Figure]:

@@ -14,7 +14,7 @@ from dalle.data.sources import Source
 from dalle.errors import UserError
 from dalle.evaluation.meters import NEEDS, Distances, Meter, Scores, Verdicts, ZeroShot
 from dalle.evaluation.results import Result, machine
-from dalle.evaluation.subjects import Clip, Subject, classes_of, groups_of, scorer_of
+from dalle.evaluation.subjects import Clip, Subject, classes_of, scorer_of
 from dalle.metrics.bootstrap import RESAMPLES
 from dalle.metrics.distances import (
     FEWER,
@@ -30,6 +30,7 @@ from dalle.metrics.features import FeatureNet, clip_features, inception_features
 from dalle.pipelines.load import PUBLIC, load_any_clip
 from dalle.trust import composed, listed
 
+SCORES = ("clip_score", "retrieval", "hard_negatives")
 USUAL = 1000  # pictures, where nobody says how many
 
 
@@ -70,6 +71,15 @@ def source_of(config: dict[str, Any], subject: Subject) -> Source:
         )
     node = {**node, "image_size": subject.image_size, "_partial_": True}
     return build(node, "data", trust)(split=config["split"])
+
+
+# What the groups of the judge's figures are, and its other figures.
+JUDGED = {
+    "unseen": "captions that name colour and shape of a pair that training never shows; all others are seen",
+    "seen_new": "seen captions that no stage read word for word in training",
+    "chance": "the share of 50 perfect pictures of any pairs, drawn for no caption, for each caption",
+    "residual": "root mean square difference from the drawing of the scene that was read, in [-1, 1]",
+}
 
 
 class Plan:
@@ -158,23 +168,25 @@ class Plan:
                 )
             there = [metric for metric in distances if metric not in lacking]
             yield Distances(there, network, self.subject.prefix)
-        scores = [m for m in ("clip_score", "retrieval") if m in self.metrics and self.subject.makes]
+        scores = [m for m in SCORES if m in self.metrics and self.subject.makes]
+        if "hard_negatives" in scores and not shapes:
+            scores.remove("hard_negatives")
+            lacking["hard_negatives"] = (
+                "it swaps words of the captions of data=shapes; retrieval takes any captions (R-precision)"
+            )
         if scores and self.scorer and captioned:
             yield Scores(scores, self.scorer)
         elif scores:
             reason = "there is no CLIP: give scorer=RUN" if captioned else "not every picture has a caption"
             lacking |= dict.fromkeys(scores, reason)
         if "judge" in self.metrics and shapes and captioned:
-            yield Verdicts(["judge"], self.group if self.subject.pictures is None else None)
+            yield Verdicts(["judge"], self.subject.captions_read)
         elif "judge" in self.metrics:
             lacking["judge"] = "it reads captioned pictures of data=shapes only"
         for name, reason in lacking.items():
             if name in asked:
                 raise UserError(f"{name} cannot be measured here: {reason}")
         self.metrics = [name for name in self.metrics if name not in lacking]
-
-    def group(self, items: list[int]) -> list[str]:
-        return groups_of(self.source, items)
 
     def features(self, config: dict[str, Any]) -> FeatureNet | None:
         """The feature network that is named; without a name Inception where it is here, else a CLIP."""
@@ -218,6 +230,7 @@ class Plan:
                 "fid_infinity": f"a line through 1 to {PARTS} parts of both sets",
             },
             "features": next((m.key for m in self.meters if isinstance(m, Distances)), None),
+            "judge": JUDGED if any(isinstance(m, Verdicts) for m in self.meters) else None,
             "scorer": next((m.key for m in self.meters if isinstance(m, Scores)), None),
             "interval": "95 %: of shares Wilson's; of FID at infinity a jackknife of ten groups; of others "
             f"{RESAMPLES} resamples of the pictures ({FEWER} for FID of more than {LARGE} features), so that "

@@ -21,7 +21,9 @@ from dalle.metrics.bootstrap import Figure
 
 MAIN_FIGURES = (  # of the table, in this order; a prefix takes all that begin so
     "fid", "kid", "inception_score", "precision", "recall", "clip_score", "retrieval/image_to_text_r1",
-    "judge/all", "judge/seen/all", "judge/unseen/all", "zero_shot/top1", "psnr", "ssim", "code_usage",
+    "hard_negatives/all", "hard_negatives/shape", "judge/all", "chance/all", "judge/seen/all",
+    "chance/seen/all", "judge/seen_new/all", "judge/unseen/all", "chance/unseen/all", "judge_residual",
+    "zero_shot/top1", "psnr", "ssim", "code_usage",
     "seconds_per_image", "peak_memory_gb", "gflops_per_image", "parameters", "training/",
 )  # fmt: skip
 STYLE = """

@@ -5,7 +5,9 @@ process is given.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from dalle.data.scenes import COLOURS, SHAPES
 from dalle.data.shapes import Shapes
 from dalle.data.sources import Source, captions_of
 from dalle.errors import UserError
+from dalle.evaluation.familiar import captions_read
 from dalle.evaluation.meters import Classes, Rows
 from dalle.evaluation.results import identity
 from dalle.metrics.bootstrap import Figure, exact, of_mean
@@ -56,6 +59,7 @@ class Subject:
         prefix: of the names of distances: `rfid`.
         pictures: how many there are; None: as many as are asked for.
         metrics: what can be measured. `skipped`: broken pictures. `notes`: what to know of its figures.
+        captions_read: gives the captions of `shapes` that its trainings read; None: that is not known.
     """
 
     home: Path
@@ -70,6 +74,7 @@ class Subject:
     pictures: int | None = None
     metrics: tuple[str, ...] = ("fid", "kid", "fid_infinity", "inception", "precision_recall")
     skipped = 0
+    captions_read: Callable[[], set[str]] | None = None
     notes: tuple[str, ...] = ()
 
     def captions(self, source: Source, n: int) -> list[str]:
@@ -90,7 +95,7 @@ class Subject:
 class Pipeline(Subject):
     """Text to image: any of `sampling.REQUESTS`."""
 
-    metrics = (*Subject.metrics, "clip_score", "retrieval", "judge", "speed", "flops")
+    metrics = (*Subject.metrics, "clip_score", "retrieval", "hard_negatives", "judge", "speed", "flops")
 
     def __init__(self, config: dict[str, Any]) -> None:
         kind = config["pipeline"]["kind"]
@@ -107,6 +112,8 @@ class Pipeline(Subject):
         self.home = Path(config["paths"]["logs"], config["name"])
         main = Run(Path(loaded.paths[MAIN.get(kind, str(kind))]))
         self.image_size, self.data = loaded.pipeline.image_size, main.source()
+        if not isinstance(loaded.pipeline, Unconditional):
+            self.captions_read = partial(captions_read, loaded.paths)
         if isinstance(loaded.pipeline, Unconditional):
             self.notes = (f"{kind} reads no captions: what is said of them is how often chance has it right",)
         self.facts = {
@@ -184,7 +191,7 @@ class Folder(Subject):
     every picture has one. Broken pictures are left out, and counted.
     """
 
-    metrics = (*Subject.metrics, "clip_score", "retrieval", "judge")
+    metrics = (*Subject.metrics, "clip_score", "retrieval", "hard_negatives", "judge")
 
     def __init__(self, folder: str, home: Path, image_size: int | None) -> None:
         root = Path(folder).expanduser()
@@ -302,9 +309,3 @@ def classes_of(source: Source, items: range) -> Classes | None:
         sentences = sorted(set(captions))
         return sentences, torch.tensor([sentences.index(caption) for caption in captions])
     return None
-
-
-def groups_of(source: Source, items: list[int]) -> list[str]:
-    """Whether a scene of `shapes` holds a pair that never occurs in training."""
-    assert isinstance(source, Shapes)
-    return ["unseen" if unseen else "seen" for unseen in source.unseen(items).tolist()]

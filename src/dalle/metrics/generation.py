@@ -8,6 +8,7 @@ say.
     one attribute,
                         over the captions that mention it; judge/<group>/...: the same within a group of
                         captions
+    judge_residual      how far pictures are from clean drawings of what they show, see `Judge.residual`
     pictures            how many were generated; compare distances of equal numbers only
 """
 
@@ -23,6 +24,7 @@ from torchmetrics import Metric
 
 from dalle.metrics.clip_score import CLIPScore, ImageTextEmbedder
 from dalle.metrics.frechet import ImageEmbedder, frechet_distance
+from dalle.metrics.judge import Judge
 from dalle.pictures import from_uint8, to_uint8
 
 
@@ -31,7 +33,7 @@ class Embedder(ImageEmbedder, ImageTextEmbedder, Protocol):
     """What is used of a `FrozenCLIP`."""
 
 
-Judge = Callable[[Tensor, list[str]], dict[str, Tensor]]
+Verdicts = Callable[[Tensor, list[str]], dict[str, Tensor]]
 
 
 class GenerationMetrics:
@@ -50,7 +52,7 @@ class GenerationMetrics:
     def __init__(
         self,
         clip: Embedder | None,
-        judge: Judge | None = None,
+        judge: Verdicts | None = None,
         inception: str | Path | None = None,
         download: bool = False,
     ) -> None:
@@ -91,16 +93,20 @@ class GenerationMetrics:
         self.tally["pictures"] += torch.tensor([len(generated)] * 2)
         if self.judge is not None:
             for attribute, right in self.judge(generated, list(captions)).items():
-                self._count(attribute, right.double().cpu(), groups)
+                self._count(f"judge/{{}}{attribute}", right.double().cpu(), groups)
+        if isinstance(self.judge, Judge):
+            self._count("judge_residual{}", self.judge.residual(generated).double(), None)
 
-    def _count(self, attribute: str, right: Float[Tensor, "B"], groups: Sequence[str] | None) -> None:
-        """Adds verdicts of 1, 0 or nan (the caption does not say) to the shares of all and of each group."""
-        members = {f"judge/{attribute}": torch.ones_like(right, dtype=torch.bool)}
+    def _count(self, name: str, right: Float[Tensor, "B"], groups: Sequence[str] | None) -> None:
+        """Adds verdicts of 1, 0 or nan (the caption does not say) to the shares of all and of each group,
+        whose name goes into the braces of `name`.
+        """
+        members = {name.format(""): torch.ones_like(right, dtype=torch.bool)}
         for group in sorted(set(groups or ())):
-            members[f"judge/{group}/{attribute}"] = torch.tensor([name == group for name in groups or ()])
-        for name, member in members.items():
+            members[name.format(f"{group}/")] = torch.tensor([own == group for own in groups or ()])
+        for key, member in members.items():
             said = right[member & ~right.isnan()]
-            self.tally[name] += torch.stack([said.sum(), torch.tensor(len(said))])
+            self.tally[key] += torch.stack([said.sum(), torch.tensor(len(said))])
 
     def compute(self) -> dict[str, float]:
         """The table over everything seen by all ranks. Attributes that no caption mentioned are left out."""
