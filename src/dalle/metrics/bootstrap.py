@@ -81,7 +81,7 @@ def around(value: float, resampled: Float[Tensor, "R"]) -> Figure:
     return Figure(value, value - spread, value + spread)
 
 
-def jackknife(value: float, without: Float[Tensor, "GROUPS"]) -> Figure:
+def jackknife(value: float, without: Float[Tensor, "g"]) -> Figure:
     """A statistic of the whole set, and those without each of ten equal groups of the pictures in turn: the
     delete-a-group jackknife (Efron & Tibshirani 1993, eq. 11.5), for what repeated pictures would bias.
     """
