@@ -84,7 +84,7 @@ def shaped(content: Any, shape: type[Shape], path: str | Path, advice: str) -> S
 
 
 @functools.cache
-def _adapter(shape: Any) -> TypeAdapter[Any]:
+def _adapter(shape: Any) -> Any:  # beartype knows no TypeAdapter
     return TypeAdapter(shape)
 
 

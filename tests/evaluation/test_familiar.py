@@ -14,7 +14,11 @@ def run(folder, steps, source="dalle.data.shapes.Shapes", **node):
     folder.mkdir(parents=True)
     data = {"_target_": source, "_partial_": True, "image_size": 16, "size": 100}
     datamodule = {"source": data, "batch_size": 8, "seed": 3, **node}
-    config = {"model": {}, "datamodule": datamodule, "trainer": {"devices": 1, "accumulate_grad_batches": 2}}
+    config = {
+        "model": {"_target_": "x"},
+        "datamodule": datamodule,
+        "trainer": {"devices": 1, "accumulate_grad_batches": 2},
+    }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "manifest.json").write_text(json.dumps({"schema": 1, "stage": folder.name, "steps": steps}))
     (folder / "model.safetensors").write_bytes(b"")

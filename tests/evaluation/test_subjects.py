@@ -79,7 +79,9 @@ def test_broken_pictures_are_left_out_and_counted(tmp_path):
 
 def test_captions_of_a_recipe_of_text_files_and_of_some_only(tmp_path):
     sampled = paint(tmp_path / "s", ["000-00.png", "000-01.png", "001-00.png", "grid.png"])
-    recipe = Recipe(["a ring", "a cross"], 2, 0, {}, {}, 1, "fp32", "cpu")
+    recipe = Recipe(
+        ["a ring", "a cross"], 2, 0, {"clip": {"path": "clip", "weights": "0"}}, {}, 1, "fp32", "cpu"
+    )
     recipe.write(sampled / "recipe.yaml")
     subject = Folder(str(sampled), tmp_path, None)
     assert subject.captions(SOURCE, 3) == ["a ring", "a ring", "a cross"]

@@ -30,7 +30,7 @@ def captions_read(paths: Mapping[str, str]) -> set[str]:
         run = Run(Path(path))
         if stage == "image_tokenizer" or (stage == "clip" and "dalle" in paths) or not run.finished:
             continue
-        node = run.config()["datamodule"]
+        node = run.config("datamodule.source")["datamodule"]
         if not str(node["source"].get("_target_", "")).endswith(".Shapes"):
             continue
         source = build(node["source"], "data", trust.listed)(split="train")
@@ -46,8 +46,8 @@ def captions_read(paths: Mapping[str, str]) -> set[str]:
 
 def items_drawn(run: Run, n: int) -> np.ndarray:
     """Which of a split's n items a training saw."""
-    config, left = run.config(), int(run.manifest().get("steps", 0))
-    node, trainer = config["datamodule"], config["trainer"]
+    config, left = run.config("datamodule.batch_size", "datamodule.seed"), run.manifest().get("steps", 0)
+    node, trainer = config["datamodule"], config.get("trainer") or {}
     batch = node["batch_size"] * (trainer.get("accumulate_grad_batches") or 1)
     for many in (trainer.get("devices"), trainer.get("num_nodes")):
         batch *= many if isinstance(many, int) and many > 0 else 1
