@@ -32,25 +32,55 @@ def main() -> None:
 
     @hydra.main(version_base="1.3", config_path="conf", config_name="train")
     def compose(cfg: DictConfig) -> None:
-        cfg.paths.run = str(cfg.paths.run)  # may name the job, which only Hydra knows
+        if isinstance(cfg.paths.run, str):
+            cfg.paths.run = cfg.paths.run  # may name the job, which only Hydra knows
         composed.append((cfg, list(HydraConfig.get().overrides.task), HydraConfig.get().mode))
 
     compose()
     jobs: list[Any] = []
-    for cfg, overrides, mode in composed:
-        config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-        run = [f"paths.run='{fitting(config['paths']['run'])}'"] if mode == RunMode.MULTIRUN else []
-        jobs.append((config, [*overrides, *run]))
+    for cfg, overrides, _ in composed:
+        jobs.append((OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True), overrides))
     several = any(mode == RunMode.MULTIRUN for _, _, mode in composed)
-    special = {"sweep", "search"} & jobs[0][0].keys() if jobs and jobs[0][0]["preflight"] is False else set()
+    if several:
+        give_places(jobs)
+    special = (
+        {"sweep", "search"} & jobs[0][0].keys() if jobs and jobs[0][0].get("preflight") is False else set()
+    )
     if launcher and special != {"sweep"}:
         raise UserError("hydra/launcher is for -m hydra=sweep: other jobs build upon one another")
     if "search" in special:
         sys.exit(max(search(*job) for job in jobs))
     if "sweep" in special and several:
         sys.exit(sweep(jobs, launcher))
+    if several:  # nothing is trained where a later job cannot be
+        from dalle.checking import check_config
+
+        for config, _ in jobs:
+            check_config(config)
     for config, overrides in jobs:
         run_job(overrides) if several else train(config, overrides)
+
+
+def give_places(jobs: list[tuple[dict, list[str]]]) -> None:
+    """A directory for each job, named by its command line; jobs of one are told apart by their settings.
+
+    Raises:
+        UserError: the settings are the same, too; or only hydra=sweep may make directories.
+    """
+    for run in {str(config["paths"]["run"]) for config, _ in jobs}:
+        same = [job for job in jobs if str(job[0]["paths"]["run"]) == run]
+        for config, overrides in same:
+            own = [o for o in overrides if not all(o in others for _, others in same)]
+            if len(same) > 1 and not config.get("preflight") and (not own or "sweep" not in config):
+                raise UserError(
+                    f"{len(same)} jobs would train in {run}; hydra=sweep gives every job its own directory, "
+                    "by the settings in which they differ"
+                )
+            usual = run.rstrip("/") == str(Path(config["paths"]["logs"], config["name"], config["stage"]))
+            words = ",".join(o.replace("/", "_") for o in own)
+            place = f"{run.rstrip('/')}{'/' if usual else ','}{words}" if own else run
+            config["paths"]["run"] = str(fitting(place))
+            overrides.append(f"paths.run={cli.quote(config['paths']['run'])}")
 
 
 def train(config: dict, overrides: list[str]) -> None:
@@ -65,11 +95,8 @@ def train(config: dict, overrides: list[str]) -> None:
                 continue
             print(f"{run} holds no finished {stage}: training it first", flush=True)
             shared = [o for o in overrides if not o.lstrip("+~").startswith(OWN)]
-            upstream = [
-                f"model={model_for(stage, overrides)}",
-                f"paths.run='{run}'",
-                f"resume={str(run.occupied).lower()}",
-            ]
+            place, resume = cli.quote(str(run)), str(run.occupied).lower()
+            upstream = [f"model={model_for(stage, overrides)}", f"paths.run={place}", f"resume={resume}"]
             run_job([*shared, *upstream], lock)
     training.train(config)
 

@@ -1,20 +1,23 @@
-"""What the entry points share: a user's mistake is one clear line and exit code 1, never a traceback.
+"""What the entry points share: a mistake is one clear line and exit code 1, never a traceback.
 
-``debug=true`` on the command line shows the traceback all the same.
+What was no user's mistake is a line as well, which says so. ``debug=true`` on the command line shows where.
 """
 
 import contextlib
 import difflib
+import json
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from dalle.errors import UserError
 
 REASON = "DALLE_REASON"  # in the environment: the file in which a process leaves why it has failed
 STOPPED = "stopped"
+BUG = "this is a bug in dalle, not a mistake of yours"
 
 
 def run(main: Callable[[], None]) -> None:
@@ -26,15 +29,57 @@ def run(main: Callable[[], None]) -> None:
     sys.argv = [script, *arguments]
     shown = any(re.match(r"\+?debug=(?!none)", a) for a in sys.argv)
     try:
+        check_words(arguments, groups(Path(script).resolve().parent / "conf"))
         main()
     except KeyboardInterrupt:
         _leave(STOPPED)
         sys.exit(f"\n{STOPPED}")
     except Exception as error:
-        _leave(one_line(error) if _is_users(error) else f"{type(error).__name__}: {one_line(error)}")
-        if shown or not _is_users(error):
+        line = said(error)
+        _leave(line)
+        if shown and not getattr(error, "missing_cfg_file", None):  # nor is debug=foo one
             raise
-        sys.exit(f"error: {one_line(error)}")
+        sys.exit(f"error: {line}")
+
+
+def said(error: Exception) -> str:
+    """The line for whatever has gone wrong."""
+    if _is_users(error):
+        return one_line(error)
+    text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    if isinstance(error, MemoryError) or re.search(r"OutOfMemoryError|can't allocate memory", text):
+        return f"not enough memory ({text[:120]}); a smaller batch_size, picture or network needs less"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, RecursionError):
+        return "a setting refers to itself"
+    return f"{BUG}: {text} (debug=true shows where); please report it with the command"
+
+
+def groups(conf: Path) -> dict[str, list[str]]:
+    """The config groups and the choices of each."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(conf.glob("*/**/*.yaml")):
+        found.setdefault(path.parent.relative_to(conf).as_posix(), []).append(path.stem)
+    return found
+
+
+def check_words(arguments: Sequence[str], choices: Mapping[str, list[str]]) -> None:
+    """Refuses what Hydra takes without doing what it says, and what it cannot take.
+
+    Raises:
+        UserError: a group without a choice, or with several where they are alternatives; a setting to ``{}``,
+            which leaves it as it is.
+    """
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        value = value.strip()
+        if key in choices and value in ("", "null", "~", "None"):
+            raise UserError(f"{argument}: choose one of {', '.join(choices[key])}")
+        if key in choices and value.startswith(("[", "{")) and key not in ("callbacks", "logger"):
+            raise UserError(f"{argument}: {key} is one of {', '.join(choices[key])}, not several at once")
+        if re.fullmatch(r"\{\s*\}", value) and not key.startswith(("+", "~")):
+            raise UserError(f"{argument} leaves {key} as it is; name what is to change in it")
 
 
 def _leave(reason: str) -> None:
@@ -45,19 +90,34 @@ def _leave(reason: str) -> None:
 
 
 def quoted(argument: str) -> str:
-    """A prompt is plain text: commas, quotes, braces in it are not Hydra's.
+    """A prompt is plain text: commas, quotes, braces in it are not Hydra's; and a name may be a number.
 
     Lists, and values that are quoted as a whole, stay as they are.
     """
     key, equals, value = argument.partition("=")
+    if key == "name":  # of one run, or of several jobs
+        return key + equals + re.sub(r"(?<![^,])[-+]?\.?\d[\w.+-]*(?![^,])", r"'\g<0>'", value)
     if key.lstrip("+") != "prompt" or not equals or value in ("", "null"):
         return argument
     if len(value) > 1 and value[0] + value[-1] in ("[]", "''", '""'):
         return argument
+    return f"{key}={quote(value)}"
+
+
+def quote(text: str) -> str:
+    """Any text as a value on a command line of Hydra's."""
     # Backslashes count before what they escape: a reference to a setting, "${", and quotes
-    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    text = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
     text = re.sub(r"(\\*)('|\Z)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), text)
-    return f"{key}='{text}'"
+    return f"'{text}'"
+
+
+def written(value: Any) -> str:
+    """A value as Hydra reads it."""
+    if not isinstance(value, str):
+        return json.dumps(value)
+    plain = re.fullmatch(r"(?!(?i:true|false|null|nan|inf)$)[A-Za-z_][\w./-]*", value)
+    return value if plain else quote(value)
 
 
 def _is_users(error: Exception) -> bool:
@@ -82,7 +142,7 @@ def one_line(error: Exception) -> str:
     if "/" in (wanted := facts.get("missing_cfg_file") or ""):
         group, _, name = wanted.rpartition("/")
         more = "; pip install 'dalle[sweeps]' brings others" if group == "hydra/launcher" else ""
-        return f"there is no {group}={name}{_instead(name, facts['options'] or [], group + '=')}{more}"
+        return f"there is no {group}={name}{instead(name, facts['options'] or [], group + '=')}{more}"
     if key and re.match(r"Key '.*' (is )?not in ", str(facts.get("msg"))):
         return f"there is no setting {key}{_settings(key, facts['parent_node'] or {})}"
     if several := re.search(r"Ambiguous value for argument '(.*?)'", message):
@@ -92,7 +152,7 @@ def one_line(error: Exception) -> str:
     return re.sub(r" (To append to your|See https?:|full_key:|Config search path:) ?.*", "", message)
 
 
-def _instead(wrong: str, choices: Collection[str], prefix: str, meant: Collection[str] = ()) -> str:
+def instead(wrong: str, choices: Collection[str], prefix: str, meant: Collection[str] = ()) -> str:
     """The rest of a sentence that says what is not there: what was `meant`, or might have been."""
     if near := meant or _nearest(wrong, choices):
         return f"; did you mean {' or '.join(prefix + name for name in near)}?"
@@ -118,7 +178,7 @@ def _settings(key: str, node: Mapping[str, Any]) -> str:
     else:
         same = [path for path in paths if path.endswith("." + wrong)]
         meant = [path for path in same if path.count(".") == min(p.count(".") for p in same)]
-    return _instead(wrong, [path for path in paths if "." not in path], place + dot, meant[:3])
+    return instead(wrong, [path for path in paths if "." not in path], place + dot, meant[:3])
 
 
 def _paths(node: Mapping[str, Any]) -> list[str]:

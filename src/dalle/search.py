@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from dalle.cli import STOPPED
+from dalle.cli import STOPPED, quote, written
 from dalle.errors import UserError
 from dalle.processes import only_one
 from dalle.ranges import PositiveInt, Seed, Text
@@ -72,9 +72,9 @@ class Search:
             stopped = False
             for number, settings in self.proposals(study):
                 place = run / f"trial-{number:03d}"
-                words = [f"{key}={_written(value)}" for key, value in settings.items()]
+                words = [f"{key}={written(value)}" for key, value in settings.items()]
                 print(f"trial {number}: {' '.join(words)}", flush=True)
-                job = Job(place, [*command, *words, f"paths.run='{place}'"], overwrite=overwrite)
+                job = Job(place, [*command, *words, f"paths.run={quote(str(place))}"], overwrite=overwrite)
                 if (state := perform(job)) == STOPPED:
                     stopped = True
                     break
@@ -139,8 +139,3 @@ class Search:
             raise UserError(
                 f"search.space.{key}={values} is neither a list nor low and high ({error})"
             ) from None
-
-
-def _written(value: Any) -> str:
-    """As Hydra reads it."""
-    return {"True": "true", "False": "false", "None": "null"}.get(str(value), str(value))

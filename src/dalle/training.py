@@ -19,8 +19,9 @@ from lightning.pytorch.loggers import Logger
 
 import dalle
 from dalle import loggers, preflight, resume
-from dalle.build import build, check
+from dalle.build import build
 from dalle.callbacks import Ema
+from dalle.checking import build_stage, check_config
 from dalle.checkpoints import LastCheckpoint, read_checkpoint
 from dalle.claim import check_ours, check_place, claimed
 from dalle.data.modules import SourceDataModule
@@ -49,7 +50,7 @@ def train(config: Config) -> dict[str, float]:
 
     datamodule = build(config["datamodule"], "datamodule", **kept_tokenizer(config, run))
     fill_sizes(config, datamodule.sizes)
-    stage: Stage = build(config["model"], "model")
+    stage = build_stage(config["model"])
     if config["preflight"]:
         behind = resume.steps_behind(run, stage) if resuming else 0
         preflight.report(config, stage, datamodule, behind)
@@ -195,20 +196,16 @@ def may_start(config: Config) -> bool:
         UserError: a wrong type, a machine without what is asked for, or a directory that holds a run
             although neither resume nor overwrite was asked for.
     """
+    for group in ("callbacks", "logger"):  # none of them may be wanted
+        config[group] = config.get(group) or {}
+    if is_main_process():
+        check_config(config)
     run = Run(Path(config["paths"]["run"]))
     if config["resume"] is True and run.checkpoint.exists():
         resume.keep_precision(run, config)
     check_machine(config)
     if not is_main_process():  # the main process has looked, and the directory may already be its own
         return not (config["resume"] and run.finished)
-    for key in ("resume", "overwrite", "compile", "preflight"):
-        if not isinstance(config[key], bool):
-            raise UserError(f"{key} must be true or false, got {config[key]!r}")
-    for key in ("datamodule", "model", "callbacks", "logger"):
-        check(config[key], key)
-    check({"_target_": "lightning.Trainer", **config["trainer"]}, "trainer")
-    build(config["sampler"], "sampler")
-
     if config["overwrite"] and config["resume"]:
         raise UserError("resume=true and overwrite=true contradict each other; give one of them")
     if not config["preflight"]:
