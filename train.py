@@ -41,13 +41,12 @@ def main() -> None:
     for cfg, overrides, _ in composed:
         jobs.append((OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True), overrides))
     several = any(mode == RunMode.MULTIRUN for _, _, mode in composed)
-    if several:
-        give_places(jobs)
-    special = (
-        {"sweep", "search"} & jobs[0][0].keys() if jobs and jobs[0][0].get("preflight") is False else set()
-    )
+    plain = not jobs or jobs[0][0].get("preflight") is not False
+    special = set() if plain else {"sweep", "search"} & jobs[0][0].keys()
     if launcher and special != {"sweep"}:
         raise UserError("hydra/launcher is for -m hydra=sweep: other jobs build upon one another")
+    if several:
+        give_places(jobs)
     if "search" in special:
         sys.exit(max(search(*job) for job in jobs))
     if "sweep" in special and several:

@@ -107,8 +107,11 @@ def test_no_debug_no_traceback(monkeypatch, arguments):
 
 
 def test_a_bug_is_no_users_mistake(monkeypatch):
+    with pytest.raises(SystemExit) as ended:
+        run_with(monkeypatch, ZeroDivisionError("by zero"))
+    assert str(ended.value.code).startswith(f"error: {cli.BUG}: ZeroDivisionError: by zero (debug=true shows")
     with pytest.raises(ZeroDivisionError):
-        run_with(monkeypatch, ZeroDivisionError())
+        run_with(monkeypatch, ZeroDivisionError(), "debug=true")
 
 
 def test_ctrl_c_is_no_traceback(monkeypatch):

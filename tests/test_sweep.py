@@ -99,7 +99,7 @@ def test_one_mistake_and_no_job_starts(jobs):
 
 def test_the_overrides_of_a_job_are_those_it_was_given(jobs):
     """They go to another process as they are: quoted values must survive."""
-    (job,) = jobs("-m", "model=clip", "paths.logs='some where'", "+data.note='a, b'")
+    (job,) = jobs("-m", "model=clip", "paths.logs='some where'", "+upstream.note='a, b'")
     assert "paths.logs='some where'" in job
     assert job[-1] == "paths.run='some where/default/clip'"
     assert Path(directories([job])[0]) == Path("some where/default/clip")

@@ -36,7 +36,7 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(f"\n{STOPPED}")
     except Exception as error:
         line = said(error)
-        _leave(line)
+        _leave(line if BUG not in line else f"{type(error).__name__}: {one_line(error)}")
         if shown and not getattr(error, "missing_cfg_file", None):  # nor is debug=foo one
             raise
         sys.exit(f"error: {line}")

@@ -58,7 +58,10 @@ File = Annotated[str, Exists()]
 
 LISTS = (list, tuple, Sequence, collections.abc.Iterable)
 LARGEST, WHOLE = sys.float_info.max, 2**63
-WORDS = {float: "a number", int: "a whole number", bool: "true or false", str: "text", types.NoneType: "null"}
+WORDS: dict[Any, str] = {
+    float: "a number", int: "a whole number", bool: "true or false", str: "text", types.NoneType: "null",
+    dict: "a group of settings",
+}  # fmt: skip
 
 
 class Misfit(NamedTuple):
@@ -112,12 +115,12 @@ def describe(hint: Any) -> str:
         bounds = _flat(options[1:])
         return "a file that exists" if Exists() in bounds else f"{describe(options[0])}{_bounds(bounds)}"
     if origin is Literal:
-        return "one of " + ", ".join(map(str, options))
+        return "one of " * (len(options) > 1) + ", ".join(map(str, options))
     if origin is tuple and options and ... not in options:
         return f"a list of {len(options)}"
     if hint in LISTS or origin in LISTS:
         return "a list"
-    return WORDS.get(hint, getattr(hint, "__name__", str(hint)))
+    return WORDS.get(origin or hint, getattr(hint, "__name__", str(hint)))
 
 
 def shown(value: Any) -> str:
