@@ -120,7 +120,7 @@ class Recipe(TypedDict):
     prompts: Annotated[list[str], MinLen(1)]
     n: PositiveInt
     seed: Annotated[int, Ge(-(2**63)), Lt(2**63)]
-    stages: Annotated[dict[str, StageFacts], MinLen(1)]
+    stages: dict[str, StageFacts]
     options: dict[str, dict[str, Any]]
     batch_size: PositiveInt
     precision: Literal["fp32", "bf16"]

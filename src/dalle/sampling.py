@@ -4,10 +4,11 @@ Every pipeline has a class of requests: what it can be told, how that becomes a 
 carried out.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -16,24 +17,39 @@ from torch import Tensor
 from dalle.build import build, check_arguments
 from dalle.data.pictures import BadPicture, read
 from dalle.errors import UserError
+from dalle.files import check_writable
 from dalle.pictures import from_uint8, grid, save_png, to_pil
 from dalle.pipelines.load import PUBLIC, Loaded, load_dalle, load_gan, load_unclip, load_vae
 from dalle.pipelines.recipe import Recipe
-from dalle.ranges import describe, fits
+from dalle.ranges import (
+    Guidance,
+    NonNegative,
+    NonNegativeInt,
+    PositiveInt,
+    Seed,
+    Share,
+    Steps,
+    Text,
+    fits,
+    misfit,
+    shown,
+)
+from dalle.reading import read_text
 from dalle.runs import Run
 from dalle.training import fast_in_bf16
 from dalle.trust import listed
 
 MAX_PIXELS = 64_000_000  # of a picture to be completed
-OPTIONS = {  # of stages, where they are given in words and numbers
-    "guidance": float,
-    "text_guidance": float,
-    "temperature": float,
-    "top_k": int,
-    "top_p": float,
-    "candidates": int,
-    "prefix": list,
+OPTIONS: dict[str, Any] = {  # of stages, where they are given in words and numbers
+    "guidance": Guidance,
+    "text_guidance": Guidance,
+    "temperature": NonNegative,
+    "top_k": PositiveInt,
+    "top_p": Share,
+    "candidates": PositiveInt,
+    "prefix": list[NonNegativeInt],
 }
+RUNS = ("clip", "prior", "decoder", "dalle", "image_tokenizer", "gan", "vae")  # that pipelines are made of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,23 +59,29 @@ class Request:
     pipeline: dict[str, Any]
     paths: dict[str, Any]
     name: str
-    prompt: str | list[Any] | None
-    prompts: str | None
-    n: int
-    seed: int
-    guidance: float | int | None
-    batch_size: int
+    prompt: str | list[str | int | float] | None
+    prompts: Text | None
+    n: PositiveInt
+    seed: Seed
+    guidance: Guidance | None
+    batch_size: PositiveInt
     precision: Literal["auto", "32-true", "bf16-mixed"]
     device: Literal["auto", "cpu", "cuda"]
     truncate: bool
-    out: str | None
-    recipe: str | None
+    out: Text | None
+    recipe: Text | None
+
+    main: ClassVar[str]  # the stage that draws the pictures
+    takes: ClassVar[Mapping[str, Sequence[str]]] = {}  # by stage, what it can be told
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> "Request":
         """Raises UserError for a setting of a wrong type."""
         settings = {field.name: config[field.name] for field in fields(cls)}
         check_arguments(cls, settings, "", partial_call=False)
+        for name, path in settings["pipeline"].items():
+            if name in RUNS and not fits(path, Text if name == cls.main else Text | None):
+                raise UserError(f"pipeline.{name} must be the directory of a run, got {shown(path)}")
         return cls(**settings)
 
     def prompts_read(self) -> list[str]:
@@ -108,8 +130,14 @@ class UnclipRequest(Request):
     """DALL-E 2: conf/pipeline/unclip.yaml."""
 
     sampler: dict[str, Any]
-    steps: int | None
-    text_guidance: float | int | None
+    steps: Steps | None
+    text_guidance: Guidance | None
+
+    main = "decoder"
+    takes: ClassVar = {
+        "prior": ("sampler", "guidance", "candidates"),
+        "decoder": ("sampler", "guidance", "text_guidance"),
+    }
 
     def runs(self) -> dict[str, str | None]:
         return {name: self.pipeline[name] for name in ("clip", "prior", "decoder")}
@@ -138,13 +166,20 @@ class UnclipRequest(Request):
 class DalleRequest(Request):
     """DALL-E: conf/pipeline/dalle.yaml."""
 
-    temperature: float | int | None
-    top_k: int | None
-    top_p: float | int | None
-    candidates: int
-    prime: str | None
-    prime_rows: int | None
+    temperature: NonNegative | None
+    top_k: PositiveInt | None
+    top_p: Share | None
+    candidates: PositiveInt
+    prime: Text | None
+    prime_rows: PositiveInt | None
     previews: bool
+
+    main = "dalle"
+    takes: ClassVar = {
+        "dalle": ("temperature", "top_k", "top_p", "guidance"),
+        "clip": ("candidates",),
+        "image_tokenizer": ("prefix",),
+    }
 
     def runs(self) -> dict[str, str | None]:
         clip = self.pipeline["clip"] if self.candidates > 1 else None
@@ -205,6 +240,8 @@ class DalleRequest(Request):
 class GanRequest(Request):
     """A GAN: conf/pipeline/gan.yaml."""
 
+    main = "gan"
+
     def runs(self) -> dict[str, str | None]:
         return {name: self.pipeline[name] for name in ("clip", "gan")}
 
@@ -221,6 +258,8 @@ class GanRequest(Request):
 @dataclass(frozen=True, kw_only=True)
 class VaeRequest(Request):
     """A VAE, which reads no prompts: conf/pipeline/vae.yaml."""
+
+    main = "vae"
 
     def prompts_read(self) -> list[str]:
         if self.prompt is not None or self.prompts is not None:
@@ -259,20 +298,21 @@ def sample(config: dict[str, Any]) -> Path:
     Raises:
         UserError: a wrong setting, stages that are missing or do not fit together, an occupied folder.
     """
-    request = REQUESTS[config["pipeline"]["kind"]].of(config)
+    request = kind_of(config["pipeline"].get("kind"), "pipeline.kind").of(config)
     again = Recipe.read(request.recipe) if request.recipe else None
     recipe = again or make_recipe(request, request.prompts_read())
-    if recipe.pipeline not in REQUESTS:
-        raise UserError(f"the recipe is of pipeline {recipe.pipeline!r}; there are {', '.join(REQUESTS)}")
+    kind = kind_of(recipe.pipeline, f"{request.recipe}: pipeline")
+    if again:
+        check_parts(again, kind, f"{request.recipe}")
     if recipe.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda was asked for but PyTorch sees no GPU; use device=cpu")
-    kind = REQUESTS[recipe.pipeline]
     for stage, node in recipe.options.items():
         arguments(node, stage)  # refuses what is wrong before anything is loaded
     usual = Path(request.paths["logs"], request.name, "samples")
     out = Path(request.out) if request.out else next_folder(usual)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty; give another folder with out=")
+    check_writable(out, "folder with out=")
 
     loaded = kind.load({k: v["path"] for k, v in again.stages.items()} if again else request.runs())
     if again:
@@ -288,6 +328,27 @@ def sample(config: dict[str, Any]) -> Path:
     frames = kind.draw(loaded.pipeline.to(recipe.device), recipe, options)
     write(frames, recipe, out)
     return out
+
+
+def kind_of(pipeline: Any, where: str) -> type[Request]:
+    """The requests of a pipeline that is called so."""
+    if not isinstance(pipeline, str) or pipeline not in REQUESTS:
+        raise UserError(f"{where} must be one of {', '.join(REQUESTS)}, got {shown(pipeline)}")
+    return REQUESTS[pipeline]
+
+
+def check_parts(recipe: Recipe, kind: type[Request], where: str) -> None:
+    """Whether a recipe's stages and options are those of its pipeline, by their names."""
+    if kind.main not in recipe.stages:
+        raise UserError(f"{where}: stages name no {kind.main}, which draws the pictures; restore the recipe")
+    for stage, node in recipe.options.items():
+        if unknown := [key for key in node if key not in kind.takes.get(stage, ())]:
+            known = ", ".join(kind.takes.get(stage, ())) or "none"
+            raise UserError(f"{where}: {unknown[0]} is no option of the {stage}; its options are {known}")
+        if stage not in kind.takes and stage not in recipe.stages:
+            raise UserError(f"{where}: options are of {stage}, which is no stage of {recipe.pipeline}")
+    if kind.main in kind.takes and kind.main not in recipe.options:
+        raise UserError(f"{where}: options of the {kind.main} are missing; restore the recipe")
 
 
 def write(frames: Float[Tensor, "N F 3 H W"], recipe: Recipe, out: Path) -> None:
@@ -308,24 +369,29 @@ def read_prompts(request: Request) -> list[str]:
     """The prompts of `prompt` (one or a list) or of the file `prompts` (one a line)."""
     if request.prompt is not None and request.prompts is not None:
         raise UserError("give prompt= or prompts=, not both")
-    if isinstance(request.prompt, list):
-        return [str(prompt) for prompt in request.prompt]
     if request.prompt is not None:
-        return [request.prompt]
+        given = request.prompt if isinstance(request.prompt, list) else [request.prompt]
+        return [readable(str(prompt)) for prompt in given] or [readable("")]
     if request.prompts is None:
         raise UserError(
             'give a prompt: prompt="a small red circle", or a file with a prompt on each line: prompts=FILE'
         )
-    try:
-        lines = Path(request.prompts).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"prompts={request.prompts} cannot be read ({error}); give a text file with a prompt on each line"
-        ) from None
-    prompts = [line.strip() for line in lines if line.strip()]
+    text = read_text(request.prompts, "give a text file with a prompt on each line: prompts=FILE")
+    prompts = [line.strip() for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
     if not prompts:
         raise UserError(f"{request.prompts} holds no prompt; write one on each line")
     return prompts
+
+
+def readable(prompt: str) -> str:
+    """The prompt, if there is something in it to draw."""
+    if not prompt.strip():
+        raise UserError('the prompt is empty; say what to draw: prompt="a small red circle"')
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the prompt is no text in UTF-8: {shown(prompt)}; write it anew") from None
+    return prompt
 
 
 def make_recipe(request: Request, prompts: list[str]) -> Recipe:
@@ -354,13 +420,13 @@ def arguments(node: dict[str, Any], stage: str) -> dict[str, Any]:
     """
     chosen = {key: value for key, value in node.items() if value is not None}
     for key, hint in OPTIONS.items():
-        if key in chosen:
-            if not fits(chosen[key], hint):
-                raise UserError(f"{key} of the {stage} must be {describe(hint)}, got {chosen[key]!r}")
-            chosen[key] = hint(chosen[key])
+        if key in chosen and (wrong := misfit(chosen[key], hint)):
+            raise UserError(
+                f"{key}{wrong.place} of the {stage} must be {wrong.wanted}, got {shown(wrong.got)}"
+            )
     if "sampler" in chosen:
         if not isinstance(node := chosen["sampler"], dict) or "_target_" in node:
-            raise UserError(f"sampler of the {stage} must be method, steps and options, got {node!r}")
+            raise UserError(f"sampler of the {stage} must be method, steps and options, got {shown(node)}")
         node = {**node, "_target_": "dalle.diffusion.samplers.Sampler"}
         chosen["sampler"] = build(node, f"the {stage}'s sampler", listed)
     return chosen

@@ -146,7 +146,7 @@ def test_a_folder_with_broken_pictures_and_without_captions(measure, tmp_path):
     assert (result.protocol["pictures"], result.protocol["real_pictures"]) == (4, 4)
     assert {"fid", "kid", "precision_recall"} == set(result.metrics)
     with pytest.raises(UserError, match="clip_score cannot be measured here: not every picture has"):
-        measure(*given, "data=shapes", "metrics=[clip_score]", fast=())
+        measure(given[0], "n=null", "data=shapes", "metrics=[clip_score]", fast=())
 
 
 def test_the_protocol_is_beside_the_figures(measure, out, untrained_stages):
@@ -261,10 +261,10 @@ def test_classes_of_class_folders(measure, untrained_stages, tmp_path):
         (["metrics=[reconstruction]"], "reconstruction cannot be measured of this unclip; it has fid"),
         (["metrics=[inception]"], "inception cannot be measured here: it reads the logits of Inception"),
         (["metrics=[kid]", "n=1"], "kid needs at least 2 pictures, there are 1; give more"),
-        (["n=0"], "n=0 and batch_size=8 must be at least 1"),
-        (["n=many"], "n must be a whole number or null, got 'many'"),
+        (["n=0"], "n must be a whole number of at least 1 or null, got 0"),
+        (["n=many"], "n must be a whole number of at least 1 or null, got 'many'"),
         (["n=33"], "n=33, but the split test has 32 items; give n=32"),
-        (["split=exam"], "split must be train, val or test, got 'exam'"),
+        (["split=exam"], "split must be one of train, val, test, got 'exam'"),
         (["features=inception"], "features=inception, but its weights are not on this machine"),
         (["features=open_clip/ViT"], "names no weights; give open_clip/NAME/PRETRAINED"),
         (["features=nowhere"], "nowhere holds no finished run"),
@@ -274,7 +274,7 @@ def test_classes_of_class_folders(measure, untrained_stages, tmp_path):
         (["folder=nowhere", "data=shapes"], "folder=nowhere does not exist"),
         (["run=a", "folder=b"], "give run= or folder=, not both"),
         (["image_size=8"], "image_size is for a folder"),
-        (["guidance=strong"], "guidance must be a number or null"),
+        (["guidance=strong"], "guidance must be a number from 0 to 1000 or null"),
         (["save_pictures=maybe"], "save_pictures must be true or false, got 'maybe'"),
         (["trainer.strategy=fast"], "trainer: You selected an invalid strategy"),
     ],

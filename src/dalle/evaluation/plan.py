@@ -4,7 +4,7 @@ Whatever cannot work is refused here, before anything is made or written.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -28,6 +28,7 @@ from dalle.metrics.distances import (
 )
 from dalle.metrics.features import FeatureNet, clip_features, inception_features, random_features
 from dalle.pipelines.load import PUBLIC, load_any_clip
+from dalle.ranges import PositiveInt, Seed, Side, Text
 from dalle.trust import composed, listed
 
 SCORES = ("clip_score", "retrieval", "hard_negatives")
@@ -35,31 +36,32 @@ USUAL = 1000  # pictures, where nobody says how many
 
 
 def check_settings(
-    n: int | None,
-    split: str,
-    seed: int,
-    batch_size: int,
+    n: PositiveInt | None,
+    split: Literal["train", "val", "test"],
+    seed: Seed,
+    batch_size: PositiveInt,
     metrics: list[str] | None,
-    features: str | None,
-    inception: str | None,
+    features: Text | None,
+    inception: Text | None,
     download: bool,
-    scorer: str | None,
-    image_size: int | None,
+    scorer: Text | None,
+    image_size: Side | None,
     save_pictures: bool,
     overwrite: bool,
-    run: str | None,
-    folder: str | None,
-    out: str | None,
-    note: str | None,
+    run: Text | None,
+    folder: Text | None,
+    out: Text | None,
+    note: Text | None,
 ) -> None:
     """The settings of conf/evaluate.yaml that belong to no group; their types are checked by these hints."""
-    if (n is not None and n < 1) or batch_size < 1:
-        raise UserError(f"n={n} and batch_size={batch_size} must be at least 1")
-    if split not in ("train", "val", "test"):
-        raise UserError(f"split must be train, val or test, got {split!r}")
     for name in metrics or ():
         if name not in NEEDS:
             raise UserError(f"there is no metric {name!r}; there are {', '.join(NEEDS)}")
+    if features and metrics and not set(metrics) & set(Subject.metrics):
+        raise UserError(
+            f"features={features}: none of metrics={','.join(metrics)} looks at features; leave it out, "
+            f"or add one of {', '.join(Subject.metrics)}"
+        )
 
 
 def source_of(config: dict[str, Any], subject: Subject) -> Source:

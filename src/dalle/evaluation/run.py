@@ -20,7 +20,7 @@ from dalle.evaluation.looking import Looking, Rank, keep_rows
 from dalle.evaluation.plan import Plan, check_settings, source_of
 from dalle.evaluation.results import FILE, find, publish, workplace
 from dalle.evaluation.subjects import subject_of
-from dalle.files import to_json, write_text
+from dalle.files import check_writable, to_json, write_text
 from dalle.metrics.bootstrap import Figure, exact, of_mean
 from dalle.pictures import from_uint8, grid, save_png
 from dalle.processes import is_main_process
@@ -38,6 +38,8 @@ def evaluate(config: dict[str, Any]) -> Path | None:
     settings = {key: config[key] for key in check_settings.__annotations__ if key != "return"}
     check_arguments(check_settings, settings, "", partial_call=False)
     check_settings(**settings)
+    if config["out"] and is_main_process():
+        check_writable(Path(config["out"]), "folder with out=")
     check_machine(config)
     quiet()
     warnings.filterwarnings("ignore", ".*predict returned None.*")  # on purpose: see `Looking`

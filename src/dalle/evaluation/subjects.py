@@ -40,7 +40,7 @@ from dalle.pipelines.load import load_any_clip
 from dalle.pipelines.recipe import Recipe
 from dalle.pipelines.unconditional import Unconditional
 from dalle.runs import IMAGE_TOKENIZERS, Run, load_clip, load_image_tokenizer
-from dalle.sampling import REQUESTS, arguments, make_recipe
+from dalle.sampling import arguments, kind_of, make_recipe
 
 MAX_PIXELS = 64_000_000
 NAMED = 3  # files named in a message
@@ -98,12 +98,12 @@ class Pipeline(Subject):
     metrics = (*Subject.metrics, "clip_score", "retrieval", "hard_negatives", "judge", "speed", "flops")
 
     def __init__(self, config: dict[str, Any]) -> None:
-        kind = config["pipeline"]["kind"]
+        kind = config["pipeline"].get("kind")
         for setting in ("prime", "previews"):
             if config.get(setting):
                 raise UserError(f"{setting} is for sample.py; evaluate.py draws whole pictures from captions")
         unused = {"prompt": None, "prompts": None, "n": 1, "device": "auto", "out": None, "recipe": None}
-        request = REQUESTS[kind].of({**config, **unused})
+        request = kind_of(kind, "pipeline.kind").of({**config, **unused})
         self.recipe = make_recipe(request, [])
         self.options = {stage: arguments(node, stage) for stage, node in self.recipe.options.items()}
         loaded = request.load(request.runs())
