@@ -48,6 +48,7 @@ class Case:
     step: Step
     samples: int
     params: int = 0
+    flops: int = 0  # of a sample, as PyTorch counts them
     seconds: list[float] = field(default_factory=list)  # of one step, one per round
 
 
@@ -113,6 +114,7 @@ class Demo:
             text_length=CONTEXT_LENGTH,
             image_vocab=dvae["vocab_size"],
             grid=side // dvae["factor"],
+            image_levels=None,
         )
         net = DALLE(**self.dalle_sizes)
         self.dalle, self.codes = DalleStage(net), net.codes

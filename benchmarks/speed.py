@@ -17,6 +17,7 @@ from io import StringIO
 import torch
 from cases import OURS, Case, Demo, our_cases
 from peers import PEERS
+from torch.utils.flop_counter import FlopCounterMode
 
 from dalle.training import fast_in_bf16
 
@@ -49,7 +50,9 @@ def measure(cases: list[Case], rounds: int, seconds: float) -> None:
     """Fills the cases' readings."""
     expected = {}
     for case in cases:
-        case.step()  # the first step of all allocates
+        with FlopCounterMode(display=False) as counter:  # the first step of all allocates, too
+            case.step()
+        case.flops = counter.get_total_flops() // case.samples
         expected[id(case)] = timed(case, 1)
     for turn in range(rounds):
         start = turn % len(cases)
@@ -67,7 +70,19 @@ def timed(case: Case, steps: int) -> float:
 
 def table(cases: list[Case]) -> str:
     order = list(dict.fromkeys(case.group for case in cases))
-    rows = [("what", "who", "params (M)", "samples/s", "slowest to fastest", "ms/sample", "ours is")]
+    rows = [
+        (
+            "what",
+            "who",
+            "params (M)",
+            "GFLOP/sample",
+            "samples/s",
+            "slowest to fastest",
+            "ms/sample",
+            "ours is",
+            "per FLOP",
+        )
+    ]
     for case in sorted(cases, key=lambda case: order.index(case.group)):
         rates = sorted(case.samples / s for s in case.seconds)
         rows.append(
@@ -75,16 +90,24 @@ def table(cases: list[Case]) -> str:
                 case.group,
                 case.name,
                 f"{case.params / 1e6:.2f}" if case.params else "",
+                f"{case.flops / 1e9:.3g}" if case.flops else "",
                 f"{statistics.median(rates):.4g}",
                 f"{rates[0]:.4g} to {rates[-1]:.4g}",
                 f"{1000 / statistics.median(rates):.3g}",
                 "" if case.name == OURS else f"{advantage(cases, case):.2f}x",
+                "" if case.name == OURS or not case.flops else f"{per_flop(cases, case):.2f}x",
             )
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows
     )
+
+
+def per_flop(cases: list[Case], case: Case) -> float:
+    """How many times as many FLOPs a second ours does: networks of different packages are never the same."""
+    own = next(c for c in cases if c.group == case.group and c.name == OURS)
+    return advantage(cases, case) * own.flops / case.flops
 
 
 def advantage(cases: list[Case], case: Case) -> float:

@@ -234,8 +234,8 @@ class Shapes:
 
     def scenes(self, items: Sequence[int]) -> Scenes:
         """What is in the pictures of these items."""
-        items, held_out = self._indices(items), UNSEEN[self.split]
-        return _compose(self._stream, items, self.two_objects, 0.5, held_out)
+        indices, held_out = self._indices(items), UNSEEN[self.split]
+        return _compose(self._stream, indices, self.two_objects, 0.5, held_out)
 
     def images(self, items: Sequence[int], epoch: int = 0) -> Float[Tensor, "B 3 S S"]:
         """Pictures (B, 3, S, S), float32 in [-1, 1]; the same in every epoch."""
