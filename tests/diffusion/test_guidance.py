@@ -110,10 +110,12 @@ def test_learned_variance_comes_from_the_full_condition():
 
     denoiser = Denoiser(Net(), Schedule("cosine"), "eps", learned_variance=True)
     branches = one_scale({"c": torch.ones(2)}, {"c": -torch.ones(2)}, 2.0)
-    x0, fraction = threshold(guide(denoiser.with_variance, branches), "static")(X, T)
-    assert fraction is not None
-    assert (fraction == 1).all()
-    assert x0.abs().max() <= 1
+    for rescale in (0.0, 0.7):
+        guided = guide(denoiser.with_variance, branches, rescale, denoiser)
+        x0, fraction = threshold(guided, "static")(X, T)
+        assert fraction is not None
+        assert (fraction == 1).all()
+        assert x0.abs().max() <= 1
 
 
 def test_rescale():

@@ -57,12 +57,11 @@ def guide(
         for weight, estimate in zip(weights[1:], estimates[1:], strict=True):
             x0 = x0 + weight * estimate
         if rescale and n > 1:
-            pair = (x0, estimates[-1])
             if denoiser is None:
-                x0 = match_spread(*pair, rescale)
+                x0 = match_spread(x0, estimates[-1], rescale)
             else:
-                outputs = (denoiser.output_of(x_t, estimate, t) for estimate in pair)
-                x0 = denoiser.x0_of(x_t, match_spread(*outputs, rescale), t)
+                both, told = (denoiser.output_of(x_t, estimate, t) for estimate in (x0, estimates[-1]))
+                x0 = denoiser.x0_of(x_t, match_spread(both, told, rescale), t)
         return (x0, None if fraction is None else fraction.chunk(n)[-1]) if isinstance(out, tuple) else x0
 
     return guided
