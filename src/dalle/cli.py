@@ -9,11 +9,12 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dalle.errors import UserError
+from dalle.errors import UserError, printable
 
 REASON = "DALLE_REASON"  # in the environment: the file in which a process leaves why it has failed
 STOPPED = "stopped"
@@ -28,6 +29,7 @@ def run(main: Callable[[], None]) -> None:
     arguments.sort(key=lambda argument: argument not in ("-m", "--multirun"))  # argparse wants them together
     sys.argv = [script, *arguments]
     shown = any(re.match(r"\+?debug=(?!none)", a) for a in sys.argv)
+    warnings.formatwarning = warning
     try:
         check_words(arguments, groups(Path(script).resolve().parent / "conf"))
         main()
@@ -39,7 +41,12 @@ def run(main: Callable[[], None]) -> None:
         _leave(line if BUG not in line else f"{type(error).__name__}: {one_line(error)}")
         if shown and not getattr(error, "missing_cfg_file", None):  # nor is debug=foo one
             raise
-        sys.exit(f"error: {line}")
+        sys.exit(printable(f"error: {line}"))
+
+
+def warning(message: Any, category: Any, filename: str, lineno: int, line: str | None = None) -> str:
+    """A warning's text as in Python, but without what file names in it could do to a terminal."""
+    return printable(f"{filename}:{lineno}: {category.__name__}: {message}\n")
 
 
 def said(error: Exception) -> str:

@@ -15,8 +15,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from dalle.cli import run as run_command
-from dalle.errors import UserError
-from dalle.evaluation.report import STYLE, number
+from dalle.errors import UserError, printable
+from dalle.evaluation.plots import plain
+from dalle.evaluation.report import STYLE, belongs, number
 from dalle.files import write_text
 from dalle.panels import is_curve, matching, panels
 from dalle.runs import Run
@@ -46,10 +47,12 @@ def draw(title: str, metrics: Sequence[str], tables: dict[str, Table]) -> bytes 
     for run, names in shown.items():
         for name in names if is_curve(metrics) else []:
             label = [*([run] if len(tables) > 1 else []), *([name] if len(names) > 1 else [])]
-            axes.plot(*zip(*tables[run][name].items(), strict=True), label=" ".join(label), linewidth=1)
+            axes.plot(
+                *zip(*tables[run][name].items(), strict=True), label=plain(" ".join(label)), linewidth=1
+            )
         if names and not is_curve(metrics):
             values = [last(tables[run][name]) for name in names]
-            axes.plot(values, [name.removeprefix("test/") for name in names], "o", label=run)
+            axes.plot(values, [plain(name.removeprefix("test/")) for name in names], "o", label=plain(run))
     if not any(shown.values()):
         return None
     if any(axes.get_legend_handles_labels()[1]):
@@ -68,6 +71,8 @@ def drawings(run: Run) -> dict[str, list[Path]]:
     """The pictures of a run by kind (step, reconstruction, test), a few of each from first to last."""
     kinds: dict[str, list[Path]] = defaultdict(list)
     for path in sorted((run.path / "samples").glob("*.png")):
+        if not belongs(path, run.path):
+            continue
         kinds[path.stem.rpartition("-")[0] or path.stem].append(path)
     chosen = {}
     for kind, paths in kinds.items():
@@ -110,7 +115,7 @@ def make(folder: Path) -> Path:
         parts += figures({title: png for title, png in plots.items() if png is not None})
         for run, (name, table) in zip(runs, tables.items(), strict=True):
             for kind, paths in drawings(run).items():
-                parts.append(f"<h3>{html.escape(name)}: {kind}</h3>")
+                parts.append(f"<h3>{html.escape(f'{name}: {kind}')}</h3>")
                 parts += figures({path.stem: path.read_bytes() for path in paths})
             parts += tested(name, table)
     page = folder / "dashboard.html"
@@ -139,7 +144,7 @@ def tested(name: str, table: Table) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", type=Path, help="a folder of runs, such as logs/demo")
-    print(make(parser.parse_args().runs))
+    print(printable(str(make(parser.parse_args().runs))))
 
 
 if __name__ == "__main__":

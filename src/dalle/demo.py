@@ -16,6 +16,7 @@ from torch import Tensor
 from dalle.cli import run
 from dalle.data.scenes import draw
 from dalle.data.shapes import prompts
+from dalle.errors import UserError
 from dalle.evaluation.familiar import captions_read
 from dalle.files import write_json
 from dalle.metrics.bootstrap import of_share
@@ -24,6 +25,7 @@ from dalle.metrics.generation import GenerationMetrics
 from dalle.metrics.judge import Judge
 from dalle.pictures import from_uint8, to_uint8
 from dalle.pipelines.load import Loaded, load_dalle, load_unclip
+from dalle.ranges import PositiveInt, Seed, describe, fits
 from dalle.runs import Run
 from dalle.training import fast_in_bf16
 
@@ -123,6 +125,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=64)
     args = parser.parse_args()
+    for option, hint in {"n": PositiveInt, "seed": Seed, "batch_size": PositiveInt}.items():
+        if not fits(value := getattr(args, option), hint):
+            raise UserError(f"--{option.replace('_', '-')} must be {describe(hint)}, got {value}")
     loaded = load(args.runs, args.pipeline)
     table = measure(loaded, args.n, args.seed, args.batch_size, args.split)
     path = args.runs / ("report.json" if args.pipeline == "unclip" else f"report-{args.pipeline}.json")

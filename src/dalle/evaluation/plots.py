@@ -23,7 +23,7 @@ def draw_plots(
         "Quality and time": ("speed.png", over_time),
         "What captions say, attribute by attribute": ("attributes.png", attributes),
     }
-    made = {}
+    made, names = {}, [plain(name) for name in names]
     for title, (file, draw) in plots.items():
         canvas = Canvas(figsize=(11, 5), layout="constrained")
         if draw(canvas.subplots(), results, names, signs):
@@ -31,6 +31,11 @@ def draw_plots(
             canvas.savefig(folder / file, dpi=120)
             made[title] = folder / file
     return made
+
+
+def plain(text: str) -> str:
+    """A text as matplotlib is to write it: between two dollar signs it would look for a formula."""
+    return text.replace("$", r"\$")
 
 
 def distance_of(results: Sequence[Result]) -> str | None:
@@ -69,7 +74,7 @@ def over_guidance(axes: Axes, results: Sequence[Result], names: Sequence[str], s
             line.set_markerfacecolor("white")
         for (scale, _, _), a, b in zip(points, x, y, strict=True):
             axes.annotate(f"{scale:g}", (a, b), textcoords="offset points", xytext=(5, 5), fontsize=8)
-    axes.set(xlabel="CLIP score (higher is better)", ylabel=f"{distance} (lower is better)")
+    axes.set(xlabel="CLIP score (higher is better)", ylabel=plain(f"{distance} (lower is better)"))
     return True
 
 
@@ -77,9 +82,8 @@ def curve_name(result: Result, sign: str) -> str:
     """Kind, sampler and steps of what draws the pictures."""
     nodes = [node for name, node in result.subject.get("options", {}).items() if name != "prior"]
     sampler = next((node["sampler"] for node in nodes if "sampler" in node), {})
-    return " ".join(
-        [result.subject["kind"], *(str(sampler[k]) for k in ("method", "steps") if k in sampler), sign]
-    )
+    settings = [str(sampler[k]) for k in ("method", "steps") if k in sampler]
+    return plain(" ".join([result.subject["kind"], *settings, sign]))
 
 
 def over_time(axes: Axes, results: Sequence[Result], names: Sequence[str], signs: Sequence[str]) -> bool:

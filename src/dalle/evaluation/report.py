@@ -180,7 +180,7 @@ def as_html(
     parts += [f"<h2>{say(title)}</h2>{image(path, title)}" for title, path in plots.items()]
     parts.append("<h2>First pictures</h2><div class=grids>")
     for result, name in zip(results, names, strict=True):
-        if result.path and (grid := result.path / "grid.png").is_file():
+        if result.path and belongs(grid := result.path / "grid.png", result.path):
             parts.append(f"<figure>{image(grid, name)}<figcaption>{say(name)}</figcaption></figure>")
     parts.append("</div><h2>Protocol</h2>")
     for identity in dict.fromkeys(result.protocol_id for result in results):
@@ -191,6 +191,11 @@ def as_html(
     parts.append(f"<p><small>{say(versions)}. Intervals of 95 %, as plus or minus.</small></p>")
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Evaluation</title><style>{STYLE}'
     return head + "</style>" + "\n".join(parts) + "</html>\n"
+
+
+def belongs(path: Path, folder: Path) -> bool:
+    """Whether it is a file of this folder, and no link to one elsewhere."""
+    return path.is_file() and path.resolve().is_relative_to(folder.resolve())
 
 
 def image(path: Path, title: str) -> str:
