@@ -5,6 +5,7 @@ in the file of metrics, and a validation that was due is over. So a run that goe
 what an uninterrupted one would have.
 """
 
+import contextlib
 import os
 import signal
 import threading
@@ -21,9 +22,11 @@ from torch import Tensor
 
 from dalle.errors import UserError
 from dalle.files import beside
+from dalle.finite import check_finite
 from dalle.loggers import MetricsCsv
 from dalle.ranges import Place, PositiveInt
 from dalle.stages.base import Stage
+from dalle.stages.guard import Diverged
 
 STOP_EVERY = (
     10  # steps between the questions to all ranks whether one was told to stop: each costs a device sync
@@ -81,6 +84,7 @@ class LastCheckpoint(Checkpoint):
             return
         if self.saved_step is None or self.loops is None or trainer.global_step <= self.saved_step:
             return
+        trainer.lightning_module.check_worth_keeping()  # pyright: ignore[reportCallIssue]
         for logger in trainer.loggers:
             logger.save()
         self.saving = True
@@ -162,7 +166,8 @@ class LastCheckpoint(Checkpoint):
         # saving waits for all ranks, which may not come after an error on one of them
         alone = trainer.world_size == 1 and not isinstance(exception, UserError)
         if trainer.state.fn == "fit" and (self.agreed or alone):
-            self.save(trainer)
+            with contextlib.suppress(Diverged):  # the checkpoint that is there stays
+                self.save(trainer)
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero and self.path.exists():
             step = "there" if self.saved_step is None else f"step {self.saved_step}"
             print(f"\nstopped; the same command with resume=true goes on from {step}", flush=True)
@@ -247,9 +252,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             raise UserError(f"{path} is damaged: {key} is missing; {ways}")
         if not fits(found[key]):
             raise UserError(f"{path} is damaged: {key} is not what a training leaves; {ways}")
-    for name, weight in found["state_dict"].items():
-        if weight.is_floating_point() and not bool(weight.isfinite().all()):
-            raise UserError(f"{path} holds weights that are no numbers ({name}); {ways}")
+    check_finite(found["state_dict"], path, ways)
     return found
 
 

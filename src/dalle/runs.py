@@ -30,6 +30,7 @@ from dalle.data.norm import EmbedNorm
 from dalle.data.tokenizers import CaptionTokenizer, ClipBPE, load_tokenizer
 from dalle.errors import UserError
 from dalle.files import beside, write_json
+from dalle.finite import check_finite
 from dalle.ranges import Place, shown
 from dalle.reading import read_json, read_text, read_yaml, shaped
 from dalle.records import Manifest, RunConfig
@@ -143,8 +144,13 @@ class Run:
         return columns
 
     def save(self, net: nn.Module, manifest: Mapping[str, Any]) -> None:
-        """Writes the weights and then the manifest, which makes the run a finished one."""
+        """Writes the weights and then the manifest, which makes the run a finished one.
+
+        Raises:
+            UserError: the weights are no numbers; nothing is written.
+        """
         weights = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
+        check_finite(weights, self.path / "model.safetensors", "they are not saved")
         with beside(self.path / "model.safetensors") as hidden:
             save_file(weights, hidden)
         facts = {"schema": SCHEMA, "weights": weights_hash(net), **manifest}
@@ -165,9 +171,7 @@ class Run:
             weights = load_file(path)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read ({error}); {ADVICE}") from None
-        for name, tensor in weights.items():
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                raise UserError(f"{path} holds weights that are no numbers ({name}); train the stage again")
+        check_finite(weights, path, "train the stage again")
         if expected is not None and (found := tensors_hash(weights)) != expected:
             raise UserError(
                 f"{path} holds other weights ({found}) than its manifest.json says ({expected}); {ADVICE}"

@@ -122,7 +122,7 @@ class Search:
             if math.isfinite(value):
                 study.tell(number, value)
                 return
-            job.note("failed", f"{self.metric} is {value}")
+            job.note("failed", f"{self.metric} is no number")
         study.tell(number, state=self.optuna.trial.TrialState.FAIL)
 
     def completed(self, study: Any) -> list[Any]:

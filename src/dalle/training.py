@@ -4,6 +4,7 @@ The order is: refuse what cannot work, claim the run directory, build, fit, test
 """
 
 import logging
+import math
 import platform
 import warnings
 from collections.abc import Iterator, Mapping
@@ -51,6 +52,7 @@ def train(config: Config) -> dict[str, float]:
     datamodule = build(config["datamodule"], "datamodule", **kept_tokenizer(config, run))
     fill_sizes(config, datamodule.sizes)
     stage = build_stage(config["model"])
+    stage.patience = config["stop_after_skipped"]
     if config["preflight"]:
         behind = resume.steps_behind(run, stage) if resuming else 0
         preflight.report(config, stage, datamodule, behind)
@@ -96,6 +98,8 @@ def fit_and_test(
         trainer.fit(stage, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
         trainer.test(stage, datamodule=datamodule, verbose=False)
     metrics = {k: round(float(v), 6) for k, v in trainer.callback_metrics.items() if k.startswith("test/")}
+    if (missing := [k for k, v in metrics.items() if not math.isfinite(v)]) and trainer.is_global_zero:
+        print(f"careful: no number came out for {', '.join(missing)}", flush=True)
     if config["trainer"].get("fast_dev_run") or config["trainer"].get("overfit_batches"):
         if trainer.is_global_zero:
             print(f"everything ran; a debug run is no finished one, so there are no weights in {run}")

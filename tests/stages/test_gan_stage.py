@@ -126,7 +126,7 @@ class TestLazy:
         assert made.lr == pytest.approx(0.0018823529411764706)
         assert made.options["betas"] == pytest.approx([0.0, 0.990586281])
         assert made.options["eps"] == 1e-8
-        assert (recipe.lr, recipe.options["betas"]) == (2e-3, [0.0, 0.99])  # the generator's own
+        assert (recipe.lr, recipe.options["betas"]) == (2e-3, (0.0, 0.99))  # the generator's own
 
     def test_of_an_optimizer_without_betas(self):
         assert gan.lazy(Recipe(torch.optim.SGD, lr=0.3, momentum=0.9), 2).lr == pytest.approx(0.2)

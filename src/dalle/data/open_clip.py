@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dalle.data.frozen import FrozenCLIP
 from dalle.data.tokenizers import ClipBPE
 from dalle.errors import UserError
+from dalle.finite import check_finite
 from dalle.ranges import Text
 
 CLIP_VOCABULARY = 49408
@@ -121,6 +122,7 @@ def load_open_clip(name: Text, pretrained: Text, cache_dir: Text | None = None) 
             else "is it of this model?"
         )
         raise UserError(f"cannot load open_clip {name} from {pretrained!r}: {advice} ({reason})") from error
+    check_finite(model.state_dict(), pretrained, "take another file")
     net = OpenClipNet(model)
     return FrozenCLIP(net, ClipBPE(net.context_length))
 

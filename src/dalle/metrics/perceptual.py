@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.image.lpips import _NoTrainLpips
 
 from dalle.errors import UserError
+from dalle.finite import check_finite
 from dalle.pictures import from_uint8
 from dalle.ranges import File
 
@@ -84,6 +85,7 @@ class LPIPS(nn.Module):
             saved = torch.load(weights, map_location="cpu", weights_only=True)
             # torchvision's names are features.N; LPIPS keeps the N, cut into five slices
             own = {k: saved[f"features.{k.split('.', 1)[1]}"] for k in self.net.net.state_dict()}
+            check_finite(own, weights, "take another file")
             self.net.net.load_state_dict(own)
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -5,7 +5,8 @@ nothing
 frozen: its checkpoint, its moving average and its gradients see only what is trained.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import lightning
 import torch
@@ -15,9 +16,12 @@ from torch.nn.utils import clip_grad_norm_
 
 from dalle.data.batch import Batch
 from dalle.errors import UserError
+from dalle.finite import not_finite
+from dalle.stages.guard import PATIENCE, Diverged, Guard, worth_keeping
 from dalle.stages.optim import Recipe
 
 VALIDATION_SEED = 20240229  # noise, times and dropped conditions are the same in every validation
+NO_NUMBER = "had a loss or a gradient that is no number"
 
 
 class Stage(lightning.LightningModule):
@@ -26,10 +30,11 @@ class Stage(lightning.LightningModule):
     net: Any  # an nn.Module with an interface of its stage's own
     makes_images = False  # whether `sample` gives pictures
     clip: float | int | None = None  # trainer.gradient_clip_val of a stage that steps by itself: `descend`
+    patience: int = PATIENCE  # steps in a row without numbers that end a run
 
     def __init__(self, optimizer: Recipe | None = None) -> None:
         super().__init__()
-        self.recipe = optimizer
+        self.recipe, self.guard = optimizer, Guard()
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """The loss under ``"loss"`` and whatever else is worth logging; only scalars are logged."""
@@ -37,7 +42,6 @@ class Stage(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         self.seed = torch.initial_seed()
-        self.skipped, self.scale = 0, 0.0
 
     def sample(self, batch: Batch, **options: Any) -> Tensor:
         """What a stage that can make something makes for a batch; `randn=` draws its noise."""
@@ -47,7 +51,7 @@ class Stage(lightning.LightningModule):
         self.seed_batch()
         out = self.step(batch)
         self.log_scalars("train", out, batch)
-        return {k: v if k == "loss" else v.detach() for k, v in out.items()}
+        return {k: self.guard.marked(v) if k == "loss" else v.detach() for k, v in out.items()}
 
     def seed_batch(self) -> None:
         """All that is random in batch n of rank r depends on (seed, r, n) alone: a resumed run draws what an
@@ -91,27 +95,78 @@ class Stage(lightning.LightningModule):
         """Clips, and logs the norm there was before. Lightning itself logs none, refuses fused optimizers
         under any autocast, and cannot clip shards by their norm.
         """
-        if gradient_clip_algorithm != "norm":
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-            return
-        limit = gradient_clip_val or torch.inf
+        limit = gradient_clip_val if gradient_clip_val and gradient_clip_algorithm == "norm" else torch.inf
+        weights = list(self.net.parameters())
         if isinstance(self.trainer.strategy, FSDPStrategy):
             root: Any = self.trainer.strategy.model
             norm = root.clip_grad_norm_(limit)
         else:
-            norm = clip_grad_norm_(self.net.parameters(), limit)
+            norm = clip_grad_norm_(weights, limit)
         self.log("train/grad_norm", norm)
+        if not self.guard.passes(norm):
+            self.guard.leave_out(weights)
+        elif gradient_clip_algorithm != "norm":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.guard.begin(self)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Under fp16 a step whose gradients overflow is left out and the scale of the loss lowered: counts
-        such steps.
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
+            return
+        self.guard.end()
+        self.log("train/skipped", float(self.guard.skipped))
+        if self.guard.left_out:
+            self.tell_of_skipped(batch)
+
+    def on_train_end(self) -> None:
+        self.check_worth_keeping()
+        if 2 * self.guard.skipped > self.global_step and self.trainer.precision != "16-mixed":
+            self.diverged(f"{self.guard.skipped} of {self.global_step} steps {NO_NUMBER}", {})
+
+    def tell_of_skipped(self, batch: Batch) -> None:
+        """Says so when a step is left out for the first time, and ends the run when too many are in a row."""
+        guard, step = self.guard, self.global_step - 1
+        if guard.in_a_row >= self.patience:
+            first = step - guard.in_a_row + 1
+            self.diverged(f"step {first} and all {guard.in_a_row - 1} steps after it {NO_NUMBER}", batch)
+        # fp16 leaves out steps as a matter of course
+        if guard.skipped == 1 and self.trainer.is_global_zero and self.trainer.precision != "16-mixed":
+            print(f"\ncareful: step {step} {NO_NUMBER}; train/skipped counts such steps", flush=True)
+
+    def check_worth_keeping(self) -> None:
         """
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if scaler is not None:
-            scale = scaler.get_scale()  # waits for the device, as the scaler's own step has just done
-            self.skipped += scale < self.scale
-            self.scale = scale
-            self.log("train/skipped", float(self.skipped))
+        Raises:
+            Diverged: the weights are no numbers, or far larger than any that work. On all ranks alike.
+        """
+        if not self.trainer.strategy.reduce_boolean_decision(worth_keeping(self)):
+            self.diverged(f"by step {self.global_step} the weights have diverged", {})
+
+    def diverged(self, what: str, batch: Batch | dict[str, Any]) -> NoReturn:
+        """Ends a run that has come to nothing, in one line of one rank.
+
+        Args:
+            batch: the last one, in which the cause may lie.
+        """
+        if not self.trainer.is_global_zero:
+            raise SystemExit(1)
+        lr = self.trainer.optimizers[0].param_groups[0]["initial_lr"]
+        causes = [f"optimizer.lr={lr:g} is too high", f"precision={self.trainer.precision} too coarse"]
+        if spoilt := not_finite(batch):
+            causes.insert(0, f"the data are broken ({', '.join(spoilt)} of the last batch)")
+        path = getattr(self.trainer.checkpoint_callback, "path", None)
+        kept = (
+            f"the last good checkpoint is {path}" if path and path.exists() else "there is no checkpoint yet"
+        )
+        raise Diverged(f"{what}; likely {', or '.join(causes)}; {kept}")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["guard"] = self.guard.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if "guard" in checkpoint:
+            self.guard.load_state_dict(checkpoint["guard"])
 
     def configure_optimizers(self) -> Any:
         if self.recipe is None:
@@ -165,16 +220,14 @@ class Stage(lightning.LightningModule):
         Returns: the norm of the gradient before it is clipped to `trainer.gradient_clip_val`.
         """
         weights = [p for p in net.parameters() if p.requires_grad]
-        with torch.autocast(loss.device.type, enabled=False):
-            grads = torch.autograd.grad(loss, weights, materialize_grads=True)
-        if self.trainer.world_size > 1:  # DDP itself awaits gradients of all networks at once
-            flat = self.trainer.strategy.reduce(torch.cat([g.flatten() for g in grads]), reduce_op="mean")
-            parts = flat.split([g.numel() for g in grads])
-            grads = [part.view_as(g) for part, g in zip(parts, grads, strict=True)]
-        for p, grad in zip(weights, grads, strict=True):
-            # in the weight's layout, as backward() would: fused optimizers go through memory, not indices
-            p.grad = torch.empty_like(p).copy_(grad)
-        norm = clip_grad_norm_(weights, self.clip or torch.inf)
+        norm = torch.full_like(loss, torch.nan)
+        if not self.guard.left_out:  # else nothing of this batch is worth a step
+            for p, grad in zip(weights, self.gradients(loss, weights, which), strict=True):
+                # in the weight's layout, as backward() would: fused optimizers go through memory, not indices
+                p.grad = torch.empty_like(p).copy_(grad)
+            norm = clip_grad_norm_(weights, self.clip or torch.inf)
+        if self.guard.left_out or not self.guard.passes(norm, which):
+            self.guard.leave_out(weights)
         optimizers: Any = self.optimizers(use_pl_optimizer=which == 0)  # Lightning's wrapper counts steps
         schedules: Any = self.lr_schedulers()
         optimizers[which].step()
@@ -182,3 +235,14 @@ class Stage(lightning.LightningModule):
         for p in weights:
             p.grad = None
         return norm
+
+    def gradients(self, loss: Tensor, weights: list[nn.Parameter], which: int) -> Sequence[Tensor]:
+        """The gradient of the loss of optimizer `which` over all ranks."""
+        with torch.autocast(loss.device.type, enabled=False):
+            grads = torch.autograd.grad(self.guard.marked(loss, which), weights, materialize_grads=True)
+        if self.trainer.world_size == 1:
+            return grads
+        # DDP itself awaits gradients of all networks at once
+        flat = self.trainer.strategy.reduce(torch.cat([g.flatten() for g in grads]), reduce_op="mean")
+        parts = flat.split([g.numel() for g in grads])
+        return [part.view_as(g) for part, g in zip(parts, grads, strict=True)]

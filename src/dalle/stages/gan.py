@@ -121,7 +121,8 @@ class GanStage(Stage):
             logits = self.discriminator(self.seen(image), **text_of(batch))
             penalty = r1(logits, image, self.r1_gamma)
         self.descend(self.r1_every * penalty, self.discriminator, DISCRIMINATOR)
-        self.r1 = penalty.detach()
+        if not self.guard.left_out:
+            self.r1 = penalty.detach()
 
     def seen(self, image: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
         """Pictures as D sees them."""

@@ -1,0 +1,229 @@
+"""Losses and gradients that are no numbers: left out in every stage, counted, and many end a run."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from conftest import untrained
+from safetensors.torch import load_file, save_file
+from tiny import NETS, column, train
+
+from dalle import training
+from dalle.callbacks import Ema
+from dalle.errors import UserError
+from dalle.runs import Run, load_stage
+from dalle.stages.base import Stage
+from dalle.stages.guard import Guard
+
+STAGES = [model for model in NETS if model != "dit"]
+SPOILT = 2  # the batch
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory) -> Path:
+    """logs/ with the networks that others need."""
+    logs = tmp_path_factory.mktemp("logs")
+    for model in ("clip", "dvae"):
+        untrained(model, logs)
+    return logs
+
+
+class Watch(lightning.Callback):
+    """What a step may move, before and after each batch."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Any]] = []
+
+    def look(self, trainer: Any, stage: Any) -> None:
+        ema = next((c for c in trainer.callbacks if isinstance(c, Ema)), None)
+        state = {f"stage.{k}": v.clone() for k, v in stage.state_dict().items()}
+        state |= {f"average.{k}": v.clone() for k, v in (ema.average if ema else {}).items()}
+        for i, optimizer in enumerate(trainer.optimizers):
+            for j, moments in optimizer.state_dict()["state"].items():
+                state |= {f"optimizer.{i}.{j}.{k}": v.clone() for k, v in moments.items()}
+        self.seen.append(state)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.look(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.look(trainer, pl_module)
+
+    def same(self, batch: int) -> bool:
+        before, after = self.seen[batch : batch + 2]
+        return before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
+
+
+@pytest.fixture
+def watch(monkeypatch) -> Watch:
+    """Watches the next run, as the last of its callbacks."""
+    made, watcher = training.make_trainer, Watch()
+
+    def make_trainer(*args: Any) -> lightning.Trainer:
+        trainer: Any = made(*args)
+        trainer.callbacks.append(watcher)
+        return trainer
+
+    monkeypatch.setattr(training, "make_trainer", make_trainer)
+    return watcher
+
+
+def spoil_losses(monkeypatch, value: float, first: int = SPOILT, last: int = SPOILT) -> None:
+    marked, seed_batch, seen = Guard.marked, Stage.seed_batch, []
+    monkeypatch.setattr(Stage, "seed_batch", lambda self: (seen.append(0), seed_batch(self)))
+
+    def spoilt(self: Guard, loss: Any, which: int = 0) -> Any:
+        return marked(self, loss + value if first <= len(seen) - 1 <= last else loss, which)
+
+    monkeypatch.setattr(Guard, "marked", spoilt)
+
+
+def spoil_gradients(monkeypatch, value: float) -> None:
+    """Of the first weight of the network only."""
+    seed_batch, seen = Stage.seed_batch, []
+
+    def seed_and_spoil(self: Any) -> None:
+        seed_batch(self)
+        if not seen:
+            weight = next(self.net.parameters())
+            weight.register_hook(lambda g: torch.full_like(g, value) if len(seen) - 1 == SPOILT else g)
+        seen.append(0)
+
+    monkeypatch.setattr(Stage, "seed_batch", seed_and_spoil)
+
+
+def options(logs: Path, name: str) -> tuple[str, ...]:
+    return f"paths.run='{logs / name}'", "overwrite=true", "optimizer.warmup=0", "model.disc_start=0"
+
+
+def trained(model: str, logs: Path, name: str, *more: str, steps: int = 4) -> Run:
+    own = [o for o in options(logs, name) if model == "vqgan" or "disc_start" not in o]
+    return train(model, logs, *own, *more, steps=steps)
+
+
+@pytest.mark.parametrize("model", STAGES)
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_one_step_is_left_out(model, kind, logs, watch, monkeypatch, capsys):
+    """A loss of nan or infinity plus a constant, whose gradient would be a number; or one gradient."""
+    if kind == "loss":
+        spoil_losses(monkeypatch, float("inf") if model in ("prior", "gan") else float("nan"))
+    else:
+        spoil_gradients(monkeypatch, float("nan") if model in ("prior", "gan") else -float("inf"))
+    run = trained(model, logs, f"{kind}/{model}", "callbacks.checkpoint.every=1")
+    moved = [
+        k for k in watch.seen[SPOILT] if not torch.equal(watch.seen[SPOILT][k], watch.seen[SPOILT + 1][k])
+    ]
+    if kind == "gradient" and model == "gan":  # its discriminator has taken its step before
+        moved = [k for k in moved if not k.startswith(("stage.discriminator", "optimizer.1", "stage.r1"))]
+    assert not moved
+    assert not any(watch.same(batch) for batch in (0, 1, 3))
+    assert list(column(run, "train/skipped").values()) == [0, 0, 1, 1]
+    assert capsys.readouterr().out.count(f"careful: step {SPOILT} had a loss or a gradient") == 1
+    assert all(torch.isfinite(w).all() for w in load_file(run.path / "model.safetensors").values())
+    state = torch.load(run.checkpoint, weights_only=True)
+    assert state["global_step"] == run.manifest()["steps"] == 4
+    assert [s["last_epoch"] >= 4 for s in state["lr_schedulers"]] == [True] * len(state["lr_schedulers"])
+    assert state["guard"]["skipped"] == 1
+
+
+@pytest.mark.parametrize("model", ["clip", "vqgan"])
+def test_many_in_a_row_end_the_run(model, logs, monkeypatch):
+    spoil_losses(monkeypatch, float("nan"), first=2, last=10**9)
+    name = f"many/{model}"
+    with pytest.raises(
+        UserError, match=r"step 2 and all 2 steps after it had a loss or a gradient .*optimizer.lr"
+    ):
+        trained(model, logs, name, "stop_after_skipped=3", "callbacks.checkpoint.every=2", steps=50)
+    assert not Run(logs / name).finished
+    assert torch.load(Run(logs / name).checkpoint, weights_only=True)["global_step"] == 4
+
+
+def test_broken_data_are_named(logs, monkeypatch):
+    seed_batch = Stage.on_train_batch_start
+
+    def spoil(self: Any, batch: Any, batch_idx: int) -> None:
+        seed_batch(self, batch, batch_idx)
+        batch["image"][0, 0, 0, 0] = torch.nan
+
+    monkeypatch.setattr(Stage, "on_train_batch_start", spoil)
+    with pytest.raises(UserError, match=r"likely the data are broken \(image of the last batch\)"):
+        trained("vae", logs, "data", "stop_after_skipped=2")
+
+
+@pytest.mark.parametrize("model", STAGES)
+def test_a_learning_rate_of_100000_is_no_success(model, logs):
+    name = f"fast/{model}"
+    with pytest.raises(UserError, match=r"optimizer\.lr=100000 is too high"):
+        trained(model, logs, name, "optimizer.lr=1e5", steps=6)
+    assert not Run(logs / name).finished
+    assert not Run(logs / name).checkpoint.exists()
+
+
+def test_steps_mostly_left_out_are_no_success(logs, monkeypatch):
+    spoil_losses(monkeypatch, float("nan"), first=1, last=10**9)
+    with pytest.raises(UserError, match="3 of 4 steps had a loss or a gradient that is no number"):
+        trained("vae", logs, "mostly")
+
+
+def test_metrics_that_are_no_numbers_are_null(logs, monkeypatch, capsys):
+    evaluate = Stage._evaluate
+
+    def spoilt(self: Any, split: str, batch: Any, batch_idx: int) -> Any:
+        if split == "test":
+            batch["image"] = batch["image"] * torch.nan
+        return evaluate(self, split, batch, batch_idx)
+
+    monkeypatch.setattr(Stage, "_evaluate", spoilt)
+    run = trained("vae", logs, "null", steps=2)
+    text = (run.path / "manifest.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["metrics"]["test/loss"] is None
+    assert "careful: no number came out for" in capsys.readouterr().out
+
+
+class TestWeights:
+    """That are no numbers."""
+
+    def test_are_not_saved(self, tmp_path):
+        net = torch.nn.Linear(2, 2)
+        net.bias.data[0] = torch.nan
+        with pytest.raises(UserError, match=r"holds weights that are no numbers \(bias\)"):
+            Run(tmp_path).save(net, {})
+        assert not list(tmp_path.iterdir())
+
+    def test_are_not_loaded(self, tmp_path):
+        run = untrained("vae", tmp_path)
+        weights = load_file(run.path / "model.safetensors")
+        next(iter(weights.values())).fill_(torch.inf)
+        save_file(weights, run.path / "model.safetensors")
+        with pytest.raises(UserError, match=r"model\.safetensors holds weights that are no numbers"):
+            load_stage(run.path)
+
+    def test_are_not_gone_on_with(self, tmp_path):
+        run = train("vae", tmp_path, steps=1)
+        state = torch.load(run.checkpoint, weights_only=True)
+        next(iter(state["state_dict"].values())).fill_(torch.nan)
+        torch.save(state, run.checkpoint)
+        (run.path / "manifest.json").unlink()
+        with pytest.raises(UserError, match=r"last\.ckpt holds weights that are no numbers"):
+            train("vae", tmp_path, "resume=true", steps=2)
+
+
+def test_averages_of_bf16_weights_move():
+    """A step of 1 - .998 is below the 8 bits of a bf16 number."""
+    stage, ema, trainer = Stage(), Ema(0.998), SimpleNamespace(global_step=0)
+    stage.net = torch.nn.Linear(4, 4).to(torch.bfloat16)
+    ema.updates = 10**6  # beyond the warm-up
+    ema.on_fit_start(trainer, stage)
+    before = ema.average["weight"].clone()
+    with torch.no_grad():
+        stage.net.weight += 1
+    for trainer.global_step in range(1, 11):
+        ema.on_train_batch_end(trainer, stage)
+    moved = (ema.average["weight"] - before) / (stage.net.weight.float() - before)
+    torch.testing.assert_close(moved, torch.full_like(moved, 1 - 0.998**10))
+    ema.swap_in(stage)
+    assert stage.net.weight.dtype == torch.bfloat16
