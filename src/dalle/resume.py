@@ -24,7 +24,7 @@ WHERE = re.compile(  # places and what is done, which say nothing of the trainin
     r".*\.(path|root|directory|cache_dir|num_workers)|trainer\.enable_.*"
 )
 FREE = re.compile(  # what may change, and is noted
-    r"(callbacks|sampler)\..*|compile|datamodule\.(val_items|test_items|cache_items|.*bytes)|"
+    r"(callbacks|sampler)\..*|compile|stop_after_skipped|datamodule\.(val_items|test_items|cache_items|.*bytes)|"
     r"trainer\.(accelerator|strategy|devices|num_nodes|num_sanity_val_steps|log_every_n_steps|"
     r"(min|max)_(steps|epochs|time)|val_check_interval|check_val_every_n_epoch|limit_(val|test|predict)_batches|"
     r"deterministic|benchmark|profiler|inference_mode|barebones|plugins|model_registry|fast_dev_run)"

@@ -155,10 +155,10 @@ def test_broken_data_are_named(logs, monkeypatch):
 
 
 @pytest.mark.parametrize("model", STAGES)
-def test_a_learning_rate_of_100000_is_no_success(model, logs):
+def test_a_learning_rate_of_1000_is_no_success(model, logs):
     name = f"fast/{model}"
-    with pytest.raises(UserError, match=r"optimizer\.lr=100000 is too high"):
-        trained(model, logs, name, "optimizer.lr=1e5", steps=6)
+    with pytest.raises(UserError, match=r"optimizer\.lr=1000 is too high"):
+        trained(model, logs, name, "optimizer.lr=1000", steps=6)
     assert not Run(logs / name).finished
     assert not Run(logs / name).checkpoint.exists()
 
