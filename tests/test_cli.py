@@ -46,7 +46,7 @@ def mistake(*overrides: str, primary: str = "train") -> Exception:
             "there is no hydra/launcher=basik; did you mean hydra/launcher=basic?; pip install",
         ),
         ("steps=3", "there is no setting steps; did you mean sampler.steps?"),
-        ("lr=1", "there is no setting lr; did you mean optimizer.lr or callbacks.lr?"),
+        ("lr=1", "there is no setting lr; did you mean callbacks.lr or optimizer.lr?"),
         ("model.width=3", "there is no setting model.width; did you mean model.net.width?"),
         ("hydra.sweep.drr=1", "there is no setting hydra.sweep.drr; did you mean hydra.sweep.dir?"),
         ("data=folder", "data.root is needed: give it as data.root=VALUE"),
