@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dalle import cli
 from dalle.errors import UserError
-from dalle.processes import call, fitting, is_main_process, only_one
+from dalle.processes import call, fitting, is_main_process, only_one, started_by_others
 
 # What is about one stage alone; everything else also holds for those that have to be trained before it.
 OWN = ("model", "optimizer", "sampler", "callbacks", "datamodule", "batch_size", "stage", "debug", "resume",
@@ -87,7 +87,12 @@ def train(config: dict, overrides: list[str]) -> None:
 
     if not training.may_start(config):
         return
-    missing = training.missing_runs(config) if is_main_process() else {}
+    missing = training.missing_runs(config) if is_main_process() or started_by_others() else {}
+    if missing and started_by_others():
+        raise UserError(
+            f"{', '.join(map(str, missing.values()))} must be trained first, by a command of its own: all "
+            "processes that torchrun has started are for this run"
+        )
     for stage, run in missing.items():
         with only_one(run.path) as lock:  # several jobs of a sweep may miss the same
             if run.finished:

@@ -73,19 +73,26 @@ def tiny_disk(tmp_path):
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+def save(path, state):
+    with path.open("wb") as file:
+        torch.save(state, file)
+
+
 WRITERS = {
     "bytes": lambda path, big: path.write_bytes(bytes(big)),
+    "checkpoint": lambda path, big: save(path, {"a": torch.zeros(big // 4), "b": torch.ones(3)}),
     "safetensors": lambda path, big: save_file({"a": torch.zeros(big // 4)}, path),
 }
 
 
+@pytest.mark.parametrize("size", [62_000, 66_000, 100_000])
 @pytest.mark.parametrize("writer", WRITERS)
-def test_a_full_disk_keeps_what_was_there(tiny_disk, writer):
+def test_a_full_disk_keeps_what_was_there(tiny_disk, writer, size):
     path = tiny_disk / "model"
     write_bytes(path, bytes(1000))
     line = r"model cannot be written: the disk is full; what was there before is kept"
     with pytest.raises(UserError, match=line), beside(path) as hidden:
-        WRITERS[writer](hidden, 100_000)
+        WRITERS[writer](hidden, size)
     assert path.read_bytes() == bytes(1000)
     assert os.listdir(tiny_disk) == ["model"]
 

@@ -19,6 +19,8 @@ from dalle import checkpoints, claim, files, training
 from dalle.checkpoints import read_checkpoint
 from dalle.claim import claimed
 from dalle.errors import UserError
+from dalle.evaluation.results import publish
+from dalle.evaluation.run import alone
 from dalle.processes import MARKER, is_main_process, locked, only_one
 from dalle.runs import Run
 
@@ -481,3 +483,56 @@ def test_damage_beside_a_checkpoint_is_one_line(fit, stopped, name, content):
     (stopped.path / name).write_bytes(content)
     with pytest.raises(UserError, match=name.replace(".", r"\.")):
         fit("resume=true")
+
+
+# Other things that are written, read and replaced
+
+
+def test_an_evaluation_replaces_its_own_files_only(tmp_path):
+    home, work = tmp_path / "evaluations", tmp_path / "evaluations" / ".id.partial"
+    for again in (False, True):
+        work.mkdir(parents=True)
+        (work / "result.json").write_text(str(again))
+        taken = home / "001" if again else None
+        assert publish(work, home, taken) == home / "001"
+        assert (home / "001" / "result.json").read_text() == str(again)
+        assert os.listdir(home) == ["001"]
+        (home / "001" / "mine.txt").touch()
+        (home / "001" / "pictures").symlink_to(tmp_path)
+    assert (home / "001" / "mine.txt").exists()
+
+
+def test_an_evaluation_is_made_by_one_process_at_a_time(tmp_path):
+    work = tmp_path / "evaluations" / ".id.partial"
+    with alone(work), pytest.raises(UserError, match="another process makes"), alone(work):
+        pass
+    assert os.listdir(work.parent) == []
+
+
+@pytest.mark.parametrize("out", ["file", "file/more", "/proc/nowhere"])
+def test_pictures_that_cannot_be_written_are_refused_before_they_are_drawn(command, untrained_stages, out):
+    Path("file").touch()
+    words = (f"paths.logs='{untrained_stages}'", "prompt=a red ring", f"out={out}")
+    assert f"{out} " in command("sample.py", *words).error
+    words = (f"paths.logs='{untrained_stages}'", "n=8", "metrics=[judge]", f"out={out}", "trainer=cpu")
+    assert "cannot be written" in command("evaluate.py", *words).error
+
+
+def test_a_recipe_finds_runs_that_were_moved(command, untrained_stages, tmp_path):
+    fast = ("steps=2", "pipeline.prior_sampler.steps=2", "precision=fp32")
+    shutil.copytree(untrained_stages / "default", "logs/first")
+    assert command("sample.py", "name=first", "prompt=a red ring", *fast).code == 0
+    pictures = Path("logs/first/samples/001/000-00.png").read_bytes()
+
+    Path("logs/first").rename("logs/second")  # with its recipe: found beside it
+    recipe = "recipe=logs/second/samples/001/recipe.yaml"
+    assert command("sample.py", recipe, "out=made").code == 0
+    assert Path("made/000-00.png").read_bytes() == pictures
+
+    Path("logs/second/samples/001/recipe.yaml").rename("recipe.yaml")
+    assert "say where its runs are now" in command("sample.py", "recipe=recipe.yaml").error
+    assert command("sample.py", "recipe=recipe.yaml", "name=second", "out=again").code == 0
+    assert Path("again/000-00.png").read_bytes() == pictures
+    words = [f"pipeline.{stage}=logs/second/{stage}" for stage in ("clip", "prior", "decoder")]
+    assert command("sample.py", "recipe=recipe.yaml", *words, "out=third").code == 0
+    assert Path("third/000-00.png").read_bytes() == pictures

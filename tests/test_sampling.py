@@ -109,8 +109,9 @@ def test_folders_are_numbered(make, untrained_stages, tmp_path):
     assert next_folder(tmp_path) == tmp_path / "008"
     assert next_folder(tmp_path / "nowhere") == tmp_path / "nowhere" / "001"
     decoder = f"pipeline.decoder='{untrained_stages}/default/decoder'"
-    out = make("unused", PROMPT, "out=null", f"name='{tmp_path}'", decoder, "pipeline.prior=null")
-    assert out == tmp_path / "samples" / "001"
+    place = (f"paths.logs='{tmp_path}'", "name=mine")
+    out = make("unused", PROMPT, "out=null", *place, decoder, "pipeline.prior=null")
+    assert out == tmp_path / "mine" / "samples" / "001"
 
 
 def test_an_occupied_folder_stays_as_it_is(make, tmp_path):
@@ -175,8 +176,9 @@ def test_a_recipe_of_other_weights_is_refused(make, untrained_stages, tmp_path):
     shutil.rmtree(tmp_path / "logs" / "default" / "prior")
     untrained("prior", tmp_path / "logs", seed=1)
     with pytest.raises(UserError, match=r"was made with prior weights \w+ from .*; give that run back"):
-        make("again", f"recipe='{first / 'recipe.yaml'}'")
+        make("again", name, f"recipe='{first / 'recipe.yaml'}'")
     assert not (tmp_path / "again").exists()
+    make("again", f"recipe='{first / 'recipe.yaml'}'")  # those it was made with are there
 
 
 def test_stages_of_another_clip_do_not_fit(make, tmp_path):

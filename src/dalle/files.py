@@ -71,12 +71,15 @@ def explained(
         raise UserError(f"{path} cannot be written: {REASONS[number]}; {kept}") from error
 
 
-def _number(error: Exception) -> int:
-    """What the system has said, also through a library that is not written in Python; else 0."""
-    if isinstance(error, OSError):
-        return error.errno or 0
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return int(found[1]) if found else 0
+def _number(error: BaseException | None) -> int:
+    """What the system has said, also through a library that says something else then; else 0."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno:
+            return error.errno
+        if found := re.search(r"\(os error (\d+)\)", str(error)):  # of Rust
+            return int(found[1])
+        error = error.__cause__ or error.__context__
+    return 0
 
 
 @contextmanager

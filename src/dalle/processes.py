@@ -23,6 +23,11 @@ def is_main_process() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in (*names, "LOCAL_RANK"))
 
 
+def started_by_others() -> bool:
+    """Whether this is one of several processes of a run that were all started from outside (torchrun)."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def fitting(run: str) -> Path:
     """A run directory whose names, of many settings, are not too long for a file system (255 bytes)."""
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dalle.build import build, check_arguments
+from dalle.claim import check_name
 from dalle.data.pictures import BadPicture, read
 from dalle.errors import UserError
 from dalle.files import check_writable
@@ -308,13 +309,18 @@ def sample(config: dict[str, Any]) -> Path:
         raise UserError("device=cuda was asked for but PyTorch sees no GPU; use device=cpu")
     for stage, node in recipe.options.items():
         arguments(node, stage)  # refuses what is wrong before anything is loaded
+    check_name(request.name, "name")
     usual = Path(request.paths["logs"], request.name, "samples")
     out = Path(request.out) if request.out else next_folder(usual)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty; give another folder with out=")
     check_writable(out, "folder with out=")
 
-    loaded = kind.load({k: v["path"] for k, v in again.stages.items()} if again else request.runs())
+    check_writable(out, "out")
+    runs: Mapping[str, str | None] = request.runs()
+    if again and request.recipe:
+        runs = again.find_runs(Path(request.recipe), usual.parent, runs)
+    loaded = kind.load(runs)
     if again:
         again.check_stages(loaded.weights)
         for what, (then, now) in again.differences().items():

@@ -8,9 +8,11 @@
 Figures compare only within one protocol: `marks` finds what does not, and says what is different.
 """
 
+import contextlib
 import hashlib
 import json
 import math
+import os
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
@@ -24,13 +26,14 @@ import torch
 import dalle
 from dalle import records
 from dalle.errors import UserError
-from dalle.files import to_json
+from dalle.files import explained, to_json
 from dalle.metrics.bootstrap import Figure
 from dalle.reading import read_json, shaped
 from dalle.sampling import next_folder
 
 SCHEMA = 1
 FILE = "result.json"
+OWN = ("grid.png", "pictures")  # what besides an evaluation leaves
 SIGNS = "*†‡§"  # of protocols other than the first; then numbers
 
 
@@ -114,10 +117,25 @@ def workplace(home: Path, result: Result) -> Path:
 
 def publish(work: Path, home: Path, taken: Path | None) -> Path:
     """Gives a finished evaluation its number, or that of the one it replaces."""
-    final = taken or next_folder(home)
-    if final.exists():
-        shutil.rmtree(final)
-    return work.rename(final)
+    if taken is None:
+        while True:
+            final = next_folder(home)
+            with contextlib.suppress(FileExistsError):  # another evaluation was as quick
+                final.mkdir()
+                break
+    else:
+        final = taken
+    with explained(final):
+        for name in (FILE, *OWN):  # only what is of an evaluation; the result is gone first, and comes last
+            path = final / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        for name in sorted(os.listdir(work), key=lambda name: name == FILE):
+            (work / name).replace(final / name)
+        work.rmdir()
+    return final
 
 
 def environment() -> dict[str, str]:

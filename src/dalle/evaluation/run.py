@@ -4,8 +4,10 @@ The order is: refuse what cannot work, look whether it has been done before, mak
 the Trainer (each rank every world-th one), pool the rows of all ranks, and only then compute figures.
 """
 
+import contextlib
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +17,16 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.flop_counter import FlopCounterMode
 
 from dalle.build import build, check_arguments
+from dalle.claim import check_name
 from dalle.errors import UserError
 from dalle.evaluation.looking import Looking, Rank, keep_rows
 from dalle.evaluation.plan import Plan, check_settings, source_of
 from dalle.evaluation.results import FILE, find, publish, workplace
 from dalle.evaluation.subjects import subject_of
-from dalle.files import check_writable, to_json, write_text
+from dalle.files import check_writable, explained, to_json, write_text
 from dalle.metrics.bootstrap import Figure, exact, of_mean
 from dalle.pictures import from_uint8, grid, save_png
-from dalle.processes import is_main_process
+from dalle.processes import is_main_process, locked
 from dalle.training import check_machine, quiet
 
 TRAINER = ("accelerator", "strategy", "devices", "num_nodes", "plugins", "deterministic", "benchmark")
@@ -38,6 +41,7 @@ def evaluate(config: dict[str, Any]) -> Path | None:
     settings = {key: config[key] for key in check_settings.__annotations__ if key != "return"}
     check_arguments(check_settings, settings, "", partial_call=False)
     check_settings(**settings)
+    check_name(str(config["name"]), "name")
     if config["out"] and is_main_process():
         check_writable(Path(config["out"]), "folder with out=")
     check_machine(config)
@@ -48,6 +52,9 @@ def evaluate(config: dict[str, Any]) -> Path | None:
     source = source_of(config, subject)
     plan = Plan(config, subject, source)
     home = Path(config["out"] or subject.home / "evaluations")
+    if is_main_process():
+        check_writable(home, "out")
+        check_writable(Path(config["paths"]["cache"]), "paths.cache")
     taken = find(home, plan.result)
     if taken and not config["overwrite"]:
         if not is_main_process():
@@ -55,27 +62,46 @@ def evaluate(config: dict[str, Any]) -> Path | None:
         print(f"this was evaluated before: {taken / FILE} (overwrite=true does it again)")
         return noted(config, taken)
     work = workplace(home, plan.result)
-    if is_main_process():
-        shutil.rmtree(work, ignore_errors=True)  # of an evaluation that was stopped
-        work.mkdir(parents=True)
+    with alone(work) if is_main_process() else contextlib.nullcontext():
+        return look_and_publish(config, plan, home, work, taken)
 
+
+@contextlib.contextmanager
+def alone(work: Path) -> Iterator[None]:
+    """Takes the folder in which an evaluation is made, which nobody else may be making."""
+    lock = work.with_suffix(".lock")
+    with explained(work):
+        work.parent.mkdir(parents=True, exist_ok=True)
+    with locked(lock) as free:
+        if free is None:
+            raise UserError(f"another process makes this very evaluation, in {work.parent}; wait for it")
+        try:
+            with explained(work):
+                shutil.rmtree(work, ignore_errors=True)  # of an evaluation that was stopped
+                work.mkdir()
+            yield
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+            lock.unlink(missing_ok=True)
+
+
+def look_and_publish(
+    config: dict[str, Any], plan: Plan, home: Path, work: Path, taken: Path | None
+) -> Path | None:
+    """The part of all ranks; gives the folder of the result, on the first."""
     looking = Looking(
         plan, Path(config["paths"]["cache"]), work, config["batch_size"], config["save_pictures"]
     )
     trainer = make_trainer(config)
     try:
-        try:
-            trainer.predict(looking, return_predictions=False)
-        except SystemExit as left:  # what Lightning makes of Ctrl-C
-            raise KeyboardInterrupt from left
-        pooled = Rank(looking).pool()
-        if not trainer.is_global_zero:
-            return None
-        finish(plan, looking, pooled, work)
-        return noted(config, publish(work, home, taken))
-    finally:
-        if trainer.is_global_zero:
-            shutil.rmtree(work, ignore_errors=True)
+        trainer.predict(looking, return_predictions=False)
+    except SystemExit as left:  # what Lightning makes of Ctrl-C
+        raise KeyboardInterrupt from left
+    pooled = Rank(looking).pool()
+    if not trainer.is_global_zero:
+        return None
+    finish(plan, looking, pooled, work)
+    return noted(config, publish(work, home, taken))
 
 
 def noted(config: dict[str, Any], folder: Path) -> Path:

@@ -18,6 +18,7 @@ from dalle.errors import UserError
 from dalle.files import write_text
 from dalle.ranges import shown
 from dalle.reading import read_yaml, shaped
+from dalle.runs import Run
 
 SCHEMA = 2
 
@@ -97,6 +98,31 @@ class Recipe:
         facts: Any = shaped(content, records.Recipe, path, advice)
         return cls(**facts)
 
+    def find_runs(self, recipe: Path, folder: Path, given: Mapping[str, str | None]) -> dict[str, str]:
+        """Where the runs are now: where they were, else where they were moved to, known by their weights'
+        hash.
+
+        Args:
+            recipe: the file, beside whose folder they may be.
+            folder: logs/<name>. `given`: by stage, what the command line says.
+
+        Raises:
+            UserError: one is gone, and nobody says where to.
+        """
+        found = {}
+        for name, stage in self.stages.items():
+            then = stage["path"]
+            usual = [folder / Path(then).name, recipe.parent / then]
+            usual += [parent / Path(then).name for parent in recipe.absolute().parents[:3]]
+            places = [then, given.get(name), *map(str, usual)]
+            found[name] = next((p for p in places if p and _holds(p, stage["weights"])), then)
+            if not Path(found[name]).exists() and name != "clip":  # that can be a public one, or the others'
+                raise UserError(
+                    f"{recipe}: its {name} is no longer at {then}; say where its runs are now with name= and "
+                    f"paths.logs=, or pipeline.{name}="
+                )
+        return found
+
     def check_stages(self, found: Mapping[str, str]) -> None:
         """Whether these stages (name -> hash of weights) are those the pictures were made with.
 
@@ -116,3 +142,11 @@ class Recipe:
         """What is different from the environment then, as (then, now): last bits may differ with it."""
         now = environment()
         return {k: (self.made_with.get(k), v) for k, v in now.items() if self.made_with.get(k) != v}
+
+
+def _holds(path: str, weights: str) -> bool:
+    """Whether a finished run has these weights."""
+    try:
+        return Run(Path(path)).manifest().get("weights") == weights
+    except (UserError, OSError, ValueError):
+        return False
