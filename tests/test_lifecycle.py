@@ -117,6 +117,13 @@ def test_a_parent_of_runs_is_no_run(run):
     assert (run.path / "last.ckpt").exists()
 
 
+def test_beside_the_jobs_of_a_sweep_there_is_room(run):
+    (run.path.parent / ".jobs").mkdir()
+    with claimed(Run(run.path.parent), overwrite=False):
+        pass
+    assert run.checkpoint.exists()
+
+
 def test_links_are_never_followed(run, tmp_path):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "pictures" / "cat.png").touch()

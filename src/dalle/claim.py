@@ -84,6 +84,8 @@ def check_ours(folder: Path, overwrite: bool) -> None:
     names = sorted(os.listdir(folder)) if folder.is_dir() else []
     names = [name for name in names if not LEFT.fullmatch(name)]
     foreign = [name for name in names if not OWN.fullmatch(name)] if is_ours(folder) else names
+    if not overwrite:  # beside the jobs of a sweep there is room
+        foreign = [n for n in foreign if n != ".jobs" and not is_ours(folder / n)]
     if foreign and (overwrite or not is_ours(folder)):
         shown = ", ".join(foreign[:3]) + (f" and {len(foreign) - 3} more" if len(foreign) > 3 else "")
         raise UserError(
