@@ -316,7 +316,6 @@ def sample(config: dict[str, Any]) -> Path:
         raise UserError(f"{out} is not empty; give another folder with out=")
     check_writable(out, "folder with out=")
 
-    check_writable(out, "out")
     runs: Mapping[str, str | None] = request.runs()
     if again and request.recipe:
         runs = again.find_runs(Path(request.recipe), usual.parent, runs)
