@@ -62,7 +62,7 @@ def is_ours(folder: Path) -> bool:
 def _is_manifest(folder: Path) -> bool:
     try:
         facts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(facts, dict) and {"schema", "stage", "weights"} <= facts.keys()
 
@@ -70,7 +70,7 @@ def _is_manifest(folder: Path) -> bool:
 def _is_config(folder: Path) -> bool:
     try:
         facts = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):
         return False
     return isinstance(facts, dict) and {"stage", "model", "datamodule", "paths"} <= facts.keys()
 

@@ -65,7 +65,7 @@ class EmbeddingCache:
                 self.first = np.array(self._open("first"))
                 self.captions: list[str] = json.loads((path / "captions.json").read_text(encoding="utf-8"))
                 self._text = {name: self._open(name) for name in TEXT}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BrokenCache(str(error)) from error
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:

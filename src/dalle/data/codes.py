@@ -37,7 +37,7 @@ class CodeCache:
             read_meta(path, verify)
             self.codes = np.load(path / "codes.npy", mmap_mode="r")
             self.captions: list[list[str]] = json.loads((path / "captions.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BrokenCache(str(error)) from error
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:

@@ -164,7 +164,7 @@ def read_rows(path: Path) -> Rows | None:
     try:
         meta = read_meta(path, verify=True)
         return {Path(name).stem: torch.from_numpy(np.load(path / name)) for name in meta["files"]}
-    except (BrokenCache, OSError, ValueError, KeyError):
+    except (BrokenCache, OSError, ValueError, KeyError, TypeError, AttributeError):
         if is_main_process():
             shutil.rmtree(path, ignore_errors=True)
         return None
