@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dalle.errors import UserError
+from dalle.nets.sizes import map_sides
 
 
 def grouped(levels: Sequence[int] | Sequence[Sequence[int]]) -> list[list[int]]:
@@ -298,10 +299,8 @@ def check_sizes(
     attention: Sequence[int],
     head_dim: int,
 ) -> None:
-    factor = patch * 2 ** (len(multipliers) - 1)
-    if image_size % factor:
-        raise UserError(f"image_size {image_size} must be a multiple of patch * 2^(levels - 1) = {factor}.")
-    sides = {image_size // patch >> level: width * m for level, m in enumerate(multipliers)}
+    widths = [width * m for m in multipliers]
+    sides = dict(zip(map_sides(image_size, patch, len(widths)), widths, strict=True))
     if set(attention) - set(sides):
         raise UserError(f"attention names feature maps of side {list(attention)}; there are {list(sides)}.")
     attending = [c for side, c in sides.items() if side in attention] + [width * multipliers[-1]]

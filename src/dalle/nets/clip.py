@@ -5,6 +5,8 @@ load unchanged. What differs: images come in [-1, 1] at any size; they are resiz
 """
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dalle.errors import UserError
 from dalle.nets.blocks import GroupNorm
+from dalle.nets.sizes import levels_for, map_sides, padded, patch_for
 from dalle.ranges import Depth, Length, PositiveInt, Side, Vocabulary, Width
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the [0, 1] pixels CLIP was trained on
@@ -101,9 +104,10 @@ class VisionTower(nn.Module):
         self, image_size: int, patch_size: int, width: int, embed_dim: int, transformer: Transformer
     ) -> None:
         super().__init__()
+        self.patch = patch_size
         self.conv1 = nn.Conv2d(3, width, patch_size, stride=patch_size, bias=False)
         self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
-        tokens = 1 + (image_size // patch_size) ** 2
+        tokens = 1 + map_sides(image_size, patch_size, 1)[0] ** 2
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(tokens, width))
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = transformer
@@ -111,7 +115,7 @@ class VisionTower(nn.Module):
         self.proj = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
 
     def forward(self, pixels: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b e"]:
-        x = self.conv1(pixels).flatten(2).transpose(1, 2)  # (B, patches, D)
+        x = self.conv1(padded(pixels, self.patch)).flatten(2).transpose(1, 2)  # (B, patches, D)
         x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
         x = self.transformer(self.ln_pre(x + self.positional_embedding))
         return self.ln_post(x[:, 0]) @ self.proj
@@ -146,12 +150,12 @@ class ConvTower(nn.Module):
         super().__init__()
         self.checkpoint = checkpoint
         widths = [width * 2**level for level in range(layers)]
-        self.fold = patch_size
+        self.fold, self.factor = patch_size, patch_size << layers - 1
         self.stem = nn.Conv2d(3 * patch_size**2, width, 3, padding=1)
         self.blocks = nn.ModuleList(ResBlock(c) for c in widths)
         self.shrink = nn.ModuleList(nn.Conv2d(c, 2 * c, 3, stride=2, padding=1) for c in widths[:-1])
         self.norm = GroupNorm(widths[-1])
-        side = image_size // (patch_size * 2 ** (layers - 1))
+        side = map_sides(image_size, patch_size, layers)[-1]
         self.what = nn.Linear(widths[-1], embed_dim)
         self.where = nn.Linear(widths[-1] * side**2, embed_dim)
 
@@ -161,7 +165,8 @@ class ConvTower(nn.Module):
         return block(x)
 
     def forward(self, pixels: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b e"]:
-        x = F.pixel_unshuffle(pixels, self.fold).contiguous(memory_format=torch.channels_last)
+        x = F.pixel_unshuffle(padded(pixels, self.factor), self.fold)
+        x = x.contiguous(memory_format=torch.channels_last)
         x = self.run(self.blocks[0], self.stem(x))
         for shrink, block in zip(self.shrink, self.blocks[1:], strict=True):
             x = self.run(block, shrink(x))
@@ -176,7 +181,7 @@ class CLIP(nn.Module):
     levels. `vision_heads` and `text_heads` are width / 64 where left out, as in the paper's models.
 
     Raises:
-        UserError: the patch does not tile the image, or the heads do not divide the width.
+        UserError: the heads do not divide the width, or there is no such tower or activation.
     """
 
     pixel_mean: Tensor
@@ -206,10 +211,6 @@ class CLIP(nn.Module):
             raise UserError(f"CLIP: vision is vit or conv, not {vision!r}.")
         if vision == "conv" and vision_layers < 1:
             raise UserError(f"CLIP: a conv tower has at least one of vision_layers, not {vision_layers}.")
-        grain = patch_size if vision == "vit" else patch_size * 2 ** (vision_layers - 1)
-        if image_size % grain:
-            made_of = "patch_size" if vision == "vit" else "patch_size * 2^(vision_layers - 1) ="
-            raise UserError(f"CLIP: {made_of} {grain} does not divide image_size {image_size}.")
         if activation not in ("gelu", "quick_gelu"):
             raise UserError(f"CLIP: activation is gelu or quick_gelu, not {activation!r}.")
         text_heads = _heads("text", text_width, text_heads)
@@ -231,6 +232,14 @@ class CLIP(nn.Module):
         self.register_buffer("pixel_mean", torch.tensor(PIXEL_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(3, 1, 1), persistent=False)
         self._init_text()
+
+    @staticmethod
+    def suited(image_size: int, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What `auto` is for pictures of this size, beside the settings that are `given`."""
+        if given.get("vision") == "vit":
+            return {"patch_size": patch_for(image_size, most=16), "vision_layers": 3}
+        patch = given.get("patch_size") or patch_for(image_size, most=32)
+        return {"patch_size": patch, "vision_layers": levels_for(image_size // patch)}
 
     def _init_text(self) -> None:
         """The text tower's initialisation of the release; the image tower keeps PyTorch's, as there."""

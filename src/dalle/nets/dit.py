@@ -5,6 +5,9 @@ tokens being extra keys and values in every attention layer; one linear layer co
 all blocks, and one their context keys and values.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -14,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dalle.errors import UserError
 from dalle.nets.blocks import MLP, Attention, Conditioning
+from dalle.nets.sizes import cut, map_sides, padded, patch_for
 from dalle.ranges import Depth, Dropout, Length, PositiveInt, Side, Width
 
 
@@ -58,7 +62,7 @@ class DiT(nn.Module):
 
     patch: side of the square patches that become tokens.
     checkpoint: recompute each block in the backward pass.
-    Raises UserError where sizes do not divide.
+    Raises UserError where heads do not divide the width.
     """
 
     def __init__(
@@ -77,8 +81,6 @@ class DiT(nn.Module):
         checkpoint: bool = False,
     ):
         super().__init__()
-        if image_size % patch:
-            raise UserError(f"image_size {image_size} must be a multiple of patch {patch}.")
         if width % heads or width % 4:
             raise UserError(f"width {width} must be a multiple of heads {heads} and of 4.")
         self.image_size, self.channels, self.out_channels = image_size, channels, out_channels
@@ -86,13 +88,19 @@ class DiT(nn.Module):
         self.patch, self.width, self.checkpoint = patch, width, checkpoint
         self.conditioning = Conditioning(width, width, embed_dim, text_width, image_tokens)
         self.inlet = nn.Linear(channels * patch**2, width)
-        self.register_buffer("position", positions(image_size // patch, width), persistent=False)
+        (self.side,) = map_sides(image_size, patch, 1)
+        self.register_buffer("position", positions(self.side, width), persistent=False)
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
         self.modulation = nn.Linear(width, (6 * depth + 2) * width)
         self.context = nn.Linear(width, 2 * depth * width)
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.outlet = nn.Linear(width, out_channels * patch**2)
         self.init_weights()
+
+    @staticmethod
+    def suited(image_size: int, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What `auto` is for pictures of this size, beside the settings that are `given`."""
+        return {"patch": patch_for(image_size, most=16, least=4)}
 
     def init_weights(self) -> None:
         """DiT's: Xavier, but zero modulations and output, so that each block is the identity at birth."""
@@ -122,12 +130,14 @@ class DiT(nn.Module):
         *modulations, last = self.modulation(F.silu(vector)).split(6 * self.width, dim=1)
         contexts = self.context(context).split(2 * self.width, dim=2)
 
-        k, side = self.patch, self.image_size // self.patch
-        x = self.inlet(rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=k, q=k)) + self.position
+        k, size = self.patch, x.shape[-1]
+        x = rearrange(padded(x, k), "b c (h p) (w q) -> b (h w) (p q c)", p=k, q=k)
+        x = self.inlet(x) + self.position
         for block, modulation, keys in zip(self.blocks, modulations, contexts, strict=True):
             if self.checkpoint and self.training:
                 x = checkpoint(block, x, modulation, keys, use_reentrant=False)
             else:
                 x = block(x, modulation, keys)
         x = self.outlet(modulate(self.norm(x), *last.chunk(2, dim=1)))
-        return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=side, p=k, q=k)
+        x = rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.side, p=k, q=k)
+        return cut(x, size)

@@ -9,6 +9,7 @@ into channels and standardise the logits. Pictures go in and out in [-1, 1].
 """
 
 from collections import OrderedDict
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from dalle.errors import UserError
+from dalle.nets.sizes import cut, map_sides, padded, patch_for
 from dalle.ranges import Depth, NonNegative, Positive, Side, Vocabulary, Width
 
 MARGIN = 0.1  # epsilon of the pixel map (App. A.3)
@@ -173,16 +175,26 @@ class DVAE(nn.Module):
             raise UserError(
                 f"factor={factor} halves pictures {halvings} times, but there are {groups} groups."
             )
-        if image_size % factor:
-            raise UserError(f"image_size={image_size} does not divide into patches of factor={factor}.")
         if width % 4:
             raise UserError(f"width={width} must be a multiple of 4.")
-        self.image_size, self.vocab_size, self.grid = image_size, vocab_size, image_size // factor
+        (self.grid,) = map_sides(image_size, factor, 1)
+        self.image_size, self.vocab_size, self.factor = image_size, vocab_size, factor
         gain = (groups * blocks) ** -2 if gain is None else gain
         sizes = Sizes(patch, halvings, blocks, gain, logit_gain)
         widths = [width << g for g in range(groups)]
         self.encoder = Encoder([width, *widths], vocab_size, sizes)
         self.decoder = Decoder([inlet, *reversed(widths)], vocab_size, sizes)
+
+    @staticmethod
+    def suited(image_size: int, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What `auto` is for pictures of this size, beside the settings that are `given`."""
+        factor = given.get("factor") or patch_for(image_size, most=20, least=4)
+        return {
+            "factor": factor,
+            "patch": min(factor, 2 if factor <= 4 else 4),
+            "width": 48 if factor <= 4 else 64,
+            "vocab_size": 256 if image_size <= 32 else 512 if image_size <= 64 else 1024,
+        }
 
     @staticmethod
     def map_pixels(image: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
@@ -201,20 +213,21 @@ class DVAE(nn.Module):
         logits = self.logits(image)
         gumbel = -torch.rand_like(logits).log().neg().log()
         soft = ((logits + gumbel) / temperature).softmax(dim=1)
-        mean, ln_b = self.decoder(soft).chunk(2, dim=1)
+        mean, ln_b = cut(self.decoder(soft), self.image_size).chunk(2, dim=1)
         return (mean, ln_b), logits
 
     def logits(self, image: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B K h w"]:
         height, width = image.shape[2:]
         if (height, width) != (self.image_size, self.image_size):
             raise UserError(f"this dVAE takes pictures of {self.image_size} px, not {width} x {height}.")
-        return self.encoder(self.map_pixels(image))
+        return self.encoder(padded(self.map_pixels(image), self.factor))
 
     def likelihood(
         self, codes: Int64[Tensor, "B N"]
     ) -> tuple[Float[Tensor, "B 3 H W"], Float[Tensor, "B 3 H W"]]:
         """Means and log scales from hard codes."""
-        mean, ln_b = self.decoder.of_codes(codes.unflatten(1, (self.grid, self.grid))).chunk(2, dim=1)
+        x = self.decoder.of_codes(codes.unflatten(1, (self.grid, self.grid)))
+        mean, ln_b = cut(x, self.image_size).chunk(2, dim=1)
         return mean, ln_b
 
     def encode(self, image: Float[Tensor, "B 3 H W"]) -> Int64[Tensor, "B N"]:

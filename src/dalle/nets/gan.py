@@ -10,8 +10,9 @@ What differs from the papers: the caption takes the place of a class, and the la
 instead of summed, so that the discriminator sees where things are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +20,20 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm as with_spectral_norm
 
-from dalle.errors import UserError
 from dalle.nets.blocks import Attention, GroupNorm, PixelAttention, check_sizes, linear_fp32
+from dalle.nets.sizes import cut, levels_for, map_sides, padded
 from dalle.ranges import Depth, Multipliers, PositiveInt, Side, Width
 
 SLOPE = 0.2  # of the discriminator's leaky ReLUs
+
+
+def pyramid(image_size: int, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Feature maps that suit both networks: 16 to 128 channels, the fewer the larger the map."""
+    patch = given.get("patch") or 2
+    levels = len(given.get("multipliers") or ()) or levels_for(image_size // patch)
+    width = 32 if levels < 5 else 16
+    channels = [128, 64, 32, 32, *[16] * levels][:levels]
+    return {"patch": patch, "width": width, "multipliers": [max(c // width, 1) for c in reversed(channels)]}
 
 
 class Caption(nn.Module):
@@ -83,7 +93,7 @@ class Generator(nn.Module):
     attention: sides of the feature maps that attend to themselves and to the words.
     condition_width: of the vector that noise and caption become.
     patch: how many times the last feature map is enlarged before the last convolution makes a picture of it.
-    Raises UserError where sizes do not divide.
+    Raises UserError where sizes do not fit each other.
     """
 
     def __init__(
@@ -104,7 +114,7 @@ class Generator(nn.Module):
         check_sizes(image_size, patch, width, multipliers, attention, head_dim)
         self.image_size, self.latent_dim, self.patch = image_size, latent_dim, patch
         self.embed_dim, self.text_width = embed_dim, text_width
-        sides = [image_size // patch >> level for level in reversed(range(len(multipliers)))]
+        sides = map_sides(image_size, patch, len(multipliers))[::-1]
         widths = [width * m for m in reversed(multipliers)]
 
         self.caption = Caption(condition_width, embed_dim, text_width)
@@ -129,6 +139,14 @@ class Generator(nn.Module):
             self.pad = nn.Parameter(torch.zeros(condition_width))
             self.context = nn.Linear(condition_width, sum(self.keys))
         self.init_weights()
+
+    @staticmethod
+    def suited(image_size: int, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What `auto` is for pictures of this size, beside the settings that are `given`."""
+        maps = pyramid(image_size, given)
+        levels = len(given.get("multipliers") or maps["multipliers"])
+        sides = map_sides(image_size, maps["patch"], levels)
+        return {**maps, "attention": sides[-2:][:1]}
 
     def init_weights(self) -> None:
         """PyTorch's defaults, but each residual branch begins at zero."""
@@ -160,7 +178,7 @@ class Generator(nn.Module):
                 x = block(x, next(modulation), None if block.attention is None else next(context))
         scale, shift = next(modulation).chunk(2, dim=1)
         x = enlarge(self.outlet_norm(x, 1 + scale, shift), self.patch)
-        return self.outlet(x).float().tanh()
+        return cut(self.outlet(x), self.image_size).float().tanh()
 
 
 def enlarge(x: Float[Tensor, "B C h w"], factor: int) -> Float[Tensor, "B C H W"]:
@@ -188,7 +206,7 @@ class Discriminator(nn.Module):
     width, multipliers: as the generator's. features: of f and e.
     patch: k folds k x k pixels into channels at the entry; 1 leaves them.
     spectral_norm: on every kernel and matrix (Miyato et al. 2018).
-    Raises UserError where sizes do not divide.
+    Raises UserError where sizes do not fit each other.
     """
 
     def __init__(
@@ -203,14 +221,9 @@ class Discriminator(nn.Module):
         spectral_norm: bool = False,
     ):
         super().__init__()
-        if image_size % (factor := patch * 2 ** (len(multipliers) - 1)):
-            raise UserError(
-                f"image_size {image_size} must be a multiple of the discriminator's patch * 2^(levels - 1) "
-                f"= {factor}."
-            )
-        self.patch = patch
         widths = [width * m for m in multipliers]
-        side = image_size // factor
+        side = map_sides(image_size, patch, len(widths))[-1]
+        self.patch, self.factor = patch, patch << len(widths) - 1
         self.inlet = nn.Conv2d(3 * patch**2, widths[0], 3, padding=1)
         self.blocks = nn.Sequential(
             *(DiscriminatorBlock(c, d, True) for c, d in pairwise(widths)),
@@ -221,6 +234,11 @@ class Discriminator(nn.Module):
         self.direction = nn.Sequential(nn.SiLU(), nn.Linear(features, features))
         self.psi = nn.Linear(features, 1)
         self.init_weights(spectral_norm)
+
+    @staticmethod
+    def suited(image_size: int, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What `auto` is for pictures of this size, beside the settings that are `given`."""
+        return pyramid(image_size, given)
 
     def init_weights(self, spectral_norm: bool) -> None:
         """He et al. 2015 for leaky ReLUs: without norms the default would let a picture fade."""
@@ -233,7 +251,8 @@ class Discriminator(nn.Module):
 
     def picture(self, image: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B F"]:
         """f(x)."""
-        x = F.pixel_unshuffle(image, self.patch).contiguous(memory_format=torch.channels_last)
+        x = F.pixel_unshuffle(padded(image, self.factor), self.patch)
+        x = x.contiguous(memory_format=torch.channels_last)
         x = F.leaky_relu(self.blocks(self.inlet(x)), SLOPE)
         return F.leaky_relu(self.dense(x.flatten(1)), SLOPE)
 

@@ -10,7 +10,8 @@ picture costs a third of the operations or less:
 - every feature map has learned positions.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dalle.errors import UserError
 from dalle.nets.blocks import Attention, Conditioning, GroupNorm, PixelAttention, check_sizes
+from dalle.nets.sizes import cut, levels_for, map_sides, padded, patch_for
 from dalle.ranges import Depth, Dropout, Length, Multipliers, PositiveInt, Side, Width
 
 
@@ -58,7 +60,7 @@ class SmallUNet(nn.Module):
     condition_width: of the vector that time, embeddings and caption become.
     patch: k folds k x k pixels into channels; 1 leaves them.
     checkpoint: recompute each block in the backward pass: less memory, a third more time.
-    Raises UserError where sizes do not divide.
+    Raises UserError where sizes do not fit each other.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class SmallUNet(nn.Module):
         self.embed_dim, self.text_width = embed_dim, text_width
         self.patch, self.checkpoint = patch, checkpoint
         check_sizes(image_size, patch, width, multipliers, attention, head_dim)
+        self.factor = patch << len(multipliers) - 1
         if len(blocks) != len(multipliers):
             raise UserError(
                 f"blocks {list(blocks)} needs a number for each of multipliers {list(multipliers)}."
@@ -93,7 +96,7 @@ class SmallUNet(nn.Module):
         self.conditioning = Conditioning(condition_width, width, embed_dim, text_width, image_tokens)
         self.deepen = nn.Sequential(nn.SiLU(), nn.Linear(condition_width, condition_width))
 
-        sides = [image_size // patch >> level for level in range(len(multipliers))]
+        sides = map_sides(image_size, patch, len(multipliers))
         widths = [width * m for m in multipliers]
 
         def level(i: int) -> nn.ModuleList:
@@ -122,6 +125,19 @@ class SmallUNet(nn.Module):
         self.modulation = nn.Linear(condition_width, sum(self.modulations))
         self.context = nn.Linear(condition_width, sum(self.keys))
         self.init_weights()
+
+    @staticmethod
+    def suited(image_size: int, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What `auto` is for pictures of this size, beside the settings that are `given`."""
+        patch = given.get("patch") or patch_for(image_size, most=32)
+        levels = len(given.get("multipliers") or given.get("blocks") or ()) or levels_for(image_size // patch)
+        return {
+            "patch": patch,
+            "width": 32 if patch <= 4 else 64,
+            "multipliers": [1, *[2] * (levels - 1)],
+            "blocks": [2 if levels <= 3 else 1, *[1] * (levels - 1)],
+            "attention": map_sides(image_size, patch, levels)[-1:],
+        }
 
     def init_weights(self) -> None:
         """PyTorch's defaults, but each residual branch and the output begin at zero: net(x) == 0 at birth."""
@@ -161,7 +177,8 @@ class SmallUNet(nn.Module):
         modulation = self.modulation(vector).float().split(self.modulations, dim=1)
         given = iter(modulation), iter(self.context(context).split(self.keys, dim=2))
 
-        x = self.inlet(F.pixel_unshuffle(x, self.patch))
+        size = x.shape[-1]
+        x = self.inlet(F.pixel_unshuffle(padded(x, self.factor), self.patch))
         x = x + self.positions[0].to(x.dtype)
         skips = []
         for blocks, shrink, positions in zip(self.down, self.shrink, self.positions[1:], strict=True):
@@ -175,4 +192,5 @@ class SmallUNet(nn.Module):
             x = F.interpolate(grow(x), scale_factor=2.0, mode="nearest") + skips.pop()
             x = self.run(blocks, x, *given)
         scale, shift = modulation[-1].chunk(2, dim=1)
-        return F.pixel_shuffle(self.outlet(self.outlet_norm(x, 1 + scale, shift)), self.patch)
+        x = self.outlet(self.outlet_norm(x, 1 + scale, shift))
+        return cut(F.pixel_shuffle(x, self.patch), size)

@@ -6,7 +6,8 @@ values of all attention layers; attention is joint over pixels and context, as i
 upsampling are plain convolutions unless `resample="block"` asks for ADM's residual ones.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dalle.errors import UserError
 from dalle.nets.blocks import Attention, Conditioning, GroupNorm, PixelAttention, check_sizes
+from dalle.nets.sizes import cut, levels_for, map_sides, multipliers_for, padded, patch_for
 from dalle.ranges import Depth, Dropout, Length, Multipliers, PositiveInt, Side, Width
 
 
@@ -96,7 +98,7 @@ class UNet(nn.Module):
     positions: adds a learned embedding of every pixel of the first feature map. Small networks place things
     far sooner with it; without it the network is convolutional and may be applied at another size.
     checkpoint: recompute each block in the backward pass: less memory, a third more time.
-    Raises UserError where sizes do not divide, or for another `resample`.
+    Raises UserError where sizes do not fit each other, or for another `resample`.
     """
 
     def __init__(
@@ -123,17 +125,17 @@ class UNet(nn.Module):
         self.embed_dim, self.text_width = embed_dim, text_width
         self.patch, self.checkpoint = patch, checkpoint
         check_sizes(image_size, patch, width, multipliers, attention, head_dim)
+        self.factor = patch << len(multipliers) - 1
         if resample not in ("conv", "block"):
             raise UserError(f"resample is 'conv' or 'block', not {resample!r}.")
         self.conditioning = Conditioning(4 * width, width, embed_dim, text_width, image_tokens)
 
-        side = image_size // patch
-        sides = [side >> level for level in range(len(multipliers))]
+        sides = map_sides(image_size, patch, len(multipliers))
         widths = [width * m for m in multipliers]
         heads = [head_dim if s in attention else 0 for s in sides]
 
         self.inlet = nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)
-        self.positions = nn.Parameter(torch.zeros(1, widths[0], side, side)) if positions else None
+        self.positions = nn.Parameter(torch.zeros(1, widths[0], sides[0], sides[0])) if positions else None
         skips = [widths[0]]
         self.down = nn.ModuleList()
         for level, c in enumerate(widths):
@@ -165,6 +167,17 @@ class UNet(nn.Module):
         self.modulation = nn.Linear(4 * width, 2 * sum(self.scales))
         self.context = nn.Linear(4 * width, sum(self.keys))
         self.init_weights()
+
+    @staticmethod
+    def suited(image_size: int, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What `auto` is for pictures of this size, beside the settings that are `given`."""
+        patch = given.get("patch") or patch_for(image_size, most=32)
+        levels = len(given.get("multipliers") or ()) or levels_for(image_size // patch)
+        return {
+            "patch": patch,
+            "multipliers": multipliers_for(levels),
+            "attention": map_sides(image_size, patch, levels)[-2:],
+        }
 
     def init_weights(self) -> None:
         """PyTorch's defaults, but each residual branch and the output begin at zero: net(x) == 0 at birth."""
@@ -206,7 +219,8 @@ class UNet(nn.Module):
         contexts = self.context(context).split(self.keys, dim=2)
         given = iter(scales), iter(shifts), iter(contexts)
 
-        x = self.inlet(F.pixel_unshuffle(x, self.patch))
+        size = x.shape[-1]
+        x = self.inlet(F.pixel_unshuffle(padded(x, self.factor), self.patch))
         x = x if self.positions is None else x + self.positions.to(x.dtype)
         skips = [x]
         for layer in self.down:
@@ -217,7 +231,7 @@ class UNet(nn.Module):
         for layer in self.up:
             x = torch.cat((x, skips.pop()), dim=1) if needs_skip(layer) else x
             x = self.run(layer, x, *given)
-        return F.pixel_shuffle(self.outlet(self.outlet_norm(x)), self.patch)
+        return cut(F.pixel_shuffle(self.outlet(self.outlet_norm(x)), self.patch), size)
 
 
 def needs_skip(layer: nn.Module) -> bool:

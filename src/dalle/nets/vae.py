@@ -4,11 +4,15 @@ Kingma and Welling 2014, App. C, with convolutions in place of their MLPs. The m
 is, in the units of whatever likelihood the stage has.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from dalle.errors import UserError
+from dalle.nets.sizes import cut, levels_for, map_sides, padded
 from dalle.ranges import Depth, Side, Width
 
 
@@ -22,18 +26,16 @@ class VAE(nn.Module):
         halvings: how often the side is halved.
 
     Raises:
-        UserError: the side cannot be halved so often, or pictures of another size.
+        UserError: no halving at all, or pictures of another size.
     """
 
     def __init__(self, image_size: Side, latent_dim: Width, width: Width, halvings: Depth):
         super().__init__()
-        if halvings < 1 or image_size % (1 << halvings):
-            raise UserError(
-                f"image_size={image_size} cannot be halved {halvings} times; change model.net.halvings."
-            )
-        self.image_size, self.latent_dim = image_size, latent_dim
+        if halvings < 1:
+            raise UserError(f"halvings={halvings}: give at least 1.")
+        side = map_sides(image_size, 1, halvings + 1)[-1]
+        self.image_size, self.latent_dim, self.factor = image_size, latent_dim, 1 << halvings
         widths = [width << i for i in range(halvings)]
-        side = image_size >> halvings
 
         down: list[nn.Module] = []
         for n_in, n_out in zip([3, *widths], widths, strict=False):
@@ -49,16 +51,22 @@ class VAE(nn.Module):
             up += [nn.SiLU(), nn.ConvTranspose2d(n_in, n_out, 4, stride=2, padding=1)]
         self.up = nn.Sequential(*up)
 
+    @staticmethod
+    def suited(image_size: int, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What `auto` is for pictures of this size, beside the settings that are `given`."""
+        halvings = given.get("halvings") or max(1, levels_for(image_size) - 1)
+        return {"halvings": halvings, "width": 32 if halvings <= 4 else 16}
+
     def encode(self, image: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B Z"], Float[Tensor, "B Z"]]:
         """Mean and log variance of q(z | image)."""
         height, width = image.shape[2:]
         if (height, width) != (self.image_size, self.image_size):
             raise UserError(f"this VAE takes pictures of {self.image_size} px, not {width} x {height}.")
-        mean, log_variance = self.down(image).float().chunk(2, dim=1)
+        mean, log_variance = self.down(padded(image, self.factor)).float().chunk(2, dim=1)
         return mean, log_variance
 
     def decode(self, z: Float[Tensor, "B Z"]) -> Float[Tensor, "B 3 H W"]:
-        return self.up(z).float()
+        return cut(self.up(z).float(), self.image_size)
 
     def forward(
         self, image: Float[Tensor, "B 3 H W"]

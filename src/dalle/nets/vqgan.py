@@ -8,6 +8,7 @@ norms, so that pictures do not see their neighbours and ranks need not agree.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from vector_quantize_pytorch import FSQ, VectorQuantize
 
 from dalle.errors import UserError
 from dalle.nets.blocks import GroupNorm, grouped
+from dalle.nets.sizes import cut, map_sides, multipliers_for, padded, patch_for
 from dalle.ranges import Decay, Depth, Levels, Multipliers, NonNegative, Side, Vocabulary, Weight, Width
 
 
@@ -120,7 +122,7 @@ class VQGAN(nn.Module):
             MLP that reads each code before the decoder.
 
     Raises:
-        UserError: sizes that do not divide, levels of another vocabulary, or pictures of another size.
+        UserError: levels of another vocabulary, or pictures of another size.
     """
 
     def __init__(
@@ -139,15 +141,10 @@ class VQGAN(nn.Module):
         patchwise: Width | None = None,
     ):
         super().__init__()
-        halvings = len(multipliers) - 1
-        factor = patch << max(halvings, 0)
-        if halvings < 0 or patch < 1 or image_size % factor:
-            raise UserError(
-                f"image_size={image_size} does not divide into patches of {factor}: "
-                f"patch={patch} and {halvings} halvings by multipliers={list(multipliers)}."
-            )
-        self.image_size, self.vocab_size, self.grid = image_size, vocab_size, image_size // factor
-        self.patch, self.levels = patch, levels
+        self.grid = map_sides(image_size, patch, len(multipliers))[-1]
+        factor = patch << len(multipliers) - 1
+        self.image_size, self.vocab_size = image_size, vocab_size
+        self.patch, self.factor, self.levels = patch, factor, levels
         widths = [width * m for m in multipliers]
         pixels = 3 * patch**2
 
@@ -200,15 +197,37 @@ class VQGAN(nn.Module):
         self.decoder = nn.Sequential(*up, GroupNorm(widths[0]))
         self.outlet = nn.Conv2d(widths[0], pixels, 3, padding=1)
 
+    @staticmethod
+    def suited(image_size: int, given: Mapping[str, Any]) -> dict[str, Any]:
+        """What `auto` is for pictures of this size, beside the settings that are `given`."""
+        factor = patch_for(image_size, most=20, least=4)
+        halvings = len(given.get("multipliers") or ()) - 1
+        patch = given.get("patch") or (factor >> halvings if halvings >= 0 else 2 if factor <= 8 else 4)
+        levels = max(1, (factor // max(patch, 1)).bit_length())
+        made = math.prod(n for group in grouped(given.get("levels") or ()) for n in group)
+        return {
+            "patch": patch,
+            "multipliers": multipliers_for(levels),
+            "vocab_size": made
+            if made > 1
+            else 256
+            if image_size <= 32
+            else 512
+            if image_size <= 64
+            else 1024,
+        }
+
     def latents(self, image: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D h w"]:
         """What is looked up in the codebook."""
         height, width = image.shape[2:]
         if (height, width) != (self.image_size, self.image_size):
             raise UserError(f"this VQGAN takes pictures of {self.image_size} px, not {width} x {height}.")
-        return self.encoder(image.contiguous(memory_format=torch.channels_last)).float()
+        image = padded(image, self.factor).contiguous(memory_format=torch.channels_last)
+        return self.encoder(image).float()
 
     def draw(self, z: Float[Tensor, "B D h w"]) -> Float[Tensor, "B 3 H W"]:
-        return F.pixel_shuffle(self.outlet(self.decoder(z)).float(), self.patch)
+        image = F.pixel_shuffle(self.outlet(self.decoder(z)).float(), self.patch)
+        return cut(image, self.image_size)
 
     def forward(
         self, image: Float[Tensor, "B 3 H W"]

@@ -1,0 +1,52 @@
+"""How pictures of any size become feature maps: what they are folded by, how often halved, padded and cut."""
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from dalle.errors import UserError
+
+
+def map_sides(image_size: int, patch: int, levels: int) -> list[int]:
+    """Sides of feature maps, each half of the one before, for pictures that `padded` has made whole.
+
+    Raises UserError where nothing of a picture would be left.
+    """
+    if levels < 1 or patch < 1 or (factor := patch << levels - 1) > image_size:
+        raise UserError(
+            f"pictures of {image_size} px cannot be folded by patch {patch} into {levels} feature maps."
+        )
+    lowest = -(-image_size // factor)
+    return [lowest << level for level in reversed(range(levels))]
+
+
+def patch_for(image_size: int, most: int, least: int = 2) -> int:
+    """The smallest power of two, of `least` or more, that leaves at most `most` places a side."""
+    patch = least
+    while patch * most < image_size:
+        patch *= 2
+    return patch
+
+
+def levels_for(side: int) -> int:
+    """How many feature maps there are until one has less than 8 places a side."""
+    return 1 if side < 8 else 1 + levels_for(-(-side // 2))
+
+
+def multipliers_for(levels: int) -> list[int]:
+    """Widths of feature maps: the two largest have the first one's, the lowest always twice that."""
+    return [1] * min(2, levels - 1) + [2] * max(1, levels - 2)
+
+
+def padded(image: Float[Tensor, "B C h w"], factor: int) -> Float[Tensor, "B C H W"]:
+    """Repeats the last row and column of square pictures until `factor` divides the side.
+
+    So networks fold and halve pictures of any size; what they draw is cut to that size again.
+    """
+    more = -image.shape[-1] % factor
+    return F.pad(image, (0, more, 0, more), mode="replicate") if more else image
+
+
+def cut(image: Float[Tensor, "B C H W"], size: int) -> Float[Tensor, "B C h w"]:
+    """What `padded` has added taken off again."""
+    return image if image.shape[-1] == size else image[..., :size, :size]
