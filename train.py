@@ -21,8 +21,8 @@ from dalle.errors import UserError
 from dalle.processes import call, fitting, is_main_process, only_one, started_by_others
 
 # What is about one stage alone; everything else also holds for those that have to be trained before it.
-OWN = ("model", "optimizer", "sampler", "callbacks", "datamodule", "batch_size", "stage", "debug", "resume",
-       "overwrite", "paths.run", "hydra")  # fmt: skip
+OWN = ("model", "optimizer", "sampler", "callbacks", "datamodule", "batch_size", "at_most", "stage", "debug",
+       "resume", "overwrite", "paths.run", "hydra")  # fmt: skip
 
 
 def main() -> None:

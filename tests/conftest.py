@@ -17,7 +17,7 @@ from tiny import ROOT, configure
 
 from dalle.build import build
 from dalle.runs import Run
-from dalle.training import fill_sizes
+from dalle.training import prepare
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,13 @@ def no_training(monkeypatch):
 def untrained(model: str, logs: Path, *more: str, seed: int = 0) -> Run:
     """A finished run of a tiny stage with random weights: all that training leaves behind, in a moment."""
     config = configure(model, logs, *more)
-    datamodule = build(config["datamodule"], "datamodule")
-    fill_sizes(config, datamodule.sizes)
+    run = Run(Path(config["paths"]["run"]))
+    datamodule, _ = prepare(config, run)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         stage = build(config["model"], "model")
         for p in stage.net.parameters():  # heads are zero at birth: nothing would depend on anything
             p.data += torch.randn_like(p) * 0.2
-    run = Run(Path(config["paths"]["run"]))
     run.path.mkdir(parents=True)
     (run.path / "config.yaml").write_text(yaml.safe_dump(config))
     if "tokenizer" in config["datamodule"]:

@@ -13,11 +13,12 @@ from omegaconf import OmegaConf
 from tiny import ROOT, configure
 
 from dalle.build import build, check
+from dalle.defaults import fill_sizes
 from dalle.diffusion.samplers import Sampler
 from dalle.errors import UserError
 from dalle.preflight import count
 from dalle.runs import Run
-from dalle.training import check_machine, fill_sizes, make_trainer
+from dalle.training import check_machine, make_trainer, prepare
 
 CONF = ROOT / "conf"
 FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*.yaml"))
@@ -128,13 +129,14 @@ def test_laptop_sizes(untrained_stages, model, net):
     size = 16 if model == "dalle" else 32  # that of the dVAE
     small = ("data.size=64", f"data.image_size={size}", "trainer=cpu")
     config = config_of(f"model={model}", *upstream, *small, *([f"model/net={net}"] if net else []))
-    datamodule = build(config["datamodule"], "datamodule")
     wanted = {key for key, value in config["model"]["net"].items() if value == "auto"}
     assert wanted
-    assert wanted <= datamodule.sizes.keys()
-    fill_sizes(config, datamodule.sizes)
+    datamodule, _ = prepare(config, Run(Path(config["paths"]["run"])))
     net_sizes = config["model"]["net"]
-    assert {key: net_sizes[key] for key in wanted} == {key: datamodule.sizes[key] for key in wanted}
+    assert "auto" not in net_sizes.values()
+    said = wanted & datamodule.sizes.keys()
+    assert said
+    assert {key: net_sizes[key] for key in said} == {key: datamodule.sizes[key] for key in said}
     stage = build(config["model"], "model")
     assert count(stage.net) < 6e6  # a laptop trains it in minutes
 
@@ -181,7 +183,7 @@ def test_trainers(group, tmp_path):
     """Every choice makes a real Trainer, or says what the machine lacks."""
     for name in files_of(group):
         extra = [] if group == "trainer" else ["trainer=cpu"]
-        config = config_of(f"{group}={name}", f"paths.logs='{tmp_path}'", *extra)
+        config = config_of(f"{group}={name}", f"paths.logs='{tmp_path}'", "trainer.max_steps=7", *extra)
         if name == "fsdp" or (name == "gpu" and not torch.cuda.is_available()):
             with pytest.raises(UserError, match=r"PyTorch sees none|does not train rightly yet"):
                 check_machine(config)

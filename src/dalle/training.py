@@ -27,6 +27,7 @@ from dalle.checkpoints import LastCheckpoint, read_checkpoint
 from dalle.claim import check_ours, check_place, claimed
 from dalle.data.modules import SourceDataModule
 from dalle.data.tokenizers import save_tokenizer
+from dalle.defaults import fill_lengths, fill_sizes, said
 from dalle.errors import UserError
 from dalle.files import write_text
 from dalle.loggers import MetricsCsv
@@ -49,8 +50,9 @@ def train(config: Config) -> dict[str, float]:
     lightning.seed_everything(config["seed"], workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
 
-    datamodule = build(config["datamodule"], "datamodule", **kept_tokenizer(config, run))
-    fill_sizes(config, datamodule.sizes)
+    datamodule, line = prepare(config, run)
+    if line and is_main_process():
+        print(line, flush=True)
     stage = build_stage(config["model"])
     stage.patience = config["stop_after_skipped"]
     if config["preflight"]:
@@ -246,22 +248,32 @@ def kept_tokenizer(config: Config, run: Run) -> Config:
     return {"tokenizer": run.load_tokenizer()} if kept else {}
 
 
-CHOICES = ("vocab_size", "image_levels")  # sizes that a network may have otherwise than the data
+def prepare(config: Config, run: Run) -> tuple[SourceDataModule, str | None]:
+    """Puts all numbers that follow the pictures into the configuration; gives the DataModule and a line on
+    them. A run that is resumed keeps its own.
+    """
+    saved = run.config() if config["resume"] and run.checkpoint.exists() else None
+    source = build(config["datamodule"]["source"], "data")(split="train")
+    items = min(len(source), config["datamodule"].get("train_items") or len(source))
+    followed = fill_lengths(config, items, ranks(config), saved)
+    datamodule = build(config["datamodule"], "datamodule", **kept_tokenizer(config, run))
+    followed |= fill_sizes(config, datamodule.sizes, saved)
+    return datamodule, said(config, items, followed)
 
 
-def fill_sizes(config: Config, sizes: Mapping[str, Any]) -> None:
-    """Replaces every ``auto`` in the network's config by the size that the data and its CLIP have."""
-    net = config["model"]["net"]
-    for key, value in net.items():
-        if value == "auto":
-            if key not in sizes:
-                raise UserError(f"model.net.{key}=auto, but the data does not say it; give a number")
-            net[key] = sizes[key]
-        elif key in sizes and key not in CHOICES and value != sizes[key]:
-            raise UserError(
-                f"model.net.{key}={value} does not fit the data, which has {sizes[key]}; "
-                f"leave it at auto, or change the data"
-            )
+def ranks(config: Config) -> int:
+    """How many processes will train."""
+    places = {key: config["trainer"][key] for key in ("accelerator", "strategy", "devices", "num_nodes")}
+    if places["devices"] == places["num_nodes"] == 1:
+        return 1
+    return lightning_trainer(places, logger=False, enable_model_summary=False).world_size
+
+
+def lightning_trainer(settings: Config, **more: Any) -> lightning.Trainer:
+    try:
+        return build({"_target_": "lightning.Trainer", **settings}, "trainer", **more)
+    except (ValueError, TypeError, MisconfigurationException) as error:
+        raise UserError(f"trainer: {error}") from error
 
 
 def make_trainer(config: Config, run: Run) -> lightning.Trainer:
@@ -275,10 +287,7 @@ def make_trainer(config: Config, run: Run) -> lightning.Trainer:
     if not any(isinstance(logger, MetricsCsv) for logger in made):
         made.append(MetricsCsv(run.path))
     arguments = {"callbacks": callbacks, "logger": made, "default_root_dir": str(run.path)}
-    try:
-        return build({"_target_": "lightning.Trainer", **config["trainer"]}, "trainer", **arguments)
-    except (ValueError, TypeError, MisconfigurationException) as error:
-        raise UserError(f"trainer: {error}") from error
+    return lightning_trainer(config["trainer"], **arguments)
 
 
 def finish(run: Run, trainer: lightning.Trainer, stage: Stage, manifest: dict[str, Any]) -> None:

@@ -216,12 +216,12 @@ def test_autocast_keeps_the_meaning(tower):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"patch_size": 5}, "patch_size 5"),
+        ({"patch_size": 50}, "image_size=32 cannot be folded by patch 50"),
         ({"text_heads": 5}, "text_heads"),
         ({"activation": "relu"}, "relu"),
         ({"vision": "resnet"}, "vision is vit or conv"),
         (CONV | {"vision_layers": 0}, "at least one of vision_layers"),
-        (CONV | {"vision_layers": 6}, r"patch_size \* 2\^\(vision_layers - 1\) = 64"),
+        (CONV | {"vision_layers": 6}, "image_size=32 cannot be folded by patch 2 and then halved 5 times"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(change, message):

@@ -67,9 +67,9 @@ def test_every_block_is_the_identity_at_birth():
         torch.testing.assert_close(block(x, modulation, context), x, rtol=0, atol=0)
 
 
-def test_sizes_that_do_not_divide_are_refused():
-    with pytest.raises(UserError, match="multiple of patch 5"):
-        DiT(**SMALL | {"patch": 5})
+def test_sizes_that_do_not_fit_are_refused():
+    with pytest.raises(UserError, match="cannot be folded by patch 50"):
+        DiT(**SMALL | {"patch": 50})
     with pytest.raises(UserError, match="multiple of heads 5"):
         DiT(**SMALL | {"heads": 5})
 

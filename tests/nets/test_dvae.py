@@ -156,7 +156,7 @@ def test_beside_the_relaxation_all_is_fp32():
         ({"factor": 3}, "factor=3 must be patch=1 times a power of two"),
         ({"factor": 2, "patch": 4}, "factor=2 must be patch=4 times"),
         ({"factor": 8}, "halves pictures 3 times, but there are 2 groups"),
-        ({"image_size": 18}, "image_size=18 does not divide into patches of factor=4"),
+        ({"image_size": 3}, "image_size=3 cannot be folded by patch 4"),
         ({"width": 6}, "width=6 must be a multiple of 4"),
     ],
 )

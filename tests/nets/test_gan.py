@@ -173,10 +173,14 @@ def test_spectral_norms_become_one():
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        (Generator, {"image_size": 18}, "image_size 18 must be a multiple of patch"),
+        (Generator, {"image_size": 3}, "image_size=3 cannot be folded by patch 2 and then halved 1 times"),
         (Generator, {"attention": [5]}, "attention names feature maps of side"),
         (Generator, {"head_dim": 24}, "head_dim 24 must divide"),
-        (Discriminator, {"image_size": 18}, "image_size 18 must be a multiple of the discriminator's patch"),
+        (
+            Discriminator,
+            {"image_size": 3},
+            "image_size=3 cannot be folded by patch 2 and then halved 1 times",
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_are_named(kind, changes, message):

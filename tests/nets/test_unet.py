@@ -106,9 +106,9 @@ def test_every_parameter_is_trained(kind, options):
     assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-def test_sizes_that_do_not_divide_are_refused():
-    with pytest.raises(UserError, match="image_size 18"):
-        UNet(**SMALL | {"image_size": 18})
+def test_sizes_that_do_not_fit_are_refused():
+    with pytest.raises(UserError, match="image_size=1 cannot be folded"):
+        UNet(**SMALL | {"image_size": 1})
     with pytest.raises(UserError, match="attention names"):
         UNet(**SMALL | {"attention": (16,)})
     with pytest.raises(UserError, match="head_dim 24"):

@@ -33,7 +33,7 @@ def test_draws_around_the_mean():
 
 
 def test_sizes_that_do_not_fit():
-    with pytest.raises(UserError, match="image_size=20 cannot be halved 3 times"):
-        make(image_size=20, halvings=3)
+    with pytest.raises(UserError, match="image_size=20 cannot be folded by patch 1 and then halved 5 times"):
+        make(image_size=20, halvings=5)
     with pytest.raises(UserError, match="takes pictures of 16 px, not 32 x 32"):
         make().encode(torch.rand(1, 3, 32, 32))

@@ -210,8 +210,8 @@ def test_codes_and_their_distances_are_fp32():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image_size": 18}, "image_size=18 does not divide into patches of 4"),
-        ({"multipliers": []}, "does not divide"),
+        ({"image_size": 3}, "image_size=3 cannot be folded by patch 2 and then halved 1 times"),
+        ({"multipliers": []}, "halved -1 times"),
         ({"levels": [4, 4]}, r"levels=\[4, 4\] make 16 codes, but vocab_size=12"),
         ({"levels": [2, 6]}, "each level is at least 3"),
     ],

@@ -14,7 +14,7 @@ def map_sides(image_size: int, patch: int, levels: int) -> list[int]:
     """
     if levels < 1 or patch < 1 or (factor := patch << levels - 1) > image_size:
         raise UserError(
-            f"pictures of {image_size} px cannot be folded by patch {patch} into {levels} feature maps."
+            f"image_size={image_size} cannot be folded by patch {patch} and then halved {levels - 1} times."
         )
     lowest = -(-image_size // factor)
     return [lowest << level for level in reversed(range(levels))]

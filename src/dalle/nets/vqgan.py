@@ -171,8 +171,8 @@ class VQGAN(nn.Module):
             code_dim = len(numbers)  # each is made by its own part of the encoder
             self.encoder = PatternEncoder(factor, patchwise, *map(len, groups))
 
-        self.codebook: Any = (
-            VectorQuantize(
+        if levels is None:
+            self.codebook: Any = VectorQuantize(
                 dim=code_dim,
                 codebook_size=vocab_size,
                 decay=decay,
@@ -182,9 +182,9 @@ class VQGAN(nn.Module):
                 rotation_trick=False,
                 accept_image_fmap=True,
             )
-            if levels is None
-            else FSQ(numbers, dim=code_dim)
-        )
+        else:
+            with torch.device("cpu"):  # it reads its own tensors, which a network without memory has not
+                self.codebook = FSQ(numbers, dim=code_dim)
 
         up: list[nn.Module] = []
         if patchwise is not None:
