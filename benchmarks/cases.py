@@ -14,6 +14,7 @@ from dalle.data.frozen import FrozenCLIP
 from dalle.data.norm import EmbedNorm
 from dalle.data.shapes import Shapes
 from dalle.data.tokenizers import CaptionTokenizer
+from dalle.defaults import suit
 from dalle.diffusion.denoiser import Denoiser
 from dalle.diffusion.samplers import Sampler
 from dalle.diffusion.schedule import Schedule
@@ -57,8 +58,11 @@ def settings(name: str) -> dict[str, Any]:
 
 
 def sized(config: dict[str, Any], **sizes: Any) -> dict[str, Any]:
-    """A config's plain settings; `sizes` replace its `auto`s, which are the data's."""
-    return {key: value for key, value in {**config, **sizes}.items() if key not in ("_target_", "_partial_")}
+    """A config's plain settings; `sizes` replace its `auto`s that are the data's, the network says the others."""
+    made = {**config, **sizes}
+    suited = suit(made, sizes["image_size"]) if "image_size" in sizes else {}
+    made |= {key: suited[key] for key, value in made.items() if value == "auto" and key in suited}
+    return {key: value for key, value in made.items() if key not in ("_target_", "_partial_")}
 
 
 def sampler(name: str) -> Sampler:
@@ -103,11 +107,12 @@ class Demo:
         norm = EmbedNorm(configs["prior"]["datamodule"]["image_embed_norm"])
         self.pipeline = UnCLIP(frozen, self.prior, self.decoder, None, norm)
         self.batches = {
-            stage: self.batch(configs[stage]["batch_size"], captions, frozen, norm) for stage in configs
+            stage: self.batch(configs[stage]["at_most"]["batch_size"], captions, frozen, norm)
+            for stage in configs
         }
         self.captions = captions[:SAMPLED]
 
-        dvae = settings("model/dvae")["model"]["net"]
+        dvae = sized(settings("model/dvae")["model"]["net"], image_size=side)
         self.dalle_sizes = sized(
             settings("model/net/gpt"),
             text_vocab=tokenizer.vocab_size,
@@ -118,7 +123,7 @@ class Demo:
         )
         net = DALLE(**self.dalle_sizes)
         self.dalle, self.codes = DalleStage(net), net.codes
-        text = tokenizer(captions[: settings("model/dalle")["batch_size"]])
+        text = tokenizer(captions[: settings("model/dalle")["at_most"]["batch_size"]])
         codes = torch.randint(dvae["vocab_size"], (len(text), self.codes))
         self.batches["dalle"] = {"text": text, "codes": codes}
 

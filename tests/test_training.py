@@ -342,7 +342,7 @@ def test_gradient_checkpointing_changes_nothing(logs):
 
 
 def test_without_callbacks(logs):
-    config = configure("decoder", logs, "callbacks=none")
+    config = configure("decoder", logs, "callbacks=none", "trainer.max_steps=2")
     made = training.make_trainer(config, Run(logs / "none")).callbacks
     assert [type(c).__name__ for c in made] == ["LastCheckpoint"]
     assert "test/loss" in train("decoder", logs, "callbacks=none").manifest()["metrics"]

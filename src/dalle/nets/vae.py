@@ -54,7 +54,7 @@ class VAE(nn.Module):
     @staticmethod
     def suited(image_size: int, given: Mapping[str, Any]) -> dict[str, Any]:
         """What `auto` is for pictures of this size, beside the settings that are `given`."""
-        halvings = given.get("halvings") or max(1, levels_for(image_size) - 1)
+        halvings = given.get("halvings") or max(3, levels_for(image_size) - 1)
         return {"halvings": halvings, "width": 32 if halvings <= 4 else 16}
 
     def encode(self, image: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B Z"], Float[Tensor, "B Z"]]:
