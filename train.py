@@ -24,6 +24,8 @@ from dalle.processes import call, fitting, is_main_process, only_one, started_by
 OWN = ("model", "optimizer", "sampler", "callbacks", "datamodule", "batch_size", "at_most", "stage", "debug",
        "resume", "overwrite", "paths.run", "hydra")  # fmt: skip
 
+CONF = str(Path(__file__).resolve().parent / "conf")
+
 
 def main() -> None:
     composed: list[tuple[DictConfig, list[str], RunMode | None]] = []
@@ -51,11 +53,12 @@ def main() -> None:
         sys.exit(max(search(*job) for job in jobs))
     if "sweep" in special and several:
         sys.exit(sweep(jobs, launcher))
-    if several:  # nothing is trained where a later job cannot be
+    if several:
         from dalle.checking import check_config
 
         for config, _ in jobs:
             check_config(config)
+        check(jobs)
     for config, overrides in jobs:
         run_job(overrides) if several else train(config, overrides)
 
@@ -93,16 +96,22 @@ def train(config: dict, overrides: list[str]) -> None:
             f"{', '.join(map(str, missing.values()))} must be trained first, by a command of its own: all "
             "processes that torchrun has started are for this run"
         )
+    if missing:
+        check([(config, overrides)])
     for stage, run in missing.items():
         with only_one(run.path) as lock:  # several jobs of a sweep may miss the same
             if run.finished:
                 continue
             print(f"{run} holds no finished {stage}: training it first", flush=True)
-            shared = [o for o in overrides if not o.lstrip("+~").startswith(OWN)]
-            place, resume = cli.quote(str(run)), str(run.occupied).lower()
-            upstream = [f"model={model_for(stage, overrides)}", f"paths.run={place}", f"resume={resume}"]
-            run_job([*shared, *upstream], lock)
+            run_job(upstream(overrides, stage, run), lock)
     training.train(config)
+
+
+def upstream(overrides: list[str], stage: str, run: Any) -> list[str]:
+    """The command that trains what a job needs first."""
+    shared = [o for o in overrides if not o.lstrip("+~").startswith(OWN)]
+    place, resume = cli.quote(str(run)), str(run.occupied).lower()
+    return [*shared, f"model={model_for(stage, overrides)}", f"paths.run={place}", f"resume={resume}"]
 
 
 def model_for(stage: str, overrides: list[str]) -> str:
@@ -110,6 +119,22 @@ def model_for(stage: str, overrides: list[str]) -> str:
     asked = [o.partition("=")[2] for o in overrides if o.startswith("model=")]
     paper = Path(__file__).with_name("conf") / "model" / f"{stage}_paper.yaml"
     return paper.stem if asked and asked[-1].endswith(("_paper", "_1b")) and paper.exists() else stage
+
+
+def check(jobs: list[Any]) -> None:
+    """Refuses, before any of the jobs starts, what would stop one of them or of those they need first."""
+    from dalle import ladder, training
+
+    configs: list[dict] = []
+    for config, overrides in jobs:
+        if config["preflight"]:  # trains nothing that others could need
+            continue
+        for stage, run in training.missing_runs(config, [Path(c["paths"]["run"]) for c in configs]).items():
+            with hydra.initialize_config_dir(CONF, version_base="1.3"):
+                first: Any = hydra.compose("train", upstream(overrides, stage, run))
+            configs.append(OmegaConf.to_container(first, resolve=True))  # pyright: ignore[reportArgumentType]
+        configs.append(config)
+    ladder.check(configs)
 
 
 def run_job(overrides: list[str], lock: int | None = None) -> None:
@@ -149,7 +174,7 @@ def launch(jobs: list[Any], launcher: list[str]) -> list[str]:
         return sweeps.perform(jobs[HydraConfig.get().job.num])
 
     overrides = [job.command[2:] for job in jobs]
-    with hydra.initialize_config_dir(str(Path(__file__).resolve().parent / "conf"), version_base="1.3"):
+    with hydra.initialize_config_dir(CONF, version_base="1.3"):
         settings = [*overrides[0], *launcher, "hydra.job.name=train"]
         config = hydra.compose("train", settings, return_hydra_config=True)
         context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())

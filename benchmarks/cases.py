@@ -58,7 +58,7 @@ def settings(name: str) -> dict[str, Any]:
 
 
 def sized(config: dict[str, Any], **sizes: Any) -> dict[str, Any]:
-    """A config's plain settings; `sizes` replace its `auto`s that are the data's, the network says the others."""
+    """A config's plain settings; `sizes` replace its `auto`s that are the data's, others suit the network."""
     made = {**config, **sizes}
     suited = suit(made, sizes["image_size"]) if "image_size" in sizes else {}
     made |= {key: suited[key] for key, value in made.items() if value == "auto" and key in suited}
@@ -118,8 +118,8 @@ class Demo:
             text_vocab=tokenizer.vocab_size,
             text_length=CONTEXT_LENGTH,
             image_vocab=dvae["vocab_size"],
-            grid=side // dvae["factor"],
             image_levels=None,
+            grid=side // dvae["factor"],
         )
         net = DALLE(**self.dalle_sizes)
         self.dalle, self.codes = DalleStage(net), net.codes

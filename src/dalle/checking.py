@@ -5,6 +5,7 @@ and of Lightning's Trainer, which classes stand in which group, and whether the 
 meta device, where that takes neither memory nor time.
 """
 
+import copy
 import os
 import re
 import typing
@@ -19,6 +20,7 @@ from lightning.pytorch.loggers import Logger
 from dalle.build import build, check
 from dalle.cli import instead
 from dalle.data.modules import SourceDataModule
+from dalle.defaults import fill_lengths, fill_sizes, suit
 from dalle.diffusion.samplers import Sampler
 from dalle.errors import UserError
 from dalle.ranges import (
@@ -178,15 +180,17 @@ def rehearse(config: Config) -> None:
     Raises:
         UserError: sizes that do not go together, or a network that this machine has no memory for.
     """
-    model, source = dict(config["model"]), config["datamodule"].get("source")
-    net, own = dict(model.get("net") or {}), {}
-    if isinstance(source, dict) and isinstance(source.get("image_size"), int):
-        own["image_size"] = source["image_size"]
-    if isinstance(net.get("image_levels"), list):
-        own["image_vocab"] = net["image_vocab"]  # its product: not to be guessed
-    model["net"] = {k: {**PLAUSIBLE, **own}.get(k, v) if v == "auto" else v for k, v in net.items()}
-    if "auto" in map(str, model["net"].values()):
-        return
+    config = copy.deepcopy(config)
+    model, source = config["model"], config["datamodule"].get("source")
+    net = model.get("net") or {}
+    if isinstance(net.get("image_levels"), list) and net.get("image_vocab") == "auto":
+        return  # its product: not to be guessed
+    said = [place.get("image_size") for place in (source, net) if isinstance(place, dict)]
+    size = next((size for size in said if isinstance(size, int)), PLAUSIBLE["image_size"])
+    guessed = PLAUSIBLE.keys() - suit(net, size).keys()
+    sizes = {key: PLAUSIBLE[key] for key, value in net.items() if value == "auto" and key in guessed}
+    fill_lengths(config, items=10**9)
+    fill_sizes(config, sizes | {"image_size": size})
     with torch.device("meta"):
         stage = build_stage(model)
     count = sum(p.numel() for p in stage.parameters())

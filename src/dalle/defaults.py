@@ -9,8 +9,8 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from dalle.build import locate
 from dalle.errors import UserError
+from dalle.trust import composed
 
 Config = dict[str, Any]
 
@@ -28,8 +28,11 @@ def fill_lengths(config: Config, items: int, world: int = 1, saved: Config | Non
         items: pictures to train on.
         world: ranks, each of which has a batch of its own.
         saved: the configuration of a run that is resumed, which goes on as it was.
+
+    Raises:
+        UserError: `at_most`, which is taken out, has no number for an ``auto``.
     """
-    at_most, trainer, model = config["at_most"], config["trainer"], config["model"]
+    at_most, trainer, model = config.pop("at_most", {}), config["trainer"], config["model"]
     for name, most in at_most.items():
         if not isinstance(most, int) or isinstance(most, bool) or most < 1:
             raise UserError(f"at_most.{name} must be a whole number, at least 1, got {most!r}")
@@ -40,6 +43,8 @@ def fill_lengths(config: Config, items: int, world: int = 1, saved: Config | Non
 
     def settle(node: Config, key: str, name: str, value: int) -> None:
         if node.get(key) == "auto":
+            if key not in at_most:
+                raise UserError(f"{name}=auto, but there is no at_most.{key}; give a number")
             node[key] = min(value, at_most[key])
             if node[key] < at_most[key]:
                 shorter[name] = node[key]
@@ -101,7 +106,7 @@ def keep(node: Config, saved: Any, keys: Iterable[str]) -> None:
 
 def suit(node: Config, image_size: int) -> dict[str, Any]:
     """What a network says of its own sizes for pictures of this one, beside those that are given."""
-    kind = locate(node["_target_"]) if "_target_" in node else None
+    kind = composed(node["_target_"]) if "_target_" in node else None
     if kind is None or not hasattr(kind, "suited"):
         return {}
     takes = inspect.signature(kind).parameters

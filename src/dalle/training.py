@@ -7,7 +7,7 @@ import logging
 import math
 import platform
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -140,16 +140,16 @@ def upstream(config: Config) -> list[Run]:
     return [Run(Path(n["path"])) for n in nodes if n.get("_target_", "").startswith("dalle.runs.load_")]
 
 
-def missing_runs(config: Config) -> dict[str, Run]:
+def missing_runs(config: Config, coming: Container[Path] = ()) -> dict[str, Run]:
     """The runs, by stage, that still have to be trained because this one's DataModule works with their
-    networks. Those that are there, or come from elsewhere, are not among them.
+    networks. Those that are there, come from elsewhere, or are `coming` are not among them.
 
     Raises:
         UserError: another place was named, and there is no finished run in it; or nothing may be trained.
     """
     used, missing = upstream(config), {}
     for stage, path in config["upstream"].items():
-        if Run(Path(path)) in used and not Run(Path(path)).finished:
+        if Run(Path(path)) in used and not Run(Path(path)).finished and Path(path) not in coming:
             usual = Path(config["paths"]["logs"], config["name"], stage)
             if Path(path) != usual:
                 raise UserError(
@@ -248,7 +248,7 @@ def kept_tokenizer(config: Config, run: Run) -> Config:
     return {"tokenizer": run.load_tokenizer()} if kept else {}
 
 
-def prepare(config: Config, run: Run) -> tuple[SourceDataModule, str | None]:
+def prepare(config: Config, run: Run, **frozen: Any) -> tuple[Any, str | None]:
     """Puts all numbers that follow the pictures into the configuration; gives the DataModule and a line on
     them. A run that is resumed keeps its own.
     """
@@ -256,7 +256,7 @@ def prepare(config: Config, run: Run) -> tuple[SourceDataModule, str | None]:
     source = build(config["datamodule"]["source"], "data")(split="train")
     items = min(len(source), config["datamodule"].get("train_items") or len(source))
     followed = fill_lengths(config, items, ranks(config), saved)
-    datamodule = build(config["datamodule"], "datamodule", **kept_tokenizer(config, run))
+    datamodule = build(config["datamodule"], "datamodule", **kept_tokenizer(config, run), **frozen)
     followed |= fill_sizes(config, datamodule.sizes, saved)
     return datamodule, said(config, items, followed)
 

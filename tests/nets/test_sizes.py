@@ -6,10 +6,10 @@ import yaml
 from tiny import ROOT
 from torch import nn
 
-from dalle.build import locate
 from dalle.defaults import fill_sizes
 from dalle.errors import UserError
 from dalle.nets.sizes import cut, map_sides, padded
+from dalle.trust import composed
 
 SIDES = [
     16, 17, 20, 24, 28, 32, 36, 40, 48, 50, 56, 60, 64, 72, 80, 96, 100, 112, 128, 144, 150, 160, 176, 192,
@@ -37,7 +37,7 @@ def node(file: str, size: int, part: str = "net", **given) -> dict:
 
 def made(file: str, size: int, part: str = "net", **given) -> nn.Module:
     arguments = node(file, size, part, **given)
-    return locate(arguments.pop("_target_"))(**arguments)
+    return composed(arguments.pop("_target_"))(**arguments)
 
 
 @pytest.mark.parametrize("size", SIDES)

@@ -86,14 +86,18 @@ class SourceDataModule(L.LightningDataModule):
     def dataset(self, name: str) -> SourceDataset:
         raise NotImplementedError
 
-    def train_dataloader(self) -> DataLoader:
-        n, world = self.items("train"), self.trainer.world_size if self.trainer else 1
+    def check_batch(self, world: int) -> None:
+        """Raises UserError where so many ranks find not a batch each."""
+        n = self.items("train")
         if self.batch_size * world > n:
             ranks = f" on each of {world} devices" if world > 1 else ""
             raise UserError(
                 f"batch_size={self.batch_size}{ranks} is larger than the training set of {n} items; "
                 f"set a batch size of at most {n // world}"
             )
+
+    def train_dataloader(self) -> DataLoader:
+        self.check_batch(self.trainer.world_size if self.trainer else 1)
         # Overfitting on a few batches means the same ones, with the same captions, in every epoch.
         overfit = getattr(self.trainer, "overfit_batches", 0) > 0
         sampler = self._sampler("train", shuffle=not overfit, drop_last=True)
