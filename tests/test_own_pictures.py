@@ -129,7 +129,8 @@ def test_every_stage_trains_and_is_used_with_twenty_pictures_of_any_size(ladder,
 def test_what_cannot_fit_is_refused_before_anything_trains(command, no_training, folders, arguments, message):
     ended = command("train.py", *arguments, "data=folder", f"data.root='{folders['PICTURES']}'")
     assert message in ended.error
-    assert not [path for path in Path("logs").rglob("*") if path.is_file()]
+    left = [path for path in Path("logs").rglob("*") if path.is_file()]
+    assert [path.name for path in left] in ([], ["multirun.yaml"])  # Hydra's own
 
 
 def lengths(items: int, world: int = 1, batch="auto", steps="auto", saved=None) -> tuple[int, int, dict]:
