@@ -36,7 +36,8 @@ LADDERS = [
     ],
     [
         "train.py model=vqvae {} name=mine",
-        "train.py -m model=dvae,dalle model/net=llama {} name=other",
+        "train.py model=dvae {} name=other",
+        "train.py model=dalle model/net=llama {} name=other",
         "train.py model=decoder model/net=dit {} name=mine",
     ],
 ]
@@ -86,6 +87,7 @@ def shell(command, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
 def test_the_readmes_lines_work_as_they_stand(block, shell, folders):
     lines = [line.split(" #")[0] for line in block.splitlines() if line.startswith("python ")]
@@ -98,6 +100,7 @@ def test_the_readmes_lines_work_as_they_stand(block, shell, folders):
         assert "batch_size=8" in ended.out or "train.py" not in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ladder", LADDERS, ids=["DALL-E 2", "DALL-E", "others"])
 def test_every_stage_trains_and_is_used_with_twenty_pictures_of_any_size(ladder, shell, folders):
     own = (
