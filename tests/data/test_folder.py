@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from dalle.data.folder import Folder, divide
+from dalle.data.folder import Folder
 from dalle.data.pictures import to_rgb
 from dalle.data.sources import EpochSampler, Source, SourceDataset, as_it_is
+from dalle.data.splits import divide
 from dalle.errors import UserError
 
 WHOLE = {"val_fraction": 0.0, "test_fraction": 0.0}  # all pictures in training
@@ -225,18 +226,24 @@ def test_a_table_and_texts_complete_each_other(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("metadata.jsonl", '{"file_name": "a.png", "text": "x"}\n{oops\n', "line 2: not a JSON object"),
-        ("metadata.jsonl", '{"text": "x"}', "line 1: no file name"),
-        ("metadata.jsonl", '{"file_name": "a.png", "text": 3}', "line 1: a caption must be text"),
-        ("captions.csv", "a.png,red\n", "first line must name a column"),
-        ("captions.csv", "", "it names nothing"),
+        ("metadata.jsonl", '{"text": "x"}', "columns that are known: it has text;.*data.image_column=NAME"),
+        ("metadata.jsonl", "{oops", "no line of it is a JSON object"),
+        ("captions.csv", "bild;was\na.png;red\n", "it has bild, was; data.image_column=NAME"),
+        ("captions.csv", "", "captions.csv is empty"),
     ],
 )
-def test_a_broken_table_names_the_line(tmp_path, name, text, message):
+def test_a_table_that_says_nothing_is_named_with_its_columns(tmp_path, name, text, message):
     several(tmp_path, "a.png")
     write(tmp_path / name, text)
     with pytest.raises(UserError, match=message):
         folder(tmp_path)
+
+
+def test_one_broken_line_is_left_out_and_named(tmp_path):
+    several(tmp_path, "a.png")
+    write(tmp_path / "metadata.jsonl", '{"file_name": "a.png", "text": 3}\n{oops\n')
+    with pytest.warns(UserWarning, match=r"1 lines of metadata.jsonl .*\(line 2\)"):
+        assert folder(tmp_path).captions(0) == ["3"]
 
 
 # Splits
@@ -278,8 +285,8 @@ def test_the_seed_moves_the_splits_and_a_zero_fraction_is_empty():
 
 
 def test_given_folders_decide(tmp_path):
-    for name in ("train/a.png", "train/b.png", "train/c.png", "validation/d.png", "e.png"):
-        put(tmp_path, name)
+    for k, name in enumerate(("train/a.png", "train/b.png", "train/c.png", "validation/d.png", "e.png")):
+        put(tmp_path, name, picture((k, 0, 0)))
     with pytest.warns(UserWarning, match=r"1 outside the folders of the splits \(e.png\)"):
         val = Folder("val", tmp_path, 8)
     train, test = Folder("train", tmp_path, 8), Folder("test", tmp_path, 8)

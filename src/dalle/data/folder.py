@@ -1,40 +1,44 @@
 """A folder of one's own pictures with captions, as a `Source`.
 
-Splits come from folders `train`, `val`, `test` in the root where they exist, else from a hash of each
-picture's name, so it stays in its split when others are added. What cannot be used is left out and reported
-once.
+Splits come from folders `train`, `val`, `test` (or tables that say so) where they exist, else from a hash of
+each picture's name, so it stays in its split when others are added. What cannot be used is left out; what was
+read is said once, in one line, and what is odd in another.
 """
 
 import hashlib
 import os
-from bisect import bisect_left
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 from tqdm import tqdm
 
-from dalle.data.captions import SPLITS, CaptionFiles, given_split, uses_split_folders
-from dalle.data.pictures import BROKEN, SUFFIXES, BadPicture, Memory, inspect, read
+from dalle.data.captions import CaptionFiles, Found
+from dalle.data.listing import ELSEWHERE, Listing, list_files
+from dalle.data.pictures import BROKEN, SUFFIXES, UNREADABLE, BadPicture, Fit, Memory, inspect, read
 from dalle.data.sources import mix
+from dalle.data.splits import Split, divide, folder_splits, split_folder
+from dalle.data.tables import Columns
+from dalle.data.text import encoded, shown
 from dalle.errors import UserError
-from dalle.ranges import Fraction, Place, PositiveInt, Seed, Side
+from dalle.ranges import Fraction, Place, PositiveInt, Seed, Side, Text
 
-FEWEST = 3  # pictures that can be divided into three splits
 MEMORY = 2**30  # bytes of decoded pictures kept
 LONGEST = 2  # random crops are taken from the middle part of a picture, at most so many times as long as wide
 NAMED = 3  # pictures named in a report
 LONG_SCAN = 20_000  # pictures from which a progress bar is shown
+MUCH = 1 / 3  # of a picture, lost to a square crop
 
-Captioner = Callable[[Path, Sequence[str], Sequence[str]], dict[str, list[str]]]
+Captioner = Callable[[Path, Sequence[str], Mapping[str, int]], Found]
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,13 @@ class Scan:
 
     captions: dict[str, list[str]]
     digests: dict[str, str]
+    given: dict[str, Split]  # splits by folders or tables
+    origin: str  # of the captions
+    cropped: int  # pictures of which a square crop loses much
 
 
 class Folder:
-    """Pictures (png, jpg, webp, bmp, gif) anywhere below `root`, with captions.
+    """Pictures of the usual formats anywhere below `root`, with captions.
 
     Args:
         split: train, val or test.
@@ -54,10 +61,15 @@ class Folder:
         image_size: S; the short side is resized to it, then the middle square is taken (`crop="center"`) or,
             in training, one drawn per epoch (`crop="random"`).
         val_fraction, test_fraction: of the pictures, where there are no folders `val` and `test`. From three
-            pictures on, no split with a fraction above 0 is empty; fewer than three are in every split.
+            pictures on, no split with a fraction above 0 is empty; fewer than three are in every split. Equal
+            pictures are in one.
         seed: of the splits and crops.
         max_pixels: larger pictures are left out, as their size may be a lie that eats the memory.
-        captions: a .jsonl or .csv file, relative to the root; None = what is found.
+        captions: a table, relative to the root; None = what is found.
+        image_column, caption_column: of tables, those that hold pictures' names and captions (one or more);
+            None: those of the usual names.
+        lines: of a .txt beside a picture, `first` or `all` are its captions.
+        fit: how a picture becomes a square: `crop`, or `pad` with white, or `squash`.
 
     Raises:
         UserError: nothing usable; says what was looked for and what was found.
@@ -65,7 +77,7 @@ class Folder:
 
     def __init__(
         self,
-        split: Literal["train", "val", "test"],
+        split: Split,
         root: Place,
         image_size: Side,
         crop: Literal["center", "random"] = "center",
@@ -74,31 +86,49 @@ class Folder:
         seed: Seed = 0,
         max_pixels: PositiveInt = 64_000_000,
         captions: Place | None = None,
+        image_column: Text | None = None,
+        caption_column: Text | Sequence[Text] | None = None,
+        lines: Literal["first", "all"] = "all",
+        fit: Fit = "crop",
     ):
         self.root = Path(root).expanduser()
         if not self.root.is_dir():
             what = "is not a folder" if self.root.exists() else "does not exist"
             raise UserError(f"data.root={root} {what}; give a folder of pictures with captions")
-        if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
+        if not (min(val_fraction, test_fraction) >= 0 and val_fraction + test_fraction < 1):  # nan is neither
             raise UserError(
                 f"val_fraction={val_fraction} and test_fraction={test_fraction} leave nothing to train on"
             )
-        self.split, self.image_size, self.seed, self.max_pixels = split, image_size, seed, max_pixels
+        if crop == "random" and fit != "crop":
+            raise UserError(f"data.crop=random crops, and data.fit={fit} keeps the whole picture; choose one")
+        check_memory(image_size)
+        several = (caption_column,) if isinstance(caption_column, str) else tuple(caption_column or ())
+        captioner = self.captioner(captions, Columns(image_column, several), lines == "first")
+        self.split, self.image_size, self.seed, self.max_pixels, self.fit = (
+            split,
+            image_size,
+            seed,
+            max_pixels,
+            fit,
+        )
         self.random_crop = crop == "random" and split == "train"
         self.fixed = not self.random_crop
-        self._scan = scan(self.root, self.captioner(captions), max_pixels)
-        self.names = divide(list(self._scan.captions), val_fraction, test_fraction, seed)[split]
+        self._scan = scan(self.root, captioner, max_pixels)
+        names, scanned = list(self._scan.captions), self._scan
+        splits = divide(names, val_fraction, test_fraction, seed, scanned.given, scanned.digests)
+        introduce(self.root, scanned, {split: len(names) for split, names in splits.items()}, fit, crop)
+        self.names = splits[split]
         slot = 3 * image_size**2 * (LONGEST if self.random_crop else 1)
         self._memory = Memory(len(self.names), slot if slot * len(self.names) <= MEMORY else 0)
 
-    def captioner(self, captions: str | Path | None) -> Captioner:
+    def captioner(self, captions: str | Path | None, columns: Columns, first_line: bool) -> Captioner:
         """Where captions come from: the one thing in which kinds of folders differ."""
         if captions is None:
-            return CaptionFiles()
+            return CaptionFiles(columns=columns, first_line=first_line)
         table = self.root / Path(captions).expanduser()
         if not table.is_file():
             raise UserError(f"captions={captions}: there is no file {table}")
-        return CaptionFiles(str(table), table.stat().st_mtime_ns)
+        return CaptionFiles(str(table), table.stat().st_mtime_ns, columns, first_line)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -121,9 +151,10 @@ class Folder:
 
     @cached_property
     def _fingerprint(self) -> str:
-        digest = hashlib.sha256(f"{self.image_size} {self.random_crop and self.seed}\n".encode())
+        digest = hashlib.sha256(f"{self.image_size} {self.random_crop and self.seed} {self.fit}\n".encode())
         for name in self.names:
-            digest.update(f"{name}\n{self._scan.digests[name]}\n{self._scan.captions[name]}\n".encode())
+            digest.update(encoded(name))
+            digest.update(f"\n{self._scan.digests[name]}\n{self._scan.captions[name]}\n".encode())
         return digest.hexdigest()[:16]
 
     def _picture(self, item: int) -> np.ndarray:
@@ -134,10 +165,13 @@ class Folder:
                 return picture
             try:
                 aspect = LONGEST if self.random_crop else 1
-                picture = read(self.root / self.names[item], self.image_size, aspect, self.max_pixels)
-            except (BadPicture, OSError) as error:
+                path = self.root / self.names[item]
+                picture = read(path, self.image_size, aspect, self.max_pixels, self.fit)
+            except BadPicture as error:
                 self._memory.state[item] = BROKEN
-                rank_zero_warn(f"{self.root / self.names[item]}: {error}; another picture takes its place")
+                if (broken := int((self._memory.state == BROKEN).sum())) <= NAMED:
+                    more = "; more of the kind are not named" if broken == NAMED else ""
+                    rank_zero_warn(f"{shown(str(path))}: {error}; another picture takes its place{more}")
             else:
                 self._memory.put(item, picture)
                 return picture
@@ -161,84 +195,130 @@ class Folder:
         return draw % (free[0] + 1), draw % (free[1] + 1)  # one of the two is always 0
 
 
-def divide(
-    names: Sequence[str], val_fraction: float, test_fraction: float, seed: int = 0
-) -> dict[str, list[str]]:
-    """Names -> {train, val, test}, each in the order of `names`.
-
-    Given folders decide where they exist; a split without one is drawn from `train/`. A split that the hash
-    leaves empty takes the name that came closest; with fewer than three names, every split has them all.
-    """
-    given = {split: [name for name in names if given_split(name) == split] for split in SPLITS}
-    if not uses_split_folders(names):
-        given = {split: [] for split in SPLITS}
-    pool = given["train"] or list(names)
-    fractions = {"val": val_fraction, "test": test_fraction}
-    wanted = {split: fraction for split, fraction in fractions.items() if fraction > 0 and not given[split]}
-    if len(pool) < FEWEST:
-        return given | dict.fromkeys(("train", *wanted), pool)
-    order = sorted((_place(name, seed), name) for name in pool)
-    splits, start, edge = {}, 0, 0.0
-    for k, (split, fraction) in enumerate(wanted.items()):
-        edge += fraction
-        end = max(bisect_left(order, (edge, "")), start + 1)
-        end = min(end, len(order) - len(wanted) + k)  # leaves one for each split to come, and for training
-        splits |= {name: split for _, name in order[start:end]}
-        start = end
-    return given | {
-        split: [name for name in pool if splits.get(name, "train") == split] for split in ("train", *wanted)
-    }
+def check_memory(image_size: int) -> None:
+    """Refuses a size of which not one picture fits the machine."""
+    needed = 12 * image_size**2  # float32 RGB
+    if image_size < 1 or needed > _memory_bytes():
+        takes = f"; one picture would take {needed / 2**30:.0f} GB" if image_size > 0 else ""
+        raise UserError(f"data.image_size={image_size}: give the pixels of a side, usually 16 to 256{takes}")
 
 
-def _place(name: str, seed: int) -> float:
-    """A number in [0, 1) that depends on nothing but the name and the seed."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:6]) / 2**48
+def _memory_bytes() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return 2**34
 
 
 def scan(root: Path, captioner: Captioner, max_pixels: int) -> Scan:
-    """Looks through a folder, once as long as nothing in it changes; warns once about what is left out."""
-    files = []
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for name in names:
-            if not name.startswith("."):
-                path = Path(folder, name)
-                status = path.stat()
-                files.append((path.relative_to(root).as_posix(), status.st_size, status.st_mtime_ns))
-    return _scan(root, tuple(sorted(files)), captioner, max_pixels)
+    """Looks through a folder, once as long as nothing in it changes; warns once about what is odd."""
+    return _scan(root, list_files(root), captioner, max_pixels)
 
 
 @lru_cache(maxsize=4)
-def _scan(root: Path, files: tuple[tuple[str, int, int], ...], captioner: Captioner, max_pixels: int) -> Scan:
-    names = [name for name, *_ in files]
-    pictures = [name for name in names if name.lower().endswith(SUFFIXES)]
-    found = captioner(root, pictures, names)
-    out: dict[str, list[str]] = defaultdict(list)
-    digests = {}
-    in_splits = uses_split_folders(pictures)
+def _scan(root: Path, listing: Listing, captioner: Captioner, max_pixels: int) -> Scan:
+    sizes = {name: size for name, size, _ in listing.files}
+    pictures = [name for name in sizes if name.lower().endswith(SUFFIXES)]
+    found = captioner(root, pictures, sizes)
+    given = folder_splits(pictures) or found.splits
+    out: dict[str, list[str]] = defaultdict(list, {why: list(some) for why, some in found.left_out.items()})
+    named = set(chain(*found.left_out.values()))
+    digests: dict[str, str] = {}
+    notes: dict[str, list[str]] = defaultdict(list)
+    cropped = 0
     for name in tqdm(pictures, desc="Looking at pictures", disable=len(pictures) < LONG_SCAN, unit=""):
-        if in_splits and given_split(name) is None:
+        if given and name not in given:
             out["outside the folders of the splits"].append(name)
-            continue
-        if not found.get(name):
-            out["without a readable caption"].append(name)
-            continue
-        try:
-            digests[name] = inspect(root / name, max_pixels)
-        except (BadPicture, OSError) as error:
-            out[str(error)].append(name)
-    if missing := sorted(set(found) - set(pictures)):
-        out["listed but not there"] = missing
-    report = "; ".join(
-        f"{len(bad)} {reason} ({', '.join(bad[:NAMED])}{', ...' if len(bad) > NAMED else ''})"
-        for reason, bad in out.items()
-    )
+        elif not found.captions.get(name):
+            if name not in named:
+                out["without a readable caption"].append(name)
+        else:
+            try:
+                look = inspect(root / name, max_pixels)
+            except BadPicture as error:
+                out[str(error)].append(name)
+                continue
+            digests[name] = look.digest
+            cropped += 1 - min(look.width, look.height) / max(look.width, look.height) > MUCH
+            if look.odd_profile:
+                notes["with a broken colour profile, read without it"].append(name)
+    for name in sizes:
+        if name.lower().endswith(UNREADABLE) and not name.lower().endswith(SUFFIXES):
+            out["in a format that is not read (save them as PNG or JPEG)"].append(name)
+    for name, why in listing.odd:
+        (notes if why == ELSEWHERE else out)[why].append(name)
+    notes |= _equal(digests, given)
     if not digests:
-        raise UserError(
-            f"data.root={root} has no usable picture. Looked for {', '.join(SUFFIXES)} with "
-            f"{getattr(captioner, 'wanted', 'captions')}; found {len(pictures)} pictures"
-            + (f": {report}" if report else f" among {len(names)} files")
+        raise UserError(_nothing(root, captioner, found, out, len(pictures), len(sizes)))
+    _warn(root, len(digests), out, notes, found.unread)
+    return Scan(
+        {name: found.captions[name] for name in digests},
+        digests,
+        {name: split for name, split in given.items() if name in digests},
+        found.origin,
+        cropped,
+    )
+
+
+def _equal(digests: Mapping[str, str], given: Mapping[str, Split]) -> dict[str, list[str]]:
+    """Pictures that are there several times, bit for bit; and those of them that lie in several splits."""
+    count = Counter(digests.values())
+    equal = [name for name, digest in digests.items() if count[digest] > 1]
+    places: dict[str, set[str]] = defaultdict(set)
+    for name in equal if given else ():
+        places[digests[name]].add(given[name])
+    apart = [name for name in equal if len(places[digests[name]]) > 1]
+    different = len({digests[name] for name in equal})
+    found = {f"equal to another ({different} different ones), kept in one split": equal} if equal else {}
+    return {"equal to one in another split: take them out of the one or the other": apart} if apart else found
+
+
+def _listed(reasons: Mapping[str, Sequence[str]]) -> str:
+    return "; ".join(
+        f"{len(some)} {why} ({', '.join(map(shown, some[:NAMED]))}{', ...' if len(some) > NAMED else ''})"
+        for why, some in reasons.items()
+    )
+
+
+def _warn(
+    root: Path, used: int, out: Mapping[str, list[str]], notes: Mapping[str, list[str]], unread: list[str]
+) -> None:
+    parts = [f"Left out: {_listed(out)}" if out else "", f"Of these, {_listed(notes)}" if notes else ""]
+    parts += [f"Not read: {'; '.join(unread)}" if unread else ""]
+    if said := [part for part in parts if part]:
+        rank_zero_warn(f"{shown(str(root))}: {used} pictures are used. {'. '.join(said)}")
+
+
+def _nothing(
+    root: Path, captioner: Captioner, found: Found, out: Mapping[str, list[str]], pictures: int, files: int
+) -> str:
+    unread = f". {'; '.join(found.unread)}" if found.unread else ""
+    return (
+        f"data.root={shown(str(root))} has no usable picture. Looked for {', '.join(SUFFIXES)} with "
+        f"{getattr(captioner, 'wanted', 'captions')}; found {pictures} pictures"
+        + (f": {_listed(out)}" if out else f" among {files} files")
+        + unread
+    )
+
+
+@lru_cache(maxsize=64)
+def _say(line: str) -> None:
+    rank_zero_only(print)(line, flush=True)
+
+
+def introduce(root: Path, scanned: Scan, sizes: Mapping[Split, int], fit: str, crop: str) -> None:
+    """Says in one line what was read and how it is divided, and in another what a square crop loses."""
+    n, captions = len(scanned.captions), sum(map(len, scanned.captions.values()))
+    folders = sorted({word for name in scanned.given if (word := split_folder(name))})
+    how = "by a hash of their names"
+    if scanned.given:
+        how = f"by the folders {', '.join(map(shown, folders))}" if folders else "as the tables say"
+    divided = ", ".join(f"{size} {split}" for split, size in sizes.items())
+    _say(
+        f"{shown(str(root))}: {n} pictures with {captions} captions from {scanned.origin}; {divided} ({how})"
+    )
+    if fit == "crop" and crop == "center" and scanned.cropped:
+        _say(
+            f"{scanned.cropped} of {n} pictures ({scanned.cropped / n:.0%}) lose more than a third to the "
+            "square crop; data.fit=pad or data.fit=squash keeps the whole of them"
         )
-    if report:
-        rank_zero_warn(f"{root}: {len(digests)} pictures are used. Left out: {report}")
-    return Scan({name: found[name] for name in digests}, digests)

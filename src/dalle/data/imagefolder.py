@@ -1,5 +1,6 @@
 """Class folders `root/CLASS/*.png` as a `Source`: captions are made from the class names."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,6 +9,9 @@ from annotated_types import MinLen
 
 from dalle.data.captions import ClassNames
 from dalle.data.folder import Captioner, Folder
+from dalle.data.pictures import Fit
+from dalle.data.splits import Split
+from dalle.data.tables import Columns
 from dalle.errors import UserError
 from dalle.ranges import Fraction, Place, PositiveInt, Seed, Side, Text
 
@@ -22,7 +26,7 @@ class ImageFolder(Folder):
 
     def __init__(
         self,
-        split: Literal["train", "val", "test"],
+        split: Split,
         root: Place,
         image_size: Side,
         template: Text | Annotated[Sequence[Text], MinLen(1)] = "a photo of a {}",
@@ -31,14 +35,18 @@ class ImageFolder(Folder):
         test_fraction: Fraction = 0.05,
         seed: Seed = 0,
         max_pixels: PositiveInt = 64_000_000,
+        fit: Fit = "crop",
     ):
         self.templates = (template,) if isinstance(template, str) else tuple(template)
         for sentence in self.templates:
             if "{}" not in sentence:
                 raise UserError(f"template {sentence!r} has no {{}} where the class name goes")
+            if re.search(r"[{}]", sentence.replace("{}", "", 1)):
+                raise UserError(f"template {sentence!r} has more than the one {{}} where the class name goes")
         if not self.templates:
             raise UserError("template is an empty list; give at least one sentence with a {}")
-        super().__init__(split, root, image_size, crop, val_fraction, test_fraction, seed, max_pixels)
+        divided = {"val_fraction": val_fraction, "test_fraction": test_fraction, "seed": seed}
+        super().__init__(split, root, image_size, crop, max_pixels=max_pixels, fit=fit, **divided)
 
-    def captioner(self, captions: str | Path | None) -> Captioner:
+    def captioner(self, captions: str | Path | None, columns: Columns, first_line: bool) -> Captioner:
         return ClassNames(self.templates)

@@ -1,61 +1,111 @@
-"""One picture file of any kind -> upright RGB bytes of a given short side; a memory of pictures read."""
+"""One picture file of any kind -> upright sRGB bytes of a given short side; a memory of pictures read."""
 
+import contextlib
+import hashlib
 import mmap
+import os
+import stat
 import warnings
-import zlib
+from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps, features
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # Pillow knows others, some of which start programs
+AVIF = (".avif",) if features.check("avif") else ()
+SUFFIXES = (
+    *(
+        ".png",
+        ".jpg",
+        ".jpeg",
+        ".webp",
+        ".bmp",
+        ".gif",
+        ".tif",
+        ".tiff",
+        ".jfif",
+        ".jpe",
+        ".jp2",
+        ".apng",
+        ".dib",
+    ),
+    *(".ppm", ".pgm", ".pbm", ".pnm", *AVIF),
+)
+UNREADABLE = (
+    ".heic",
+    ".heif",
+    ".jxl",
+    ".svg",
+    ".psd",
+    ".dng",
+    ".cr2",
+    ".nef",
+    ".arw",
+    ".tga",
+    ".ico",
+    ".avif",
+)
+# Pillow knows others, some of which start programs
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "JPEG2000", "PPM", "DIB", *(["AVIF"] if AVIF else []))
 FILTER = Image.Resampling.BICUBIC  # Pillow widens it when shrinking, so it does not alias
-EDGE = 1024  # bytes at both ends of a file that tell whether it is whole, and the same as before
+EDGE = 1024  # bytes at the end of a file that tell whether it is whole
+BYTES_PER_PIXEL = 16  # more than any picture needs: 64-bit RGBA is 8
+SRGB = ImageCms.createProfile("sRGB")
+SAME = 2  # of 255 levels: a profile that changes no colour by more is sRGB
+SPACES = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # of profiles: Pillow's modes
 
 EMPTY, WHOLE, BROKEN = 0, 1, 2
+Fit = Literal["crop", "pad", "squash"]
 
 
 class BadPicture(Exception):
     """A picture that cannot be used; the message ends the sentence "3 pictures are ..."."""
 
 
-def inspect(path: Path, max_pixels: int) -> str:
-    """Looks at both ends of a file only, unless they are suspicious.
+class Look(NamedTuple):
+    """What `inspect` sees of a file."""
 
-    Returns:
-        A digest that changes with the content.
+    digest: str  # changes with the content
+    width: int
+    height: int
+    odd_profile: bool  # its colour profile is broken, and left aside
+
+
+def inspect(path: Path, max_pixels: int) -> Look:
+    """Reads a file, but decodes it only where its end is suspicious.
 
     Raises:
-        BadPicture: empty, broken, cut short, or of more than `max_pixels`.
+        BadPicture: no file, empty, broken, cut short, or of more than `max_pixels`.
     """
-    with path.open("rb") as file:
-        head = file.read(EDGE)
-        size = file.seek(0, 2)
-        file.seek(-min(EDGE, size), 2)
-        tail = file.read(EDGE)
-    if not size:
-        raise BadPicture("empty")
-    with _open(path, max_pixels) as image:
-        if not _has_an_end(str(image.format), head, tail, size):
+    content = _content(path, max_pixels)
+    with _open(content, max_pixels) as image:
+        if not _has_an_end(str(image.format), content):
             _decode(image)  # odd, but often still readable
-    return f"{size:x}-{zlib.crc32(tail, zlib.crc32(head)):08x}"
+        profile = image.info.get("icc_profile")
+        odd = bool(profile) and _to_srgb(profile) == "broken"
+        return Look(hashlib.sha256(content).hexdigest()[:32], *image.size, odd)
 
 
-def read(path: Path, size: int, aspect: int, max_pixels: int) -> np.ndarray:
-    """Reads a picture, turned as its EXIF says, over white where it is transparent.
+def read(path: Path, size: int, aspect: int, max_pixels: int, fit: Fit = "crop") -> np.ndarray:
+    """Reads a picture, turned as its EXIF says, in sRGB, over white where it is transparent.
 
     Returns:
         (H, W, 3) uint8 with min(H, W) = size. Of a picture longer than `aspect` times its short side the
-        middle is kept, so `aspect=1` is the central square.
+        middle is kept, so `aspect=1` is the central square. Other fits give a square of the whole picture:
+        `pad` puts white beside it, `squash` changes its shape.
 
     Raises:
         BadPicture: as `inspect`.
     """
-    with _open(path, max_pixels) as image:
+    with _open(_content(path, max_pixels), max_pixels) as image:
         image.draft(None, (2 * size, 2 * size))  # JPEG: skips detail far below a pixel, several times faster
         rgb = _decode(image)
+    if fit == "squash":
+        return np.asarray(rgb.resize((size, size), FILTER))
+    if fit == "pad":
+        return np.asarray(ImageOps.pad(rgb, (size, size), FILTER, color="white"))
     short = min(rgb.size)
     kept = [min(side, aspect * short) for side in rgb.size]
     left, top = ((side - keep) / 2 for side, keep in zip(rgb.size, kept, strict=True))
@@ -65,39 +115,129 @@ def read(path: Path, size: int, aspect: int, max_pixels: int) -> np.ndarray:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB: 16-bit gray is scaled, not clipped; transparency shows white."""
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).round().astype(np.uint8))
+    """Any mode to sRGB: more than 8 bits are scaled, not cut; transparency shows white."""
+    profile = image.info.get("icc_profile")
+    if image.mode.startswith(("I", "F")):
+        image = _eight_bits(image)
+    if image.mode == "LAB":
+        image = ImageCms.applyTransform(image, _from_lab()) or image
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        image = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
+        alpha = image.getchannel("A")
+        image = _in_srgb(image, profile)
+        image.putalpha(alpha)
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        profile = None
+    return _in_srgb(image, profile)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Gray of 16 or 32 bits, or in floating point: its range is 1, 255 or 65535, or what it reaches."""
+    values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0.0, neginf=0.0)
+    ranges = (1, 255, 65535) if image.mode == "F" else (65535,)
+    top = next((top for top in ranges if values.max() <= top), values.max())
+    gray = (values / top * 255).clip(0, 255).round().astype(np.uint8)
+    if isinstance(hole := image.info.get("transparency"), int):
+        gray[values == hole] = 255
+    return Image.fromarray(gray)
+
+
+def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """RGB, by the picture's colour profile where it has one of its own kind that differs from sRGB."""
+    found = _to_srgb(profile) if profile else None
+    if isinstance(found, tuple):
+        mode, transform = found
+        gray = {"1": "L", "LA": "L", "L": "L", "CMYK": "CMYK"}
+        if gray.get(image.mode, "RGB") == mode:
+            return ImageCms.applyTransform(image.convert(mode), transform) or image.convert("RGB")
     return image.convert("RGB")
 
 
-def _open(path: Path, max_pixels: int) -> Image.Image:
+@lru_cache(maxsize=64)
+def _to_srgb(profile: bytes) -> tuple[str, Any] | Literal["sRGB", "broken"]:
+    """The mode of a profile's pictures, and how they become sRGB."""
+    try:
+        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        mode = SPACES[source.profile.xcolor_space]
+        flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
+        intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
+        transform = ImageCms.buildTransform(source, SRGB, mode, "RGB", intent, flags)
+    except Exception:  # Pillow passes on what the library and the file give rise to
+        return "broken"
+    levels = np.arange(0, 256, 51, dtype=np.uint8)
+    grid = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)
+    if mode == "CMYK":
+        return mode, transform
+    before = Image.fromarray(grid).convert(mode)
+    after = ImageCms.applyTransform(before, transform)
+    change = np.abs(np.asarray(after, np.int16) - np.asarray(before.convert("RGB"), np.int16)).max()
+    return (mode, transform) if change > SAME else "sRGB"
+
+
+@lru_cache(maxsize=1)
+def _from_lab() -> Any:
+    return ImageCms.buildTransform(ImageCms.createProfile("LAB"), SRGB, "LAB", "RGB")
+
+
+def _content(path: Path, max_pixels: int) -> bytes:
+    """All bytes of a file; never waits for a pipe, never reads a device."""
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        with open(handle, "rb", buffering=0) as file:
+            status = os.fstat(handle)
+            if not stat.S_ISREG(status.st_mode):
+                raise BadPicture("no regular files")
+            if status.st_size > BYTES_PER_PIXEL * max_pixels + 2**20:
+                raise BadPicture(f"larger than {max_pixels} pixels can be")
+            content = file.readall()
+    except OSError as error:
+        raise BadPicture(f"not readable ({error.strerror})") from None
+    if not content:
+        raise BadPicture("empty")
+    return content
+
+
+def _open(content: bytes, max_pixels: int) -> Image.Image:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # max_pixels is our own guard
-            image = Image.open(path, formats=FORMATS)
+            warnings.simplefilter("ignore")  # max_pixels is our own guard; other remarks help nobody
+            image = Image.open(BytesIO(content), formats=FORMATS)
     except Image.DecompressionBombError:
-        raise BadPicture(f"larger than {max_pixels} pixels") from None
+        limit = min(max_pixels, 2 * (Image.MAX_IMAGE_PIXELS or max_pixels))
+        raise BadPicture(f"larger than {limit} pixels") from None
     except Exception:
         raise BadPicture("broken") from None
     if image.width * image.height > max_pixels:
         image.close()
         raise BadPicture(f"larger than {max_pixels} pixels")
+    _scale_transparency(image)
     return image
+
+
+def _scale_transparency(image: Image.Image) -> None:
+    """The transparent colour of a PNG is given in the file's bits; Pillow scales the pixels only."""
+    hole, args = image.info.get("transparency"), image.tile[0][3] if image.tile else None
+    match args, hole:
+        case "L;2" | "L;4", int():
+            image.info["transparency"] = hole * {"L;2": 85, "L;4": 17}[args]
+        case "RGB;16B", tuple():
+            image.info["transparency"] = tuple(value >> 8 for value in hole)
 
 
 def _decode(image: Image.Image) -> Image.Image:
     try:
-        return to_rgb(ImageOps.exif_transpose(image))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with contextlib.suppress(Exception):  # EXIF that cannot be read turns nothing
+                image = ImageOps.exif_transpose(image)
+            return to_rgb(image)
     except Exception:  # decoders raise OSError, SyntaxError, ValueError, struct.error ... on damaged data
         raise BadPicture("broken") from None
 
 
-def _has_an_end(kind: str, head: bytes, tail: bytes, size: int) -> bool:
+def _has_an_end(kind: str, content: bytes) -> bool:
     """Whether a file ends as its format says; a download that broke off does not."""
+    tail = content[-EDGE:]
     match kind:
         case "PNG":
             return b"IEND" in tail
@@ -106,7 +246,7 @@ def _has_an_end(kind: str, head: bytes, tail: bytes, size: int) -> bool:
         case "GIF":
             return tail.rstrip(b"\0").endswith(b";")
         case "WEBP":
-            return size >= 8 + int.from_bytes(head[4:8], "little")
+            return len(content) >= 8 + int.from_bytes(content[4:8], "little")
         case _:
             return False
 

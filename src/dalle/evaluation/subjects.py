@@ -25,6 +25,7 @@ from torchmetrics.functional.image import (
 from dalle.data.captions import CaptionFiles
 from dalle.data.frozen import FrozenCLIP, FrozenTokenizer
 from dalle.data.imagefolder import ImageFolder
+from dalle.data.listing import list_files
 from dalle.data.pictures import FILTER, SUFFIXES, BadPicture, inspect, read
 from dalle.data.scenes import COLOURS, SHAPES
 from dalle.data.shapes import Shapes
@@ -206,7 +207,7 @@ class Folder(Subject):
                 continue  # a grid
             name = path.relative_to(root).as_posix()
             try:
-                digests[name] = inspect(path, MAX_PIXELS)
+                digests[name] = inspect(path, MAX_PIXELS).digest
                 with Image.open(path) as image:
                     image.load()
                     sizes[name] = image.size
@@ -249,8 +250,8 @@ class Folder(Subject):
     def _captions(self, recipe: Recipe | None) -> list[str]:
         if recipe:
             return [recipe.prompts[int(Path(name).stem.split("-")[0])] for name in self.names]
-        files = [path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if path.is_file()]
-        found = CaptionFiles()(self.root, self.names, files)
+        files = {name: size for name, size, _ in list_files(self.root).files}
+        found = CaptionFiles()(self.root, self.names, files).captions
         return [found[name][0] for name in self.names] if all(found.get(name) for name in self.names) else []
 
     def captions(self, source: Source, n: int) -> list[str]:

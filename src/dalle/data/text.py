@@ -1,0 +1,40 @@
+"""Text as it lies in people's files: byte order marks, odd line ends, broken letters, unprintable names."""
+
+import re
+import unicodedata
+from pathlib import Path
+
+UTF16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks of what Windows calls Unicode
+
+
+def read_text(path: str | Path) -> str:
+    """UTF-8, or UTF-16 that says so; without its byte order mark.
+
+    Raises:
+        OSError: it cannot be read.
+        UnicodeDecodeError: it is no such text.
+    """
+    content = Path(path).read_bytes()
+    return content.decode("utf-16" if content.startswith(UTF16) else "utf-8-sig")
+
+
+def lines(text: str) -> list[str]:
+    r"""The lines of a text that ends them by \n, \r\n or, everywhere, \r; no other character ends a line."""
+    return re.split(r"\r?\n", text) if "\n" in text else text.split("\r")
+
+
+def tidy(text: str) -> str:
+    """Without white space around it; halves of a pair of surrogates, which no UTF-8 can hold, are U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
+
+
+def encoded(name: str) -> bytes:
+    """The bytes of a file's name, whatever they are."""
+    return name.encode("utf-8", "surrogateescape")
+
+
+def shown(name: str) -> str:
+    r"""A file's name for a message: what cannot be printed, or would steer a terminal, as \x1b."""
+    return "".join(
+        letter if unicodedata.category(letter)[0] != "C" else ascii(letter)[1:-1] for letter in name
+    )
