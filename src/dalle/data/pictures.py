@@ -228,6 +228,7 @@ def _decode(image: Image.Image) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            image.load()
             with contextlib.suppress(Exception):  # EXIF that cannot be read turns nothing
                 image = ImageOps.exif_transpose(image)
             return to_rgb(image)

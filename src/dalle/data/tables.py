@@ -172,7 +172,7 @@ def _unwrapped(whole: Any) -> list[Any]:
     lists = [value for value in whole.values() if isinstance(value, list) and value]
     if len(rows := [value for value in lists if isinstance(value[0], dict)]) == 1:
         return rows[0]  # {"images": [...]}
-    if Columns().of_picture(list(whole)):
+    if Columns().of_picture(list(whole)) or Columns().of_captions(list(whole)):
         return [whole]
     if all(isinstance(value, dict) for value in whole.values()):
         return [{**row, "file_name": name} for name, row in whole.items()]
