@@ -79,9 +79,8 @@ def test_a_huge_field_absolute_names_and_all_caption_columns(tmp_path):
 def test_columns_can_be_named(tmp_path):
     pictures(tmp_path, "0.jpg")
     (tmp_path / "captions.csv").write_text("bild;was;noch\n0.jpg;eins;zwei\n")
-    found = read_all(tmp_path, image_column="bild", caption_column=["was", "noch"]) == {
-        "0.jpg": ["eins", "zwei"]
-    }
+    found = read_all(tmp_path, image_column="bild", caption_column=["was", "noch"])
+    assert found == {"0.jpg": ["eins", "zwei"]}
 
 
 def test_names_that_several_pictures_have_are_named(tmp_path):
