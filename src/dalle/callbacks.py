@@ -188,6 +188,8 @@ class GenerationTest(lightning.Callback):
 
     def on_test_start(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
         self.shown: list[tuple[str, Tensor]] = []
+        rank, ranks = trainer.global_rank, trainer.world_size
+        self.room = self.items // ranks + (rank < self.items % ranks)  # items that are still to be drawn here
         if not pl_module.makes_images:
             return
         data: SourceDataModule = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
@@ -206,12 +208,11 @@ class GenerationTest(lightning.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        size = len(batch["caption"])
-        room = self.items // trainer.world_size - batch_idx * size
-        if room <= 0 or self.metrics is None:
+        if self.room == 0 or self.metrics is None:
             return
-        batch = take(batch, room)
+        batch = take(batch, self.room)
         items = batch["index"].tolist()
+        self.room -= len(items)
         made = pl_module.sample(batch, randn=per_sample([self.seed + i for i in items], pl_module.device))
         images = trainer.datamodule.pictures(made)  # pyright: ignore[reportAttributeAccessIssue]
         groups = (

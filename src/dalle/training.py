@@ -287,7 +287,11 @@ def make_trainer(config: Config, run: Run) -> lightning.Trainer:
     if not any(isinstance(logger, MetricsCsv) for logger in made):
         made.append(MetricsCsv(run.path))
     arguments = {"callbacks": callbacks, "logger": made, "default_root_dir": str(run.path)}
-    return lightning_trainer(config["trainer"], **arguments)
+    settings = dict(config["trainer"])
+    every, accumulated = settings.get("val_check_interval"), settings.get("accumulate_grad_batches", 1)
+    if isinstance(every, int) and settings.get("check_val_every_n_epoch") is None:
+        settings["val_check_interval"] = every * accumulated  # of batches, to Lightning
+    return lightning_trainer(settings, **arguments)
 
 
 def finish(run: Run, trainer: lightning.Trainer, stage: Stage, manifest: dict[str, Any]) -> None:

@@ -227,3 +227,17 @@ def test_averages_of_bf16_weights_move():
     torch.testing.assert_close(moved, torch.full_like(moved, 1 - 0.998**10))
     ema.swap_in(stage)
     assert stage.net.weight.dtype == torch.bfloat16
+
+
+def test_accumulated_steps_are_whole_and_validations_count_steps(logs, monkeypatch):
+    """Five batches an epoch and four a step: one is left over, and would have made a step of a quarter."""
+    steps = []
+    end = Guard.end
+    monkeypatch.setattr(Guard, "end", lambda self: (steps.append(0), end(self))[1])
+    more = ("data.size=40", "trainer.accumulate_grad_batches=4", "trainer.val_check_interval=2")
+    run = trained("vae", logs, "accumulated", *more, steps=4)
+    assert len(steps) == 4
+    state = torch.load(run.checkpoint, weights_only=True)
+    progress = state["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]
+    assert progress["processed"] == 16
+    assert list(column(run, "val/loss")) == [1, 3]

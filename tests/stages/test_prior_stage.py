@@ -186,9 +186,12 @@ class TestCosines:
         assert self.logged(stage, batch) == first
 
     def test_only_as_many_as_asked(self):
-        stage = make_stage(val_samples=8)
-        assert self.logged(stage, make_batch(4), index=1)
-        assert not self.logged(stage, make_batch(4), index=2)
+        stage, sizes = make_stage(val_samples=8), []
+        sample = stage.sample
+        stage.sample = lambda batch, **o: (sizes.append(len(batch["text_embed"])), sample(batch, **o))[1]
+        for index, size in enumerate((6, 6, 1)):  # the last batch is a small one
+            self.logged(stage, make_batch(size), index)
+        assert sizes == [6, 2]
 
 
 def test_the_normalisation_comes_from_the_data():

@@ -102,6 +102,13 @@ class SourceDataModule(L.LightningDataModule):
         overfit = getattr(self.trainer, "overfit_batches", 0) > 0
         sampler = self._sampler("train", shuffle=not overfit, drop_last=True)
         if self.trainer:
+            # Lightning takes a step at an epoch's end, of however many batches are left
+            sampler.whole = 1 if overfit else getattr(self.trainer, "accumulate_grad_batches", 1)
+            if not len(sampler):
+                raise UserError(
+                    f"trainer.accumulate_grad_batches={sampler.whole} times {self.batch_size * world} items "
+                    f"are more than the training set of {n}; lower it"
+                )
             sampler.position = partial(_position, self.trainer, len(sampler), overfit)
         return self._loader("train", sampler)
 

@@ -123,6 +123,7 @@ class EpochSampler(Sampler[list[int]]):
         shuffle: else in order.
         drop_last: drop what does not fill a batch on all ranks; else items from the front fill up the ranks.
         limit: only the first `limit` items (bounded validation).
+        whole: epochs are a multiple of so many batches, those of an accumulated step; for `drop_last`.
         position: asked at every `iter` for (epoch, batches already seen in it), so a resumed run goes on with
             exactly the batches it would have seen; without it `set_epoch` says.
     """
@@ -139,9 +140,10 @@ class EpochSampler(Sampler[list[int]]):
         world: int = 1,
         limit: int | None = None,
         position: Callable[[], tuple[int, int]] | None = None,
+        whole: int = 1,
     ):
         self.n, self.batch_size, self.shuffle, self.drop_last = n, batch_size, shuffle, drop_last
-        self.seed, self.rank, self.world, self.position = seed, rank, world, position
+        self.seed, self.rank, self.world, self.position, self.whole = seed, rank, world, position, whole
         self.used = n if limit is None else min(n, limit)
         self.epoch, self.start = 0, 0
 
@@ -152,7 +154,8 @@ class EpochSampler(Sampler[list[int]]):
     def __len__(self) -> int:
         """Batches in a whole epoch on one rank, also when the epoch is entered midway."""
         if self.drop_last:
-            return self.used // (self.batch_size * self.world)
+            batches = self.used // (self.batch_size * self.world)
+            return batches - batches % self.whole
         return -(-self.used // (self.batch_size * self.world))
 
     def __iter__(self) -> Iterator[list[int]]:

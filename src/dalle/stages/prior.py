@@ -54,7 +54,7 @@ class PriorStage(Stage):
         super().__init__(optimizer)
         self.denoiser, self.sampler = denoiser(net), sampler
         self.text_dropout, self.guidance = text_dropout, guidance
-        self.candidates, self.val_samples = candidates, val_samples
+        self.candidates, self.val_samples, self.room = candidates, val_samples, val_samples
 
     @property
     def net(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -77,8 +77,14 @@ class PriorStage(Stage):
 
     def log_cosines(self, split: str, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Cosines of sampled embeddings with the true image's, its caption's, and another caption's."""
-        if batch_idx * len(batch["text_embed"]) >= self.val_samples:
+        if batch_idx == 0:
+            ranks = self.trainer.world_size if self._trainer else 1
+            self.room = -(-self.val_samples // ranks)  # captions that are still to be sampled here
+        values: Any = batch
+        batch = Batch(**{key: value[: self.room] for key, value in values.items()})
+        if not (size := len(batch["text_embed"])):
             return {}
+        self.room -= size
         generator = torch.Generator().manual_seed(batch_idx)
         made = self.sample(batch, randn=lambda x: torch.randn(x.shape, generator=generator).to(x))
         text = batch["text_embed"]
