@@ -170,7 +170,7 @@ def check_stage(config: Config) -> None:
 # Sizes that only the data, or networks that are trained before, can say: here it is enough that they might be
 PLAUSIBLE = {
     "image_size": 64, "embed_dim": 64, "text_width": 64, "context_length": 32, "vocab_size": 512,
-    "text_vocab": 512, "text_length": 32, "image_vocab": 256, "image_levels": None, "grid": 8,
+    "text_vocab": 512, "text_length": 32, "image_vocab": 2**16, "image_levels": None, "grid": 8,
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -81,7 +82,7 @@ def check_words(arguments: Sequence[str], choices: Mapping[str, list[str]]) -> N
     for argument in arguments:
         key, _, value = argument.partition("=")
         value = value.strip()
-        if key in choices and value in ("", "null", "~", "None"):
+        if key in choices and re.fullmatch(r"[-+]?(\d[\w.+-]*|nan|inf)|true|false|null|None|~|", value, re.I):
             raise UserError(f"{argument}: choose one of {', '.join(choices[key])}")
         if key in choices and value.startswith(("[", "{")) and key not in ("callbacks", "logger"):
             raise UserError(f"{argument}: {key} is one of {', '.join(choices[key])}, not several at once")
@@ -128,7 +129,11 @@ def written(value: Any) -> str:
 
 
 def _is_users(error: Exception) -> bool:
-    return isinstance(error, UserError) or type(error).__module__.startswith(("hydra.", "omegaconf."))
+    """Hydra raises plain ValueErrors, too, for what is written on a command line."""
+    if isinstance(error, UserError) or type(error).__module__.startswith(("hydra.", "omegaconf.")):
+        return True
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return bool(frames) and frames[-1][0].f_globals.get("__name__", "").startswith(("hydra.", "omegaconf."))
 
 
 def one_line(error: Exception) -> str:

@@ -178,7 +178,7 @@ class GroupNorm(nn.Module):
 
     def __init__(self, channels: int, affine: bool = True, silu: bool = True):
         super().__init__()
-        self.groups, self.silu = math.gcd(32, max(channels // 4, 1)), silu
+        self.groups, self.silu = math.gcd(32, max(channels // 4, 1), channels), silu
         if affine:
             self.weight = nn.Parameter(torch.ones(channels))
             self.bias = nn.Parameter(torch.zeros(channels))
@@ -227,6 +227,8 @@ class TimeMLP(nn.Module):
 
     def __init__(self, features: int, width: int):
         super().__init__()
+        if features % 2:
+            raise UserError(f"width {features} is not even: half of it are cosines of the time, half sines.")
         self.features = features
         self.mlp = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width))
 

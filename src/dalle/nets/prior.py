@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dalle.errors import UserError
 from dalle.nets.blocks import MLP, Attention, TimeMLP, keep_or_null
 from dalle.ranges import Depth, Dropout, Length, PositiveInt, Width
 
@@ -55,6 +56,8 @@ class Prior(nn.Module):
         checkpoint: bool = False,
     ):
         super().__init__()
+        if width % heads:
+            raise UserError(f"Prior: {heads} heads do not divide width {width}.")
         self.embed_dim, self.text_width, self.context_length = embed_dim, text_width, context_length
         self.width, self.checkpoint = width, checkpoint
         self.text_norm = nn.LayerNorm(embed_dim)  # a caption embedding's length carries no meaning in CLIP

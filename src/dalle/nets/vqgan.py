@@ -264,6 +264,7 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, width: Width, layers: Depth):
         super().__init__()
+        self.smallest = 3 << layers  # px: two kernels of 4 follow the halvings
         parts: list[nn.Module] = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         n = width
         for layer in range(1, layers + 1):

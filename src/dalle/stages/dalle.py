@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from dalle.data.batch import Batch
-from dalle.decoding import OnStep, generate
+from dalle.decoding import OnStep, check_options, generate
 from dalle.diffusion.samplers import Randn
 from dalle.ranges import Fraction, Guidance, NonNegative, PositiveInt, Share, Weight
 from dalle.stages.base import Stage
@@ -52,6 +52,7 @@ class DalleStage(Stage):
         guidance: Guidance = 1.0,
     ) -> None:
         super().__init__(optimizer)
+        check_options(net.image_vocab, temperature, top_k, top_p)  # pyright: ignore[reportArgumentType]
         self.net = net
         self.text_weight, self.image_weight = text_weight, image_weight
         self.text_dropout, self.pad_loss = text_dropout, pad_loss

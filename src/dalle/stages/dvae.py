@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dalle.data.batch import Batch
+from dalle.errors import UserError
 from dalle.ranges import Exponent, NonNegative, NonNegativeInt
 from dalle.stages.base import Stage
 from dalle.stages.optim import Recipe
@@ -84,6 +85,9 @@ class DVAEStage(Stage):
         ln_b: Exponent | None = None,
     ) -> None:
         super().__init__(optimizer)
+        for name in ("start", "end"):
+            if not getattr(temperature, name) > 0:
+                raise UserError(f"model.temperature.{name} must be above 0, as logits are divided by it")
         self.net: Any = net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.temperature, self.kl_weight = temperature, kl_weight
         self.likelihood, self.ln_b = LIKELIHOODS[likelihood], ln_b

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dalle.data.batch import Batch
+from dalle.errors import UserError
 from dalle.ranges import NonNegativeInt, Weight
 from dalle.stages.base import Stage
 from dalle.stages.optim import Recipe
@@ -55,6 +56,11 @@ class VQGANStage(Stage):
         super().__init__(optimizer)
         self.automatic_optimization = False
         self.net: Any = net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        if adversarial_weight > 0 and self.net.image_size < (least := getattr(discriminator, "smallest", 1)):
+            raise UserError(
+                f"pictures of {self.net.image_size} px are too small for model.discriminator, which takes "
+                f"{least} px and more; give it fewer layers"
+            )
         self.discriminator = discriminator.to(memory_format=torch.channels_last)  # pyright: ignore
         self.make_perceptual = perceptual
         self.frozen: tuple[nn.Module, ...] = ()  # no child: neither trained nor saved
@@ -63,7 +69,8 @@ class VQGANStage(Stage):
 
     def perceptual(self, made: Tensor, image: Tensor) -> Float[Tensor, "B"]:
         if not self.frozen:
-            self.frozen = (self.make_perceptual().requires_grad_(False).to(image.device),)
+            self.frozen = (self.make_perceptual().requires_grad_(False),)
+        self.frozen[0].to(image.device)
         with torch.autocast(image.device.type, enabled=False):
             return self.frozen[0](made.float(), image.float())
 
@@ -100,6 +107,12 @@ class VQGANStage(Stage):
         out = {key: value.detach() for key, value in {"loss": loss, **out}.items()}
         self.log_scalars("train", out, batch)
         return out
+
+    def check_trainer(self, trainer: Any) -> None:
+        """Besides, whether the perceptual distance can be had: now, and not when training has begun."""
+        super().check_trainer(trainer)
+        if self.perceptual_weight:
+            self.frozen = (self.make_perceptual().requires_grad_(False),)
 
     def configure_optimizers(self) -> Any:
         autoencoder = super().configure_optimizers()
