@@ -104,7 +104,10 @@ def train(config: dict, overrides: list[str]) -> None:
                 continue
             print(f"{run} holds no finished {stage}: training it first", flush=True)
             run_job(upstream(overrides, stage, run), lock)
-    training.train(config)
+    try:
+        training.train(config)
+    except SystemExit as left:  # what Lightning makes of Ctrl-C
+        raise KeyboardInterrupt from left
 
 
 def upstream(overrides: list[str], stage: str, run: Any) -> list[str]:

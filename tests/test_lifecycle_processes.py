@@ -1,5 +1,6 @@
 """Real processes: signals to a whole group with workers, a rank that is killed, two machines by torchrun."""
 
+import json
 import os
 import signal
 import socket
@@ -63,6 +64,20 @@ def test_a_signal_to_all_processes_leaves_a_checkpoint(tmp_path, number, words):
     assert f"goes on from step {read_checkpoint(run.checkpoint)['global_step']}" in out
     last = max(column(run, "train/loss"))
     assert read_checkpoint(run.checkpoint)["global_step"] == last + 1
+
+
+def test_a_sweep_that_is_stopped_begins_no_other_job(tmp_path):
+    job = start(tmp_path, "-m", "hydra=sweep", "seed=0,1", "trainer.max_steps=100000")
+    place = tmp_path / "logs" / "default" / "clip"
+    deadline = time.monotonic() + SECONDS
+    while not list(place.glob("*/metrics.csv")):
+        assert job.poll() is None, job.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.killpg(job.pid, signal.SIGTERM)
+    code, _, err = finish(job)
+    assert code == 1, err
+    assert [json.loads(p.read_text())["state"] for p in place.glob(".jobs/*.json")] == ["stopped"]
 
 
 def children(pid: int) -> list[int]:
