@@ -12,6 +12,7 @@ from conftest import untrained
 from tiny import NETS, train
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from two_ranks import watch
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +66,28 @@ def test_other_optimizers(optimizer, logs, shares):
     train("vqgan", logs, *options, "model.disc_start=0", steps=1)
     assert len(shares) == 2
     assert min(shares) > (0.7 if optimizer == "muon" else 0.99)  # Muon's are not signs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("gan", "model.conditioning=projection", "model.r1_every=1", "model.beta1=0"),
+        ("vqgan", "model.net.levels=[8,4]", "model.adversarial_weight=0"),  # whose weight is each rank's own
+    ],
+)
+def test_two_ranks_step_as_one_does_with_twice_the_batch(options, logs, tmp_path):
+    one, two = (watch(n, logs, tmp_path, *options, *ADAMW, "trainer.max_steps=1")["weights"] for n in (1, 2))
+    assert torch.equal(one[0, 0], two[0, 0])
+    steps = [(seen[1] - seen[0])[0] for seen in (one, two)]
+    assert torch.cosine_similarity(*steps, dim=0) > 0.99
+    assert torch.equal(two[1, 0], two[1, 1])
+
+
+@pytest.mark.slow
+def test_codebooks_are_the_same_on_all_ranks(logs, tmp_path):
+    """From k-means on, and with dead codes drawn anew."""
+    options = ("model.net.dead_below=0.5", "model.disc_start=0", "trainer.max_steps=4")
+    seen = watch(2, logs, tmp_path, "vqgan", *options)["buffers"]
+    assert not torch.equal(seen[1, 0], seen[4, 0])
+    assert torch.equal(seen[1:, 0], seen[1:, 1])

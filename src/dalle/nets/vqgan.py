@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from vector_quantize_pytorch import FSQ, VectorQuantize
+from vector_quantize_pytorch.vector_quantize_pytorch import batched_sample_vectors
 
 from dalle.errors import UserError
 from dalle.nets.blocks import GroupNorm, grouped
@@ -217,6 +218,15 @@ class VQGAN(nn.Module):
             else 1024,
         }
 
+    def synchronise(self) -> None:
+        """Has the codebooks of all ranks start and move alike, by what all of them see. For when there is a
+        process group, of which the library wants to know too early.
+        """
+        if isinstance(self.codebook, VectorQuantize):
+            book: Any = self.codebook._codebook
+            book.sample_fn = book.replace_sample_fn = sample_of_ranks
+            book.all_reduce_fn = book.kmeans_all_reduce_fn = distributed.all_reduce
+
     def latents(self, image: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D h w"]:
         """What is looked up in the codebook."""
         height, width = image.shape[2:]
@@ -257,6 +267,15 @@ class VQGAN(nn.Module):
             return self.draw(self.codebook.indices_to_codes(codes)).clamp(-1, 1)
         z = F.embedding(codes, self.codebook.codebook)
         return self.draw(z.permute(0, 3, 1, 2)).clamp(-1, 1)
+
+
+def sample_of_ranks(vectors: Float[Tensor, "1 N D"], count: int) -> Float[Tensor, "1 K D"]:
+    """Some of the vectors of all ranks, the same on each."""
+    gathered = [torch.empty_like(vectors) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(gathered, vectors.contiguous())
+    chosen = batched_sample_vectors(torch.cat(gathered, dim=1), count)
+    distributed.broadcast(chosen, src=0)
+    return chosen
 
 
 class PatchDiscriminator(nn.Module):

@@ -67,6 +67,11 @@ class VQGANStage(Stage):
         self.perceptual_weight, self.adversarial_weight = perceptual_weight, adversarial_weight
         self.disc_start, self.pixel_loss = disc_start, pixel_loss
 
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if self.trainer.world_size > 1:
+            self.net.synchronise()
+
     def perceptual(self, made: Tensor, image: Tensor) -> Float[Tensor, "B"]:
         if not self.frozen:
             self.frozen = (self.make_perceptual().requires_grad_(False),)
