@@ -203,7 +203,7 @@ class VQGAN(nn.Module):
         """What `auto` is for pictures of this size, beside the settings that are `given`."""
         factor = patch_for(image_size, most=20, least=4)
         halvings = len(given.get("multipliers") or ()) - 1
-        patch = given.get("patch") or (factor >> halvings if halvings >= 0 else 2 if factor <= 8 else 4)
+        patch = given.get("patch") or (factor >> halvings if halvings >= 0 else min(factor // 2, 4))
         levels = max(1, (factor // max(patch, 1)).bit_length())
         made = math.prod(n for group in grouped(given.get("levels") or ()) for n in group)
         return {
