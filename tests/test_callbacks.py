@@ -390,7 +390,7 @@ class TestGenerationTest:
             "image": source.images(range(16)),
         }
         datamodule = SimpleNamespace(split=lambda name: source, clip=clip, pictures=pictures)
-        trainer = fake_trainer(datamodule=datamodule, world_size=world, loggers=[])
+        trainer = fake_trainer(datamodule=datamodule, world_size=world, global_rank=0, loggers=[])
         stage, logged = Copyist(), {}
         stage.log_dict = lambda table, **_: logged.update(table)
         callback = GenerationTest(self.folder, items=items, rows=10)
