@@ -235,12 +235,12 @@ def test_a_clip_is_measured_without_making_anything(measure, out, untrained_stag
 
 
 def test_classes_of_class_folders(measure, untrained_stages, tmp_path):
-    """Colours that the embedding cannot but tell apart where each class is one picture."""
-    for name, colour in {"red_things": (255, 0, 0), "blue": (0, 0, 255)}.items():
+    """Colours that the embedding cannot but tell apart where each class is hardly more than one picture."""
+    for name, red, blue in (("red_things", 255, 0), ("blue", 0, 255)):
         for k in range(3):
             path = tmp_path / "pictures" / name / f"{k}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (16, 16), colour).save(path)
+            Image.new("RGB", (16, 16), (red, k, blue)).save(path)  # equal ones stay in one split
     data = (
         "data=imagefolder",
         f"data.root='{tmp_path / 'pictures'}'",
