@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from dalle.data.splits import Split, folder_splits, split_folder, split_names
+from dalle.data.splits import folder_splits, split_folder, split_names
 from dalle.data.tables import SUFFIXES, Columns, NotATable, Table, read_table
 from dalle.data.text import lines, read_text, shown, tidy
 from dalle.errors import UserError
@@ -38,7 +38,7 @@ class Found:
 
     captions: dict[str, list[str]]
     origin: str = ""
-    splits: dict[str, Split] = field(default_factory=dict)  # as tables give them
+    splits: dict[str, str] = field(default_factory=dict)  # as tables give them
     left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # why -> what
     unread: list[str] = field(
         default_factory=list

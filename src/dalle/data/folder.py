@@ -47,7 +47,7 @@ class Scan:
 
     captions: dict[str, list[str]]
     digests: dict[str, str]
-    given: dict[str, Split]  # splits by folders or tables
+    given: dict[str, str]  # splits by folders or tables
     origin: str  # of the captions
     cropped: int  # pictures of which a square crop loses much
 
@@ -104,13 +104,8 @@ class Folder:
         check_memory(image_size)
         several = (caption_column,) if isinstance(caption_column, str) else tuple(caption_column or ())
         captioner = self.captioner(captions, Columns(image_column, several), lines == "first")
-        self.split, self.image_size, self.seed, self.max_pixels, self.fit = (
-            split,
-            image_size,
-            seed,
-            max_pixels,
-            fit,
-        )
+        self.split, self.image_size, self.seed, self.max_pixels = split, image_size, seed, max_pixels
+        self.fit: Fit = fit
         self.random_crop = crop == "random" and split == "train"
         self.fixed = not self.random_crop
         self._scan = scan(self.root, captioner, max_pixels)
@@ -260,7 +255,7 @@ def _scan(root: Path, listing: Listing, captioner: Captioner, max_pixels: int) -
     )
 
 
-def _equal(digests: Mapping[str, str], given: Mapping[str, Split]) -> dict[str, list[str]]:
+def _equal(digests: Mapping[str, str], given: Mapping[str, str]) -> dict[str, list[str]]:
     """Pictures that are there several times, bit for bit; and those of them that lie in several splits."""
     count = Counter(digests.values())
     equal = [name for name, digest in digests.items() if count[digest] > 1]
@@ -306,7 +301,7 @@ def _say(line: str) -> None:
     rank_zero_only(print)(line, flush=True)
 
 
-def introduce(root: Path, scanned: Scan, sizes: Mapping[Split, int], fit: str, crop: str) -> None:
+def introduce(root: Path, scanned: Scan, sizes: Mapping[str, int], fit: str, crop: str) -> None:
     """Says in one line what was read and how it is divided, and in another what a square crop loses."""
     n, captions = len(scanned.captions), sum(map(len, scanned.captions.values()))
     folders = sorted({word for name in scanned.given if (word := split_folder(name))})

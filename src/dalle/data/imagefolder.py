@@ -45,8 +45,9 @@ class ImageFolder(Folder):
                 raise UserError(f"template {sentence!r} has more than the one {{}} where the class name goes")
         if not self.templates:
             raise UserError("template is an empty list; give at least one sentence with a {}")
-        divided = {"val_fraction": val_fraction, "test_fraction": test_fraction, "seed": seed}
-        super().__init__(split, root, image_size, crop, max_pixels=max_pixels, fit=fit, **divided)
+        super().__init__(
+            split, root, image_size, crop, val_fraction, test_fraction, seed, max_pixels, fit=fit
+        )
 
     def captioner(self, captions: str | Path | None, columns: Columns, first_line: bool) -> Captioner:
         return ClassNames(self.templates)

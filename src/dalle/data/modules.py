@@ -97,7 +97,8 @@ class SourceDataModule(L.LightningDataModule):
             )
 
     def train_dataloader(self) -> DataLoader:
-        self.check_batch(self.trainer.world_size if self.trainer else 1)
+        n, world = self.items("train"), self.trainer.world_size if self.trainer else 1
+        self.check_batch(world)
         # Overfitting on a few batches means the same ones, with the same captions, in every epoch.
         overfit = getattr(self.trainer, "overfit_batches", 0) > 0
         sampler = self._sampler("train", shuffle=not overfit, drop_last=True)

@@ -157,7 +157,7 @@ def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 def _to_srgb(profile: bytes) -> tuple[str, Any] | Literal["sRGB", "broken"]:
     """The mode of a profile's pictures, and how they become sRGB."""
     try:
-        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        source: Any = ImageCms.ImageCmsProfile(BytesIO(profile))
         mode = SPACES[source.profile.xcolor_space]
         flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
         intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
@@ -216,7 +216,8 @@ def _open(content: bytes, max_pixels: int) -> Image.Image:
 
 def _scale_transparency(image: Image.Image) -> None:
     """The transparent colour of a PNG is given in the file's bits; Pillow scales the pixels only."""
-    hole, args = image.info.get("transparency"), image.tile[0][3] if image.tile else None
+    tile = getattr(image, "tile", None)
+    hole, args = image.info.get("transparency"), tile[0][3] if tile else None
     match args, hole:
         case "L;2" | "L;4", int():
             image.info["transparency"] = hole * {"L;2": 85, "L;4": 17}[args]

@@ -13,7 +13,7 @@ Split = Literal["train", "val", "test"]
 
 FEWEST = 3  # pictures that can be divided into three splits
 DEEPEST = 3  # levels below the root at which folders of splits are looked for
-NAMES: dict[str, Split] = {
+NAMES: dict[str, str] = {
     "train": "train", "training": "train", "restval": "train",
     "val": "val", "valid": "val", "validation": "val", "dev": "val",
     "test": "test", "testing": "test",
@@ -21,15 +21,15 @@ NAMES: dict[str, Split] = {
 EITHER = ("eval", "evaluation")  # val, or test where another is val
 
 
-def split_names(words: Iterable[str]) -> dict[str, Split]:
+def split_names(words: Iterable[str]) -> dict[str, str]:
     """What those of some words that name splits (`Train`, `val2017`, `dev`) stand for."""
     plain = {word: re.sub(r"[-_ ]?\d*$", "", word.casefold()) for word in words}
     found = {word: NAMES[name] for word, name in plain.items() if name in NAMES}
-    either: Split = "test" if "val" in found.values() else "val"
+    either = "test" if "val" in found.values() else "val"
     return found | {word: either for word, name in plain.items() if name in EITHER}
 
 
-def folder_splits(names: Iterable[str]) -> dict[str, Split]:
+def folder_splits(names: Iterable[str]) -> dict[str, str]:
     """The splits of names by their folders: `train/a.png`, `images/val/b.png`; empty where none are meant.
 
     Folders are splits where there are `train` and another of them, or `train` alone at the top; else `train`
@@ -59,9 +59,9 @@ def divide(
     val_fraction: float,
     test_fraction: float,
     seed: int = 0,
-    given: Mapping[str, Split] | None = None,
+    given: Mapping[str, str] | None = None,
     same: Mapping[str, str] | None = None,
-) -> dict[Split, list[str]]:
+) -> dict[str, list[str]]:
     """Names -> {train, val, test}, each in the order of `names`.
 
     Given splits stay; one that is not given is drawn from `train`. A split that the hash leaves empty takes
@@ -72,18 +72,18 @@ def divide(
         same: what tells pictures apart. Equal ones go where the first of them goes.
     """
     given = folder_splits(names) if given is None else given
-    out: dict[Split, list[str]] = {
+    out: dict[str, list[str]] = {
         split: [name for name in names if given.get(name) == split] for split in ("train", "val", "test")
     }
     pool = out["train"] or list(names)
-    fractions: dict[Split, float] = {"val": val_fraction, "test": test_fraction}
+    fractions: dict[str, float] = {"val": val_fraction, "test": test_fraction}
     wanted = {split: fraction for split, fraction in fractions.items() if fraction > 0 and not out[split]}
     if len(pool) < FEWEST:
         return out | dict.fromkeys(("train", *wanted), pool)
     firsts: dict[str, str] = {}
     first = {name: firsts.setdefault(same[name] if same else name, name) for name in pool}
     order = sorted((_place(name, seed), name) for name in firsts.values())
-    splits: dict[str, Split] = {}
+    splits: dict[str, str] = {}
     start, edge = 0, 0.0
     for k, (split, fraction) in enumerate(wanted.items()):
         edge += fraction
