@@ -1,10 +1,12 @@
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from dalle.data.norm import EmbedNorm
+from dalle.data.tokenizers import CaptionTokenizer
 from dalle.errors import UserError
 from dalle.pipelines.load import check_fit
 from dalle.pipelines.unclip import UnCLIP
@@ -146,6 +148,14 @@ def test_no_prompt_and_impossible_numbers_are_user_errors():
         pipeline().sample([])
     with pytest.raises(UserError, match="at least 1, not 0 and 16"):
         pipeline().sample(CAPTIONS, n=0)
+
+
+def test_a_prompt_in_letters_that_the_tokenizer_has_not_seen_says_so():
+    tokenizer = CaptionTokenizer.train(["a red circle on a branch at dusk"], 400, 24)
+    clip = SimpleNamespace(context_length=24)
+    said = UnCLIP._too_long(SimpleNamespace(tokenizer=tokenizer, clip=clip), "красный круг на синем фоне")
+    assert "fall to bytes; train CLIP on captions that have them" in said
+    assert "bytes" not in UnCLIP._too_long(SimpleNamespace(tokenizer=tokenizer, clip=clip), "a red " * 30)
 
 
 def test_a_long_prompt_is_refused_or_cut_with_one_warning(caplog):

@@ -221,6 +221,9 @@ class TextImageDataModule(SourceDataModule):
             self._tokenizer = self._tokenizer(list(chain(*captions_of(train, items))))
         return self._tokenizer
 
+    def prepare_data(self) -> None:
+        warn_of_cuts(self)
+
     def dataset(self, name: str) -> SourceDataset:
         return SourceDataset(self.split(name), self.tokenizer, seed=self.seed if name == "train" else None)
 
@@ -232,6 +235,21 @@ class TextImageDataModule(SourceDataModule):
 
     def describe(self) -> dict[str, Any]:
         return super().describe() | {"tokenizer": tokenizer_facts(self.tokenizer)}
+
+
+def warn_of_cuts(data: "TextImageDataModule | EmbeddingDataModule") -> None:
+    """Says once, on one rank, what share of the training captions loses its end."""
+    train = data.split("train")
+    captions = list(chain(*captions_of(train, range(min(data.items("train"), TOKENIZER_ITEMS)))))
+    room = data.tokenizer.context_length - 2
+    # A token is a byte at least, so short captions need not be tokenised.
+    long = [caption for caption in captions if len(caption.encode()) > room]
+    if cut := sum(map(data.tokenizer.too_long, long)):
+        make_room = "a CLIP with a longer context" if data.clip else "tokenizer.context_length=..."
+        rank_zero_warn(
+            f"{cut} of {len(captions)} captions are longer than the {data.tokenizer.context_length} tokens "
+            f"of the text and are cut ({cut / len(captions):.0%}); {make_room} makes room"
+        )
 
 
 class EmbeddingDataModule(SourceDataModule):
@@ -273,6 +291,7 @@ class EmbeddingDataModule(SourceDataModule):
     def prepare_data(self) -> None:
         """One process computes what is kept, before the others look for it."""
         self._embed(verify=True)
+        warn_of_cuts(self)
 
     def setup(self, stage: str) -> None:
         self._embed(verify=False)
@@ -383,13 +402,7 @@ class CodeDataModule(TextImageDataModule):
     def prepare_data(self) -> None:
         """One process computes what is kept, before the others look for it."""
         self._encode(verify=True)
-        train = self.split("train")
-        captions = list(chain(*captions_of(train, range(min(self.items("train"), TOKENIZER_ITEMS)))))
-        if too_long := sum(map(self.tokenizer.too_long, captions)):
-            rank_zero_warn(
-                f"{too_long} of {len(captions)} captions are longer than the {self.tokenizer.context_length} "
-                "tokens of the text and are cut; tokenizer.context_length=... makes room"
-            )
+        warn_of_cuts(self)
 
     def setup(self, stage: str) -> None:
         self._encode(verify=False)

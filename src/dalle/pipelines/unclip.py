@@ -154,10 +154,17 @@ class UnCLIP(nn.Module):
         fits = bisect_left(
             range(len(words)), True, key=lambda k: self.tokenizer.too_long(" ".join(words[: k + 1]))
         )
+        bytewise = self.tokenizer.too_long(
+            caption[: self.tokenizer.context_length - 2]
+        )  # more tokens than letters
+        why = (
+            ". Its letters are rare in the captions that the tokenizer was trained on and fall to bytes; "
+            "train CLIP on captions that have them, with tokenizer.context_length=... for their length"
+        )
         return (
             f"the prompt {shorten(caption, 60, placeholder=' ...')!r} is too long: CLIP reads "
             f"{self.clip.context_length} tokens with start and end, which is the first {fits} of its "
-            f"{len(words)} words; shorten it, or set truncate=true"
+            f"{len(words)} words; shorten it, or set truncate=true{why if bytewise else ''}"
         )
 
 
