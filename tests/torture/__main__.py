@@ -53,7 +53,7 @@ def main() -> int:
 def torture(folder: Path, args: argparse.Namespace) -> int:
     upstream = prepare(folder / "upstream")
     outcomes: dict[str, Counter[str]] = {}
-    failed = []
+    failed = 0
     with ProcessPoolExecutor(args.processes, mp_context=get_context("fork")) as pool:
         needed = kills.STAGES if args.kills + args.disks + args.signals else ()
         made = pool.map(
@@ -69,9 +69,8 @@ def torture(folder: Path, args: argparse.Namespace) -> int:
             word = "held" if not reason else LEFT_OUT if reason.startswith(LEFT_OUT) else "failed"
             outcomes.setdefault(what.partition(":")[0], Counter())[word] += 1
             if word == "failed":
-                failed.append(f"{what}: {reason}")
-    for line in sorted(failed):
-        print(line[:300])
+                failed += 1
+                tqdm.write(f"{what}: {reason}"[:300])
     show(outcomes)
     return int(bool(failed))
 
