@@ -543,3 +543,13 @@ def test_a_recipe_finds_runs_that_were_moved(command, untrained_stages, tmp_path
     words = [f"pipeline.{stage}=logs/second/{stage}" for stage in ("clip", "prior", "decoder")]
     assert command("sample.py", "recipe=recipe.yaml", *words, "out=third").code == 0
     assert Path("third/000-00.png").read_bytes() == pictures
+
+
+def test_a_run_that_was_killed_before_its_test_has_the_same_records(tmp_path):
+    run = train("vae", tmp_path / "logs")
+    whole = rows(run)
+    for name in ("manifest.json", "model.safetensors"):
+        (run.path / name).unlink()
+    train("vae", tmp_path / "logs", "resume=true")
+    assert run.finished
+    assert rows(run) == whole

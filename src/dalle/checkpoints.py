@@ -72,6 +72,7 @@ class LastCheckpoint(Checkpoint):
         self.handlers: dict[int, Any] = {}
         self.loops: dict[str, Any] | None = None  # Lightning's counters after a whole step; None amid one
         self.saving = False
+        self.done = 0  # batches that stepped before the run was resumed
         self.before, self.started, self.ended = 0.0, 0.0, 0.0
         self.facts: dict[str, Any] = {}
 
@@ -98,13 +99,18 @@ class LastCheckpoint(Checkpoint):
         if stage == "fit":
             self.started, self.ended = time.perf_counter(), 0.0
             trainer.strategy.checkpoint_io = DurableIO()
+            return
+        loop: Any = trainer.fit_loop
+        if loop.epoch_loop._batches_that_stepped < self.done:  # resumed at the end: no loop has counted it
+            loop.epoch_loop._batches_that_stepped = self.done
+            loop.epoch_progress.current.completed += 1
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Stage, checkpoint: dict[str, Any]) -> None:
         """Metrics of steps after the checkpoint are about to be written again."""
-        done = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"] + 1
+        self.done = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"] + 1
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCsv):
-                logger.rewind(done)
+                logger.rewind(self.done)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
         self.saved_step = trainer.global_step
