@@ -158,11 +158,19 @@ class Clock:
         return self.now
 
 
+class Elsewhere(Stage):
+    """A stage without weights that says it is on this device."""
+
+    device: Any = None
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device, self.net = device, SimpleNamespace(compile=lambda: None)
+
+
 def watch_batches(watched: preflight.Watch, device: str) -> int:
     """Batches on a stage that says it is on this device, until the watch has seen enough; how many."""
-    stage: Any = SimpleNamespace(
-        device=torch.device(device), parameters=lambda: iter(()), net=SimpleNamespace(compile=lambda: None)
-    )
+    stage = Elsewhere(torch.device(device))
     trainer: Any = SimpleNamespace(should_stop=False, accumulate_grad_batches=1)
     for k in range(50):
         if trainer.should_stop:

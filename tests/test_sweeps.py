@@ -244,5 +244,5 @@ def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
     resumed = column(second, "train/samples_per_second")
     assert min(resumed) > 0 or speeds.items() & resumed.items()
     assert "optimizer.lr=fast" in again.stdout
-    assert "model.optimizer.lr must be a number above 0 and at most 1000, got 'fast'" in again.stdout
+    assert "  optimizer.lr must be a number above 0 and at most 1000, got 'fast'" in again.stdout
     assert not third.occupied

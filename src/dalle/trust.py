@@ -50,7 +50,7 @@ MOVED: dict[str, str] = {}  # names in files of earlier versions -> what is call
 LONGEST = 200  # letters of a name
 
 
-def composed(target: str) -> Any:
+def composed(target: Any) -> Any:
     """The class or function that a user's own configuration calls `target` (``package.module.name``)."""
     parts = _parts(target)
     if parts[0] not in PACKAGES or len(parts) < 2:
@@ -76,7 +76,7 @@ def composed(target: str) -> Any:
     raise UserError(f"_target_ {target!r} does not exist")
 
 
-def listed(target: str) -> Any:
+def listed(target: Any) -> Any:
     """The class or function that a file calls `target`."""
     parts = _parts(target)
     target = MOVED.get(target, target)

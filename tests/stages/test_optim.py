@@ -99,3 +99,9 @@ def test_another_pace_is_that_of_all_step_sizes_and_averages():
     assert (half.options["eps"], half.weight_decay) == (1e-3, 0.1)
     assert (made.lr, made.options["betas"]) == (0.4, (0.64, 0.25))
     assert made.paced(2).options["momentum"] == 0.81
+
+
+def test_a_whole_number_among_the_betas():
+    """torch itself refuses 0 beside 0.99."""
+    optimizer, _ = recipe(betas=[0, 0.99]).build(nn.Linear(2, 2), 10)
+    assert optimizer.param_groups[0]["betas"] == (0.0, 0.99)

@@ -59,7 +59,7 @@ class Recipe:
         self.algorithm, self.lr, self.weight_decay = algorithm, lr, weight_decay
         self.options: dict[str, Any] = {**options}
         if "betas" in options:  # torch refuses a whole number beside a fraction
-            options["betas"] = tuple(float(beta) for beta in options["betas"])
+            self.options["betas"] = tuple(float(beta) for beta in options["betas"])
         self.warmup, self.decay, self.decay_start = warmup, decay, decay_start
         self.decay_end, self.final = decay_end, final
         if decay_start > decay_end:
