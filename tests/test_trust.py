@@ -8,7 +8,6 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from tiny import ROOT
 from dalle.build import build
 from dalle.errors import UserError
 from dalle.evaluation.plan import source_of
+from dalle.evaluation.subjects import Subject
 from dalle.pipelines.load import load_dalle, load_unclip
 from dalle.runs import load_clip, load_stage
 from dalle.sampling import arguments
@@ -177,7 +177,8 @@ def test_what_a_run_was_trained_with_is_no_way_in(planted, tmp_path, attack):
 
 @pytest.mark.parametrize("attack", ["torch.os.system", 1, 6, 16, 33])
 def test_the_data_of_a_run_are_no_way_in(tmp_path, attack):
-    subject: Any = SimpleNamespace(data=of(attack, tmp_path / "a"), image_size=16)
+    subject = Subject()
+    subject.data, subject.image_size = of(attack, tmp_path / "a"), 16
     refused(tmp_path / "a", lambda: source_of({"data": None, "split": "test"}, subject))
 
 
