@@ -33,6 +33,9 @@ TOKENIZER_ITEMS = 20_000  # items whose captions train a tokenizer
 NORM_ITEMS = 10_000  # items on which an embedding normalisation is fitted
 
 
+STOPPING = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
+
+
 class ResumableLoader(DataLoader):
     """Tells Lightning that it can be entered amid an epoch: its sampler asks the trainer where."""
 
@@ -40,6 +43,16 @@ class ResumableLoader(DataLoader):
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+    def __iter__(self) -> Any:
+        """Workers begin with signals blocked: one that comes before they are deaf would end them."""
+        if not self.num_workers or not hasattr(signal, "pthread_sigmask"):
+            return super().__iter__()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class SourceDataModule(L.LightningDataModule):
@@ -168,7 +181,7 @@ class SourceDataModule(L.LightningDataModule):
 
 def _deaf(_: int) -> None:
     """What stops a group of processes is for the training itself, which then ends its workers."""
-    for number in (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])):
+    for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
 
 
