@@ -53,6 +53,10 @@ def command_of(file: str) -> tuple[str, list[str]]:
         experiment, model = name.rsplit("_", 1)
         assert experiment in files_of("experiment"), f"{file} is never used"
         return "train", [f"experiment={experiment}", f"model={model}"]
+    if group == "hparams_search/stage":
+        search, model = name.split("_", 1)
+        assert search in files_of("hparams_search"), f"{file} is never used"
+        return "train", [f"hparams_search={search}", f"model={model}"]
     if group == "model/net":
         return "train", [f"model={model_of(name)}", f"model/net={name}"]
     if group in ("pipeline", "paths", "debug"):
@@ -239,3 +243,17 @@ def test_clip_and_tokenizer_choices(tmp_path):
         "run",
         "open_clip",
     }  # the second needs a download: tests/data/test_open_clip.py
+
+
+@pytest.mark.parametrize(
+    ("words", "metric", "direction"),
+    [
+        (["model=clip"], "test/image_to_text_r1", "maximize"),
+        (["model=clip_paper"], "test/image_to_text_r1", "maximize"),
+        (["model=clip", "search.metric=test/loss", "search.direction=minimize"], "test/loss", "minimize"),
+        (["model=prior"], "test/loss", "minimize"),
+    ],
+)
+def test_a_search_goes_by_what_is_best_in_a_stage(words, metric, direction):
+    search = compose("train", ["hparams_search=optuna", *words])["search"]
+    assert (search["metric"], search["direction"]) == (metric, direction)

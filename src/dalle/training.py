@@ -63,6 +63,10 @@ def train(config: Config) -> dict[str, float]:
         stage.net.compile()
     trainer = make_trainer(config, run)
     stage.check_trainer(trainer)
+    if config["batch_size"] * trainer.world_size < stage.least_batch:
+        raise UserError(
+            f"stage={config['stage']} needs batch_size={stage.least_batch} or more to learn at all"
+        )
     datamodule.trainer = trainer
     datamodule.train_dataloader()  # refuses a batch larger than the data, while nothing has been touched
     described = origins(stage, datamodule)

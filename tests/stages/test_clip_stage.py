@@ -35,7 +35,7 @@ def pairs(number: int, captions: int, seed: int = 0) -> list[dict[str, torch.Ten
     image = torch.rand(number, 3, 16, 16, generator=generator) * 2 - 1
     text = torch.randint(1, 30, (captions, 6), generator=generator)
     text[:, -1] = 31
-    return [{"image": image[i], "text": text[i % captions]} for i in range(number)]
+    return [{"image": image[i], "text": text[i % captions], "index": i} for i in range(number)]
 
 
 def make_net() -> CLIP:
@@ -178,6 +178,36 @@ def test_validation_measures_retrieval_and_training_learns(tmp_path):
     assert not any(name.startswith("retrieval") for name in stage.state_dict())
 
 
+def measured(tmp_path: Path, data: list, batch_size: int, share: bool) -> float:
+    stage = ClipStage(make_net(), share_equal_captions=share)
+    loader = DataLoader(data, batch_size=batch_size)
+    return trainer(tmp_path).test(stage, loader, verbose=False)[0]["test/loss"]
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_the_loss_of_a_test_is_the_same_in_any_batches(tmp_path, share):
+    data = pairs(16, captions=11)
+    whole = measured(tmp_path, data, 16, share)
+    with torch.no_grad():
+        batch = {k: torch.stack([torch.as_tensor(item[k]) for item in data]) for k in data[0]}
+        assert whole == pytest.approx(
+            ClipStage(make_net(), share_equal_captions=share).step(batch)["loss"].item()
+        )
+    for found in (measured(tmp_path, data, size, share) for size in (1, 4, 8)):
+        assert found == pytest.approx(whole, abs=1e-5)
+    assert measured(tmp_path, data[::-1], 8, share) == pytest.approx(whole, abs=1e-5)
+    assert measured(tmp_path, data + data[:3], 8, share) == pytest.approx(
+        whole, abs=1e-5
+    )  # as ranks are filled up
+
+
+def test_one_more_item_hardly_changes_the_loss_of_a_test(tmp_path, monkeypatch):
+    monkeypatch.setattr("dalle.stages.clip.CANDIDATES", 8)
+    data = pairs(17, captions=17)
+    fewer, more = (measured(tmp_path, data[:n], 8, share=False) for n in (16, 17))
+    assert more == pytest.approx(fewer, abs=0.06)  # a batch of one costs nothing: .15 less
+
+
 class BothLosses(ClipStage):
     """One start of two processes is dear: tests both ways to treat equal captions at once."""
 
@@ -201,7 +231,7 @@ def test_two_ranks_take_the_step_of_one(tmp_path):
     (one, metrics), (two, other) = states
     assert not torch.equal(one["visual.proj"], make_net().visual.proj)
     torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-5)
-    for name in ("val/image_to_text_r1", "val/text_to_image_r5"):
+    for name in ("val/loss", "val/image_to_text_r1", "val/text_to_image_r5"):
         assert other[name] == pytest.approx(metrics[name])
 
 

@@ -29,6 +29,7 @@ class Stage(lightning.LightningModule):
     """A trained thing. A subclass sets `net`, implements `step`, and `sample` where it can make something."""
 
     net: Any  # an nn.Module with an interface of its stage's own
+    least_batch = 1  # pairs, pictures ... of a step, over all ranks
     makes_images = False  # whether `sample` gives pictures
     clip: float | int | None = None  # trainer.gradient_clip_val of a stage that steps by itself: `descend`
     patience: int = PATIENCE  # steps in a row without numbers that end a run

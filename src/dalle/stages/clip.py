@@ -2,6 +2,9 @@
 
 What differs from the paper: captions that are the same text share their images as right answers. A batch of
 small data holds many equal captions; none can tell those apart, and trying drives images off their captions.
+
+A contrastive loss grows with the number of candidates. That of a validation or test is therefore taken at the
+epoch's end, each pair against a fixed number of others: it is the same for all batch sizes and ranks.
 """
 
 import math
@@ -12,12 +15,14 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 from dalle.data.batch import Batch
-from dalle.stages.base import Stage
+from dalle.stages.base import VALIDATION_SEED, Stage
 from dalle.stages.optim import Recipe
 
 LOGIT_SCALE_MAX = math.log(100)
+CANDIDATES = 256  # for each pair of a validation or test, itself included
 
 
 def contrastive_loss(
@@ -50,6 +55,59 @@ def caption_keys(text: Int[Tensor, "b t"]) -> Int64[Tensor, " b"]:
     return (text.to(torch.int64) * base.cumprod(0)).sum(dim=1)  # wraps modulo 2^64, as wanted
 
 
+class ContrastiveLoss(Metric):
+    """The loss over all pairs since the last reset, on all ranks, among `CANDIDATES` or all if fewer."""
+
+    full_state_update = False
+    higher_is_better = False
+    image_embed: list[Tensor]
+    text_embed: list[Tensor]
+    answer: list[Tensor]
+    index: list[Tensor]
+    scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("image_embed", "text_embed", "answer", "index"):
+            self.add_state(name, default=[], dist_reduce_fx="cat")
+        self.add_state("scale", default=torch.tensor(0.0), dist_reduce_fx="max")
+
+    def update(
+        self,
+        image_embed: Float[Tensor, "b e"],
+        text_embed: Float[Tensor, "b e"],
+        answer: Int64[Tensor, " b"],
+        index: Int64[Tensor, " b"],
+        scale: Float[Tensor, ""],
+    ) -> None:
+        """Unit embeddings of pairs; equal answers are right for one another; an index is a pair's own."""
+        self.image_embed.append(image_embed)
+        self.text_embed.append(text_embed)
+        self.answer.append(answer)
+        self.index.append(index)
+        self.scale = scale.detach().float()
+
+    def compute(self) -> Float[Tensor, ""]:
+        index = dim_zero_cat(self.index)
+        order = index.argsort()
+        new = torch.ones_like(order, dtype=torch.bool)
+        new[1:] = index[order].diff() != 0  # a sampler repeats items so that all ranks have as many
+        order = order[new]
+        # neighbours may be alike: captions of one picture, pictures of one class
+        mixed = torch.randperm(len(order), generator=torch.Generator().manual_seed(VALIDATION_SEED))
+        order = order[mixed.to(order.device)]
+        images, texts = dim_zero_cat(self.image_embed)[order], dim_zero_cat(self.text_embed)[order]
+        answer, total = dim_zero_cat(self.answer)[order], torch.zeros_like(self.scale)
+        for start in range(0, len(order), CANDIDATES):
+            rows = slice(start, start + CANDIDATES)
+            first = max(0, min(start, len(order) - CANDIDATES))  # the last ones have as many candidates
+            among = slice(first, first + CANDIDATES)
+            right = answer[rows, None] == answer[among]
+            loss = contrastive_loss(images[rows], texts[rows], images[among], texts[among], self.scale, right)
+            total = total + loss * len(right)
+        return total / len(order)
+
+
 class ClipStage(Stage):
     """Trains both towers and the temperature.
 
@@ -60,6 +118,8 @@ class ClipStage(Stage):
         share_equal_captions: pairs of equal captions are right answers to one another. Off: the paper's loss.
     """
 
+    least_batch = 2  # one pair has nothing to be told from
+
     def __init__(
         self,
         net: nn.Module,
@@ -69,7 +129,7 @@ class ClipStage(Stage):
     ) -> None:
         super().__init__(optimizer)
         self.net = net
-        self.retrieval = retrieval
+        self.retrieval, self.whole_loss = retrieval, ContrastiveLoss()
         self.share_equal_captions = share_equal_captions
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
@@ -106,19 +166,30 @@ class ClipStage(Stage):
         with torch.no_grad():
             self.net.logit_scale.clamp_(0, LOGIT_SCALE_MAX)  # pyright: ignore[reportCallIssue]
 
+    def log_scalars(self, split: str, values: dict[str, Tensor], batch: Batch) -> None:
+        if split != "train":  # see ContrastiveLoss
+            values = {key: value for key, value in values.items() if key != "loss"}
+        super().log_scalars(split, values, batch)
+
     def _evaluate(self, split: str, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         out = super()._evaluate(split, batch, batch_idx)
+        image, text = (out[name].detach().float() for name in ("image_embed", "text_embed"))
+        answer = out["caption"] if self.share_equal_captions else batch["index"]
+        self.whole_loss.update(image, text, answer, batch["index"], out["scale"])
         if self.retrieval is not None:
-            self.retrieval.update(out["image_embed"], out["text_embed"], out["caption"])
+            self.retrieval.update(image, text, out["caption"])
         return out
 
     def on_validation_epoch_end(self) -> None:
-        self._log_retrieval("val")
+        self._log_whole("val")
 
     def on_test_epoch_end(self) -> None:
-        self._log_retrieval("test")
+        self._log_whole("test")
 
-    def _log_retrieval(self, split: str) -> None:
+    def _log_whole(self, split: str) -> None:
+        """What is not a mean over batches."""
+        self.log(f"{split}/loss", self.whole_loss.compute(), prog_bar=True, sync_dist=True)
+        self.whole_loss.reset()
         if self.retrieval is not None:
             recalls = self.retrieval.compute()
             self.log_dict({f"{split}/{name}": value for name, value in recalls.items()}, sync_dist=True)
