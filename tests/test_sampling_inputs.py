@@ -2,8 +2,6 @@
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from conftest import files_below
@@ -37,24 +35,20 @@ def test_options(node, line):
         arguments(node, "decoder")
 
 
-def asked(**settings: Any) -> Any:
-    return SimpleNamespace(**({"prompt": None, "prompts": None} | settings))
-
-
 @pytest.mark.parametrize("prompt", ["", "   ", "\t\n", [], [""], ["a", " "], "a \udce9", ["\ud800"]])
 def test_prompts_that_say_nothing_or_are_no_text(prompt):
     with pytest.raises(UserError, match=r"the prompt is (empty|no text)"):
-        read_prompts(asked(prompt=prompt))
+        read_prompts(prompt, None)
 
 
 def test_a_file_of_prompts_as_editors_write_it(tmp_path):
     """A byte order mark, lines of Windows, and letters that only some take for the end of a line."""
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffa red\u2028ring\r\n\r\n a\x0cb \n".encode())
-    assert read_prompts(asked(prompts=str(path))) == ["a red\u2028ring", "a\x0cb"]
+    assert read_prompts(None, str(path)) == ["a red\u2028ring", "a\x0cb"]
     path.write_bytes(b"\xff\xfea")
     with pytest.raises(UserError, match=r"prompts.txt cannot be read"):
-        read_prompts(asked(prompts=str(path)))
+        read_prompts(None, str(path))
 
 
 @pytest.mark.parametrize("kind", ["unet", "", None, 5, ["unclip"], {"a": 1}])

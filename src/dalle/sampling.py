@@ -87,7 +87,7 @@ class Request:
 
     def prompts_read(self) -> list[str]:
         """The prompts themselves."""
-        return read_prompts(self)
+        return read_prompts(self.prompt, self.prompts)
 
     def runs(self) -> dict[str, str | None]:
         """Where the stages are."""
@@ -370,21 +370,21 @@ def write(frames: Float[Tensor, "N F 3 H W"], recipe: Recipe, out: Path) -> None
     print(f"make them again: python sample.py recipe={out / 'recipe.yaml'}")
 
 
-def read_prompts(request: Request) -> list[str]:
-    """The prompts of `prompt` (one or a list) or of the file `prompts` (one a line)."""
-    if request.prompt is not None and request.prompts is not None:
+def read_prompts(prompt: str | list[Any] | None, file: str | None) -> list[str]:
+    """The prompts themselves (one or a list), or those of a file, one a line."""
+    if prompt is not None and file is not None:
         raise UserError("give prompt= or prompts=, not both")
-    if request.prompt is not None:
-        given = request.prompt if isinstance(request.prompt, list) else [request.prompt]
-        return [readable(str(prompt)) for prompt in given] or [readable("")]
-    if request.prompts is None:
+    if prompt is not None:
+        given = prompt if isinstance(prompt, list) else [prompt]
+        return [readable(str(one)) for one in given] or [readable("")]
+    if file is None:
         raise UserError(
             'give a prompt: prompt="a small red circle", or a file with a prompt on each line: prompts=FILE'
         )
-    text = read_text(request.prompts, "give a text file with a prompt on each line: prompts=FILE")
+    text = read_text(file, "give a text file with a prompt on each line: prompts=FILE")
     prompts = [line.strip() for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
     if not prompts:
-        raise UserError(f"{request.prompts} holds no prompt; write one on each line")
+        raise UserError(f"{file} holds no prompt; write one on each line")
     return prompts
 
 

@@ -152,9 +152,9 @@ def test_equal_pictures_stay_in_one_split(tmp_path):
     assert all(set(before[split]) <= set(after[split]) for split in before)
 
 
-def test_classes():
+def test_classes(tmp_path):
     names = ["animals/cat/0.png", "animals/ape/1.png", "unicorn/2.png"]
-    found = ClassNames(("a photo of a {}",))(None, names, {})
+    found = ClassNames(("a photo of a {}",))(tmp_path, names, {})
     assert [found.captions[name][0] for name in names] == [
         "a photo of a cat",
         "a photo of an ape",

@@ -176,11 +176,11 @@ def test_another_image_tokenizer_is_refused(make, untrained_stages, tmp_path):
     ("settings", "message"),
     [
         ([PROMPT, "top_k=99"], r"top_k.*32.*99"),
-        ([PROMPT, "top_k=few"], "top_k must be a whole number or null, got 'few'"),
+        ([PROMPT, "top_k=few"], "top_k must be a whole number of at least 1 or null, got 'few'"),
         ([PROMPT, "top_p=2"], r"top_p.*2"),
         ([PROMPT, "temperature=-1"], r"temperature.*-1"),
-        ([PROMPT, "candidates=0"], "must be at least 1, not 1, 16 and 0"),
-        ([PROMPT, "candidates=many"], "candidates must be a whole number, got 'many'"),
+        ([PROMPT, "candidates=0"], "candidates must be a whole number of at least 1, got 0"),
+        ([PROMPT, "candidates=many"], "candidates must be a whole number of at least 1, got 'many'"),
         ([PROMPT, "previews=4"], "previews must be true or false, got 4"),
         ([PROMPT, "prime=nowhere.png"], "there is no picture prime=nowhere.png"),
         (
@@ -189,7 +189,7 @@ def test_another_image_tokenizer_is_refused(make, untrained_stages, tmp_path):
         ),
         ([PROMPT, "prime=TEXT"], r"prime=.*text.png is broken; give a picture"),
         ([PROMPT, "name=nobody"], "nobody.dalle holds no finished run"),
-        (["prompt=[]"], "there is no prompt"),
+        (["prompt=[]"], "the prompt is empty"),
     ],
 )
 def test_mistakes_write_nothing(make, tmp_path, picture, settings, message):
