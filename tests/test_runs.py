@@ -173,3 +173,11 @@ def test_a_config_that_names_foreign_code_is_refused(run):
     (run.path / "config.yaml").write_text(text.replace("dalle.stages.prior.PriorStage", "os.system"))
     with pytest.raises(UserError, match=r"'os.system' .* refusing to use it"):
         load_stage(run.path)
+
+
+def test_a_tokenizer_of_another_clip_is_refused(untrained_stages, tmp_path):
+    run = Run(shutil.copytree(untrained_stages / "default" / "clip", tmp_path / "clip"))
+    facts = json.loads(run.tokenizer.read_text())
+    run.tokenizer.write_text(json.dumps({**facts, "context_length": 5}))
+    with pytest.raises(UserError, match=r"tokenizer\.json does not fit the CLIP beside it"):
+        load_clip(run.path)

@@ -223,7 +223,14 @@ def build_stage(run: Run) -> Any:
 def load_clip(path: Place) -> FrozenCLIP:
     """The CLIP of a finished `model=clip` run, frozen, with its tokenizer."""
     stage, _ = load_stage(path, "clip")
-    return FrozenCLIP(stage.net, Run(Path(path)).load_tokenizer())
+    run = Run(Path(path))
+    net, tokenizer = stage.net, run.load_tokenizer()
+    if tokenizer.context_length != net.context_length or tokenizer.vocab_size > net.vocab_size:
+        raise UserError(
+            f"{run.tokenizer} does not fit the CLIP beside it, which reads {net.context_length} tokens of "
+            f"{net.vocab_size}; restore it or train the stage again"
+        )
+    return FrozenCLIP(net, tokenizer)
 
 
 def load_image_tokenizer(path: Place) -> FrozenTokenizer:

@@ -58,7 +58,7 @@ def damaged(folder: Path, seed: int, stages: Path) -> str:
     script, arguments, victims = COMMANDS[name]
     victim = draw.choice(victims)
     place = folder / "recipe" if victim == "recipe" else logs / "default" / victim
-    files = sorted(p for p in place.iterdir() if p.is_file() and p.suffix != ".png")
+    files = sorted(p for p in place.iterdir() if p.is_file() and p.stat().st_size and p.suffix != ".png")
     file = draw.choices(files, [4 if p.suffix in PARSERS else 1 for p in files])[0]
     how = draw.choice(
         (mutate, mutate, mutate, mutate, attack, attack, cut, flip, empty, not_utf8, replaced_by_folder)

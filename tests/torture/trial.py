@@ -16,6 +16,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dalle.cli import BUG
+
 ROOT = Path(__file__).parents[2]
 BROKEN = 70  # exit code of work that raised instead of exiting
 SECONDS = 240  # far more than any trial takes: a hang is a failure
@@ -45,7 +47,7 @@ class Ended:
         lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
         if len(lines) != 1:
             return f"{len(lines)} lines that say what is wrong: {self.tail}"
-        if "bug" in lines[0]:
+        if BUG in lines[0]:
             return f"takes itself for broken: {lines[0]}"
         return "" if expected in lines[0] else f"{expected!r} is not in: {lines[0]}"
 
