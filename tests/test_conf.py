@@ -255,5 +255,6 @@ def test_clip_and_tokenizer_choices(tmp_path):
     ],
 )
 def test_a_search_goes_by_what_is_best_in_a_stage(words, metric, direction):
-    search = compose("train", ["hparams_search=optuna", *words])["search"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        search = compose("train", ["hparams_search=optuna", *words])["search"]
     assert (search["metric"], search["direction"]) == (metric, direction)
