@@ -10,6 +10,7 @@ import torch
 from conftest import untrained
 from safetensors.torch import load_file, save_file
 from tiny import NETS, column, train
+from torch.utils.data import DataLoader
 
 from dalle import training
 from dalle.callbacks import Ema
@@ -17,6 +18,7 @@ from dalle.errors import UserError
 from dalle.runs import Run, load_stage
 from dalle.stages.base import Stage
 from dalle.stages.guard import Guard
+from dalle.stages.optim import Recipe
 
 STAGES = [model for model in NETS if model != "dit"]
 SPOILT = 2  # the batch
@@ -246,3 +248,33 @@ def test_accumulated_steps_are_whole_and_validations_count_steps(logs, monkeypat
     progress = state["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]
     assert progress["processed"] == 16
     assert list(column(run, "val/loss")) == [1, 3]
+
+
+class SpoiltOnOne(Stage):
+    """In its second step one rank has a loss that is no number."""
+
+    def __init__(self) -> None:
+        super().__init__(Recipe(torch.optim.SGD, lr=0.1, decay="constant"))
+        torch.manual_seed(0)
+        self.net = torch.nn.Linear(4, 1)
+
+    def step(self, batch: Any) -> dict[str, Any]:
+        loss = self.net(batch["image"]).square().mean()
+        return {"loss": loss * torch.nan if (self.global_rank, self.global_step) == (1, 1) else loss}
+
+
+@pytest.mark.slow
+def test_a_loss_of_one_rank_that_is_no_number_is_left_out_on_both(tmp_path):
+    """Three steps of two ranks, one of them left out, are two steps of one, as all items are the same."""
+    weights, quiet = [], {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    for devices, steps in ((1, 2), (2, 3)):
+        stage = SpoiltOnOne()
+        fit = lightning.Trainer(
+            accelerator="cpu", devices=devices, strategy="ddp_spawn" if devices > 1 else "auto",
+            max_steps=steps, default_root_dir=tmp_path, enable_model_summary=False, **quiet,
+        )  # fmt: skip
+        fit.fit(stage, DataLoader([{"image": torch.ones(4)}] * 12, batch_size=2))
+        weights.append(stage.net.weight.detach())
+    assert fit.callback_metrics["train/skipped"] == 1
+    torch.testing.assert_close(*weights)
+    assert not torch.equal(weights[0], SpoiltOnOne().net.weight)
