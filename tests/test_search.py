@@ -120,6 +120,13 @@ def test_another_space_is_another_search(search):
         search(2, space={**SPACE, "batch_size": [16]})
 
 
+@pytest.mark.parametrize("other", [{"direction": "maximize"}, {"metric": "test/other"}])
+def test_another_goal_is_another_search(search, other):
+    search(1)
+    with pytest.raises(UserError, match=r"study.db was begun to minimize test/loss, not to "):
+        search(2, **other)
+
+
 def test_a_trial_hears_nothing_of_the_search(search, tmp_path):
     search(
         1,

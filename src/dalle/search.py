@@ -92,6 +92,14 @@ class Search:
         study = self.optuna.create_study(
             study_name=name, storage=storage, direction=self.direction, load_if_exists=True
         )
+        goal, old = f"{self.direction} {self.metric}", study.direction.name.lower()
+        begun = study.user_attrs.get("goal", old)
+        if old != self.direction or begun not in (old, goal):
+            raise UserError(
+                f"{self.folder / 'study.db'} was begun to {begun}, not to {goal}; "
+                "give name=other, or overwrite=true"
+            )
+        study.set_user_attr("goal", goal)
         # with the same seed, the first proposals of a study that goes on would be those it began with
         study.sampler = self.optuna.samplers.TPESampler(seed=self.seed + len(study.trials))
         return study
