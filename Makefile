@@ -7,12 +7,12 @@ PY := .venv/bin/python
 demo: .venv/demo      ## train CLIP, prior and decoder on the CPU, sample a grid, print a table
 	$(PY) train.py -m model=clip,prior,decoder name=demo resume=true
 	$(PY) sample.py name=demo prompts=prompts/shapes.txt
-	$(PY) -m dalle.demo logs/demo
+	$(PY) -m dalle demo logs/demo
 
 demo-dalle: .venv/demo    ## the same with the first generation: image tokenizer and transformer
 	$(PY) train.py -m model=vqvae,dalle image_tokenizer=vqgan name=demo resume=true
 	$(PY) sample.py pipeline=dalle name=demo prompts=prompts/shapes.txt
-	$(PY) -m dalle.demo logs/demo --pipeline dalle
+	$(PY) -m dalle demo logs/demo --pipeline dalle
 
 # One thread a process: two that spin for each other's cores slow small kernels down twentyfold.
 test: export OMP_NUM_THREADS = 1
@@ -41,7 +41,7 @@ bench: .venv/dev      ## speed beside diffusers and open_clip; see benchmarks/RE
 	$(PY) benchmarks/speed.py
 
 gate: .venv/demo      ## measure the demo's run again; fails when a figure has left its recorded interval. RECORD=1 records
-	$(PY) -m dalle.evaluation.gate logs/demo $(if $(RECORD),--record)
+	$(PY) -m dalle gate logs/demo $(if $(RECORD),--record)
 
 torture: .venv/dev    ## try to lose work and to break commands: kills, full disks, signals, NaN, damaged files, mistakes
 	PYTHONPATH=tests $(PY) -m torture

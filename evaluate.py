@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from dalle import cli
+from dalle.cli import entry
 
 
 def main() -> None:
@@ -23,15 +23,15 @@ def main() -> None:
     compose()
     configs: list[Any] = [OmegaConf.to_container(c, resolve=True, throw_on_missing=True) for c, _, _ in jobs]
     overrides = [given for _, given, _ in jobs]
-    from dalle.evaluation import several  # torch: only once the configuration is right
+    from dalle.evaluation import multirun  # torch: only once the configuration is right
 
     if jobs[0][2] == RunMode.MULTIRUN:
-        several.sweep(__file__, configs, overrides)
+        multirun.sweep(__file__, configs, overrides)
     elif configs[0]["compare"]:
-        several.compare(__file__, configs[0], overrides[0])
+        multirun.compare(__file__, configs[0], overrides[0])
     else:
-        several.one(configs[0])
+        multirun.one(configs[0])
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

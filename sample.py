@@ -5,7 +5,7 @@ from typing import Any, cast
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from dalle import cli
+from dalle.cli import entry
 
 
 def main() -> None:
@@ -17,10 +17,10 @@ def main() -> None:
 
     compose()
     for cfg in configs:
-        from dalle.sampling import sample  # torch: only once the configuration is right
+        from dalle.pipelines.sampling import sample  # torch: only once the configuration is right
 
         sample(cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

@@ -1,7 +1,8 @@
 """Trains one stage: `train.py model=prior data=folder data.root=PICTURES`; several: `-m model=clip,prior`.
 
 Hydra only puts the configuration together, from conf/train.yaml and the command line, and all of it before
-any work starts; what happens then is dalle.training, and dalle.sweeps for the jobs of `-m hydra=sweep`.
+any work starts; what happens then is dalle.training.fit, and dalle.launch.sweeps for the jobs of
+`-m hydra=sweep`.
 """
 
 import sys
@@ -16,9 +17,12 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from dalle import cli
+from dalle.cli import entry
 from dalle.errors import UserError
-from dalle.processes import call, fitting, is_main_process, only_one, started_by_others
+from dalle.launch.overrides import quote
+from dalle.launch.processes import call, safe_path
+from dalle.machine import is_main_process, started_by_others
+from dalle.run_lock import only_one
 
 # What is about one stage alone; everything else also holds for those that have to be trained before it.
 OWN = ("model", "optimizer", "sampler", "callbacks", "datamodule", "batch_size", "at_most", "stage", "debug",
@@ -54,7 +58,7 @@ def main() -> None:
     if "sweep" in special and several:
         sys.exit(sweep(jobs, launcher))
     if several:
-        from dalle.checking import check_config
+        from dalle.training.checks import check_config
 
         for config, _ in jobs:
             check_config(config)
@@ -81,16 +85,16 @@ def give_places(jobs: list[tuple[dict, list[str]]]) -> None:
             usual = run.rstrip("/") == str(Path(config["paths"]["logs"], config["name"], config["stage"]))
             words = ",".join(o.replace("/", "_") for o in own)
             place = f"{run.rstrip('/')}{'/' if usual else ','}{words}" if own else run
-            config["paths"]["run"] = str(fitting(place))
-            overrides.append(f"paths.run={cli.quote(config['paths']['run'])}")
+            config["paths"]["run"] = str(safe_path(place))
+            overrides.append(f"paths.run={quote(config['paths']['run'])}")
 
 
 def train(config: dict, overrides: list[str]) -> None:
-    from dalle import training  # torch and lightning: only once there is something to train
+    from dalle.training import fit  # torch and lightning: only once there is something to train
 
-    if not training.may_start(config):
+    if not fit.may_start(config):
         return
-    missing = training.missing_runs(config) if is_main_process() or started_by_others() else {}
+    missing = fit.missing_runs(config) if is_main_process() or started_by_others() else {}
     if missing and started_by_others():
         raise UserError(
             f"{', '.join(map(str, missing.values()))} must be trained first, by a command of its own: all "
@@ -105,7 +109,7 @@ def train(config: dict, overrides: list[str]) -> None:
             print(f"{run} holds no finished {stage}: training it first", flush=True)
             run_job(upstream(overrides, stage, run), lock)
     try:
-        training.train(config)
+        fit.train(config)
     except SystemExit as left:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from left
 
@@ -113,7 +117,7 @@ def train(config: dict, overrides: list[str]) -> None:
 def upstream(overrides: list[str], stage: str, run: Any) -> list[str]:
     """The command that trains what a job needs first."""
     shared = [o for o in overrides if not o.lstrip("+~").startswith(OWN)]
-    place, resume = cli.quote(str(run)), str(run.occupied).lower()
+    place, resume = quote(str(run)), str(run.occupied).lower()
     return [*shared, f"model={model_for(stage, overrides)}", f"paths.run={place}", f"resume={resume}"]
 
 
@@ -126,13 +130,13 @@ def model_for(stage: str, overrides: list[str]) -> str:
 
 def check(jobs: list[Any]) -> None:
     """Refuses, before any of the jobs starts, what would stop one of them or of those they need first."""
-    from dalle import ladder, training
+    from dalle.training import fit, ladder
 
     configs: list[dict] = []
     for config, overrides in jobs:
         if config["preflight"]:  # trains nothing that others could need
             continue
-        for stage, run in training.missing_runs(config, [Path(c["paths"]["run"]) for c in configs]).items():
+        for stage, run in fit.missing_runs(config, [Path(c["paths"]["run"]) for c in configs]).items():
             with hydra.initialize_config_dir(CONF, version_base="1.3"):
                 first: Any = hydra.compose("train", upstream(overrides, stage, run))
             configs.append(OmegaConf.to_container(first, resolve=True))  # pyright: ignore[reportArgumentType]
@@ -146,11 +150,11 @@ def run_job(overrides: list[str], lock: int | None = None) -> None:
 
 
 def sweep(jobs: list[tuple[dict, list[str]]], launcher: list[str]) -> int:
-    from dalle import sweeps
+    from dalle.launch import sweeps
 
     about = jobs[0][0]["sweep"]
     made = [
-        sweeps.Job(fitting(c["paths"]["run"]), [sys.executable, __file__, *a], c["resume"], c["overwrite"])
+        sweeps.Job(safe_path(c["paths"]["run"]), [sys.executable, __file__, *a], c["resume"], c["overwrite"])
         for c, a in jobs
     ]
     way = (lambda waiting: launch(waiting, launcher)) if launcher else None
@@ -158,10 +162,12 @@ def sweep(jobs: list[tuple[dict, list[str]]], launcher: list[str]) -> int:
 
 
 def search(config: dict, overrides: list[str]) -> int:
-    from dalle.build import build
+    from dalle.instantiate import instantiate
 
     command = [sys.executable, __file__, *overrides]
-    return build(config["search"], "search").run(Path(config["paths"]["run"]), command, config["overwrite"])
+    return instantiate(config["search"], "search").run(
+        Path(config["paths"]["run"]), command, config["overwrite"]
+    )
 
 
 def launch(jobs: list[Any], launcher: list[str]) -> list[str]:
@@ -172,7 +178,7 @@ def launch(jobs: list[Any], launcher: list[str]) -> list[str]:
     """
 
     def work(_: DictConfig) -> str:
-        from dalle import sweeps
+        from dalle.launch import sweeps
 
         return sweeps.perform(jobs[HydraConfig.get().job.num])
 
@@ -186,4 +192,4 @@ def launch(jobs: list[Any], launcher: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

@@ -10,11 +10,10 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from dalle.data.embed_norm import EmbedNorm
 from dalle.data.frozen import FrozenCLIP
-from dalle.data.norm import EmbedNorm
 from dalle.data.shapes import Shapes
 from dalle.data.tokenizers import CaptionTokenizer
-from dalle.defaults import suit
 from dalle.diffusion.denoiser import Denoiser
 from dalle.diffusion.samplers import Sampler
 from dalle.diffusion.schedule import Schedule
@@ -29,6 +28,7 @@ from dalle.stages.clip import ClipStage
 from dalle.stages.dalle import DalleStage
 from dalle.stages.decoder import DecoderStage
 from dalle.stages.prior import PriorStage
+from dalle.training.defaults import suit
 
 CONF = Path(__file__).parents[1] / "conf"
 CONTEXT_LENGTH = 24  # of the demo's captions

@@ -19,7 +19,7 @@ from cases import OURS, Case, Demo, our_cases
 from peers import PEERS
 from torch.utils.flop_counter import FlopCounterMode
 
-from dalle.training import fast_in_bf16
+from dalle.machine import fast_in_bf16
 
 
 def arguments() -> argparse.Namespace:

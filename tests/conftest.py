@@ -15,9 +15,9 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from tiny import ROOT, configure
 
-from dalle.build import build
-from dalle.runs import Run
-from dalle.training import prepare
+from dalle.instantiate import instantiate
+from dalle.run_dir import Run
+from dalle.training.fit import prepare
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def untrained(model: str, logs: Path, *more: str, seed: int = 0) -> Run:
     datamodule, _ = prepare(config, run)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        stage = build(config["model"], "model")
+        stage = instantiate(config["model"], "model")
         for p in stage.net.parameters():  # heads are zero at birth: nothing would depend on anything
             p.data += torch.randn_like(p) * 0.2
     run.path.mkdir(parents=True)

@@ -12,13 +12,13 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from tiny import ROOT, configure
 
-from dalle.build import build, check
-from dalle.defaults import fill_sizes
 from dalle.diffusion.samplers import Sampler
 from dalle.errors import UserError
-from dalle.preflight import count
-from dalle.runs import Run
-from dalle.training import check_machine, make_trainer, prepare
+from dalle.instantiate import check, instantiate
+from dalle.run_dir import Run
+from dalle.training.defaults import fill_sizes
+from dalle.training.fit import check_machine, make_trainer, prepare
+from dalle.training.preflight import count
 
 CONF = ROOT / "conf"
 FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*.yaml"))
@@ -141,7 +141,7 @@ def test_laptop_sizes(untrained_stages, model, net):
     said = wanted & datamodule.sizes.keys()
     assert said
     assert {key: net_sizes[key] for key in said} == {key: datamodule.sizes[key] for key in said}
-    stage = build(config["model"], "model")
+    stage = instantiate(config["model"], "model")
     assert count(stage.net) < 6e6  # a laptop trains it in minutes
 
 
@@ -164,14 +164,14 @@ def test_codes_need_not_share_their_digits():
 
 @pytest.mark.parametrize("name", files_of("sampler"))
 def test_samplers(name):
-    sampler = build(config_of(f"sampler={name}")["sampler"], "sampler")
+    sampler = instantiate(config_of(f"sampler={name}")["sampler"], "sampler")
     assert isinstance(sampler, Sampler)
     assert sampler.method == name
 
 
 @pytest.mark.parametrize("name", files_of("optimizer"))
 def test_optimizers(name):
-    recipe = build(config_of(f"optimizer={name}", "model=prior")["optimizer"], "optimizer")
+    recipe = instantiate(config_of(f"optimizer={name}", "model=prior")["optimizer"], "optimizer")
     net = torch.nn.Linear(3, 2)
     optimizer, schedule = recipe.build(net, 1000)
     before = net.weight.detach().clone()
@@ -221,7 +221,7 @@ def test_sources_of_ones_own_pictures(tmp_path):
         (folder / f"{k}.txt").write_text(f"number {k}\n")
     for name in ("folder", "imagefolder"):
         config = config_of("model=clip", f"data={name}", f"data.root='{tmp_path}'", "data.image_size=8")
-        source = build(config["datamodule"]["source"], "data")(split="train")
+        source = instantiate(config["datamodule"]["source"], "data")(split="train")
         assert source.images([0]).shape == (1, 3, 8, 8)
         assert source.captions(0) == (
             ["a photo of a red things"] if name == "imagefolder" else source.captions(0)
@@ -233,7 +233,7 @@ def test_clip_and_tokenizer_choices(tmp_path):
     logs = tmp_path / "logs"
     for name in files_of("tokenizer"):
         config = configure("clip", logs, f"tokenizer={name}")
-        tokenizer = build(config["tokenizer"], "tokenizer")
+        tokenizer = instantiate(config["tokenizer"], "tokenizer")
         tokenizer = tokenizer(["a red circle"]) if config["tokenizer"].get("_partial_") else tokenizer
         assert tokenizer(["a red circle"]).shape == (1, tokenizer.context_length)
     run = untrained("clip", logs)

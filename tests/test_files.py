@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from dalle import files
 from dalle.errors import UserError
-from dalle.files import beside, clean, folder_beside, hidden_name, write_bytes, write_json, write_text
+from dalle.files import atomic_folder, atomic_path, clean, hidden_name, write_bytes, write_json, write_text
 
 
 def test_a_file_is_written_in_a_new_folder(tmp_path):
@@ -51,11 +51,11 @@ def test_what_a_disk_says_is_one_line(tmp_path, monkeypatch, number):
 
 
 def test_other_errors_are_not_the_disks(tmp_path):
-    with pytest.raises(ZeroDivisionError), beside(tmp_path / "a"):
+    with pytest.raises(ZeroDivisionError), atomic_path(tmp_path / "a"):
         _ = 1 / 0
-    with pytest.raises(OSError, match="odd"), beside(tmp_path / "a"):
+    with pytest.raises(OSError, match="odd"), atomic_path(tmp_path / "a"):
         raise OSError(errno.EBADF, "odd")
-    with pytest.raises(FileNotFoundError), folder_beside(tmp_path / "b"):
+    with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "b"):
         (tmp_path / "picture.png").read_bytes()  # of the data, not of the cache
     assert os.listdir(tmp_path) == []
 
@@ -91,7 +91,7 @@ def test_a_full_disk_keeps_what_was_there(tiny_disk, writer, size):
     path = tiny_disk / "model"
     write_bytes(path, bytes(1000))
     line = r"model cannot be written: the disk is full; what was there before is kept"
-    with pytest.raises(UserError, match=line), beside(path) as hidden:
+    with pytest.raises(UserError, match=line), atomic_path(path) as hidden:
         WRITERS[writer](hidden, size)
     assert path.read_bytes() == bytes(1000)
     assert os.listdir(tiny_disk) == ["model"]
@@ -129,8 +129,8 @@ def test_a_killed_write_leaves_what_was_there_and_a_file_that_is_cleaned(tmp_pat
     write_text(path, "old")
     code = f"""
 import os, signal
-from dalle.files import beside
-with beside({str(path)!r}) as hidden:
+from dalle.files import atomic_path
+with atomic_path({str(path)!r}) as hidden:
     hidden.write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
 """

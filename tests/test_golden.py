@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tiny import column, train
 
-from dalle.runs import Run
+from dalle.run_dir import Run
 
 GOLDEN = Path(__file__).parent / "golden"
 STEPS = 5

@@ -12,10 +12,10 @@ from hydra.core.global_hydra import GlobalHydra
 from PIL import Image, ImageDraw
 from tiny import ROOT, configure
 
-from dalle import training
-from dalle.defaults import fill_lengths
 from dalle.errors import UserError
-from dalle.runs import Run
+from dalle.run_dir import Run
+from dalle.training import fit
+from dalle.training.defaults import fill_lengths
 
 PICTURES = 20
 SECTION = re.search(r"## Your own pictures\n(.*?)\n## ", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -60,7 +60,7 @@ def folders(tmp_path) -> dict[str, Path]:
 @pytest.fixture
 def shell(command, monkeypatch):
     """Runs a command line with all its jobs in this process, and no training longer than two steps."""
-    make_trainer = training.make_trainer
+    make_trainer = fit.make_trainer
 
     def short(config, run):
         return make_trainer({**config, "trainer": {**config["trainer"], "max_steps": 2}}, run)
@@ -75,8 +75,8 @@ def shell(command, monkeypatch):
                 raise AssertionError(arguments) from ended
         return 0
 
-    monkeypatch.setattr(training, "make_trainer", short)
-    monkeypatch.setattr("dalle.processes.call", call)
+    monkeypatch.setattr(fit, "make_trainer", short)
+    monkeypatch.setattr("dalle.launch.processes.call", call)
 
     def run(line: str):
         script, *arguments = shlex.split(line)
@@ -177,7 +177,7 @@ def test_at_most_is_a_number(tmp_path, value):
 
 def test_networks_without_memory_make_no_numbers(tmp_path):
     """The check of a ladder moves nothing that a training draws."""
-    from dalle import ladder
+    from dalle.training import ladder
 
     torch.manual_seed(3)
     ladder.check([configure(model, tmp_path) for model in ("clip", "prior", "dvae", "dalle")])

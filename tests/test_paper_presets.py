@@ -8,12 +8,12 @@ import torch
 from test_conf import config_of
 from tiny import ROOT
 
-from dalle.build import build
 from dalle.data.frozen import FrozenCLIP, FrozenTokenizer
 from dalle.data.tokenizers import ClipBPE
-from dalle.preflight import count
+from dalle.instantiate import instantiate
 from dalle.stages.base import Stage
-from dalle.training import fill_sizes
+from dalle.training.fit import fill_sizes
+from dalle.training.preflight import count
 
 # CLIP has the parameters of the released ViT-B/32, the dVAE those of encoder and decoder as released.
 # Table 3 of Ramesh et al. 2022: 1B for the prior, 3.5B for a decoder with a text transformer, absent here.
@@ -25,11 +25,11 @@ DALLE = {"dalle_paper": 12_293_824_256, "dalle_1b": 1_310_183_424}
 def made(name: str, *overrides: str, sizes: dict[str, Any] | None = None, **upstream: Any) -> Stage:
     """The stage of a preset on shapes, with the sizes that its DataModule says."""
     config = config_of(f"model={name}", "data.size=100", *overrides)
-    datamodule = build(config["datamodule"], "datamodule", **upstream)
+    datamodule = instantiate(config["datamodule"], "datamodule", **upstream)
     fill_sizes(config, {**datamodule.sizes, **(sizes or {})})
     assert "auto" not in config["model"]["net"].values()
     with torch.device("meta"):
-        return build(config["model"], "model")
+        return instantiate(config["model"], "model")
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,9 @@ def test_clipping_and_averages_are_the_papers(name):
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp", "heun"])
 @pytest.mark.parametrize("name", ["prior_paper", "decoder_paper"])
 def test_any_sampler_goes_with_them(name, sampler):
-    assert build(config_of(f"model={name}", f"sampler={sampler}")["sampler"], "sampler").method == sampler
+    assert (
+        instantiate(config_of(f"model={name}", f"sampler={sampler}")["sampler"], "sampler").method == sampler
+    )
 
 
 def test_what_is_missing_is_trained_at_the_papers_size(monkeypatch):

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from dalle.build import check
 from dalle.errors import UserError
+from dalle.instantiate import check
 from dalle.ranges import (
     Decay,
     Fraction,

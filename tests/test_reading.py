@@ -12,16 +12,16 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from dalle import records
+from dalle import schemas
 from dalle.data.frozen import tensors_hash
 from dalle.data.tokenizers import load_tokenizer
 from dalle.errors import UserError
 from dalle.evaluation.results import Result
+from dalle.launch.sweeps import read as read_job
 from dalle.pipelines.load import load_unclip
-from dalle.pipelines.recipe import Recipe
+from dalle.pipelines.recipe import SampleRecipe
 from dalle.reading import LARGEST, read_json, read_yaml, shaped
-from dalle.runs import Run, load_stage
-from dalle.sweeps import read as read_job
+from dalle.run_dir import Run, load_stage
 
 DEEP = 100_000
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
@@ -61,9 +61,9 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "config.yaml": lambda path: Run(path.parent).config("stage"),
     "tokenizer.json": load_tokenizer,
     "result.json": result,
-    "recipe.yaml": Recipe.read,
-    "gate.json": lambda path: read_json(path, records.Gate, "record it anew"),
-    "job.json": lambda path: read_json(path, records.Job, "delete it"),
+    "recipe.yaml": SampleRecipe.read,
+    "gate.json": lambda path: read_json(path, schemas.Gate, "record it anew"),
+    "job.json": lambda path: read_json(path, schemas.Job, "delete it"),
 }
 
 
@@ -156,7 +156,8 @@ def test_a_norm_of_another_width(untrained_stages, tmp_path):
         ({"model": {"_target_": "torch.nn.Identity"}}, "config.yaml: model is no stage but a Identity"),
         ({"clip": 5}, "config.yaml is damaged (clip must be a mapping, got 5)"),
         ({"clip": None}, "config.yaml: clip does not say where the clip is"),
-        ({"clip": {"_target_": "dalle.runs.load_clip"}}, "config.yaml: clip does not say where the clip is"),
+        ({"clip": {"_target_": "dalle.run_dir.load_clip"}},
+         "config.yaml: clip does not say where the clip is"),
         ({"clip": {"_target_": "torch.nn.Identity"}}, "config.yaml: clip is no CLIP"),
     ],
 )  # fmt: skip
@@ -234,9 +235,9 @@ def test_a_job_whose_notes_are_damaged_is_done_again(tmp_path):
 
 def test_what_is_well_comes_as_it_is(tmp_path):
     (tmp_path / "a.json").write_text('{"schema": 1, "more": [1.5, null], "metrics": {"a": NaN, "b": 1e999}}')
-    found = read_json(tmp_path / "a.json", records.Manifest, "")
+    found = read_json(tmp_path / "a.json", schemas.Manifest, "")
     assert found == {"schema": 1, "more": [1.5, None], "metrics": {"a": None, "b": None}}
     (tmp_path / "a.yaml").write_bytes(b"\xef\xbb\xbfmodel: {_target_: x, lr: 1.0e-3}\nstage: dvae\n")
-    assert read_yaml(tmp_path / "a.yaml", records.RunConfig, "")["stage"] == "dvae"
+    assert read_yaml(tmp_path / "a.yaml", schemas.RunConfig, "")["stage"] == "dvae"
     with pytest.raises(UserError, match=r"^f is damaged \(schema is missing\); do that$"):
-        shaped({}, records.Manifest, "f", "do that")
+        shaped({}, schemas.Manifest, "f", "do that")

@@ -9,7 +9,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from tiny import ROOT
 
-from dalle import cli
+from dalle.cli import entry
 
 FILES = [ROOT / "README.md", ROOT / "Makefile", *sorted((ROOT / "conf").rglob("*.yaml"))]
 TEXT = "\n".join(path.read_text(encoding="utf-8") for path in FILES)
@@ -26,7 +26,7 @@ def test_there_are_commands():
 @pytest.mark.parametrize("line", COMMANDS)
 def test_commands_compose(line):
     words = shlex.split(re.split(r" : | # ", line)[0], comments=True)
-    script, arguments = words[0], [cli.quoted(word) for word in words[1:]]
+    script, arguments = words[0], [entry.quoted(word) for word in words[1:]]
     sweep = "-m" in arguments
     overrides = [word for word in arguments if word not in ("-m", "--cfg", "job")]
     assert all("=" in word for word in overrides), line

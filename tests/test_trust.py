@@ -15,18 +15,19 @@ import yaml
 from conftest import untrained
 from tiny import ROOT
 
-from dalle.build import build
 from dalle.errors import UserError
 from dalle.evaluation.plan import source_of
-from dalle.evaluation.subjects import Subject
+from dalle.evaluation.targets import Target
+from dalle.instantiate import instantiate
 from dalle.pipelines.load import load_dalle, load_unclip
-from dalle.runs import load_clip, load_stage
-from dalle.sampling import arguments
+from dalle.pipelines.sampling import arguments
+from dalle.run_dir import load_clip, load_stage
 from dalle.trust import LISTED, composed, listed
 
 Node = dict[str, Any]
 SHELL = (
-    "torch.os.system", "dalle.runs.os.system", "dalle.processes.os.system", "os.system", "posix.system",
+    "torch.os.system", "dalle.run_dir.os.system", "dalle.launch.processes.os.system", "os.system",
+    "posix.system",
     "lightning.pytorch.trainer.trainer.os.system", "torch.nn.parallel.distributed.os.system",
     "torch.optim.lr_scheduler.math.os.system", "torch.utils.cpp_extension.os.system",
 )  # fmt: skip
@@ -49,16 +50,16 @@ def attacks(folder: Path) -> dict[str, Node]:
     (folder / "victim").mkdir(parents=True)
     (folder / "bomb.pt").write_bytes(pickle.dumps(Bomb(folder / "RAN")))
     (folder / "hubconf.py").write_text(f"open({ran!r}, 'w').close()\ndef go(): pass\n")
-    write = {"_target_": "dalle.runs.write_aside", "path": ran, "text": "x"}
+    write = {"_target_": "dalle.run_dir.write_aside", "path": ran, "text": "x"}
     linear = {"_target_": "torch.nn.Linear", "in_features": 2, "out_features": 2}
     found: dict[str, Node] = {target: {"_target_": target, "command": f"touch {ran}"} for target in SHELL}
     nodes: list[Node] = [
-        {"_target_": "dalle.processes.call", "command": touch},
-        {"_target_": "dalle.processes.subprocess.run", "args": touch},
+        {"_target_": "dalle.launch.processes.call", "command": touch},
+        {"_target_": "dalle.launch.processes.subprocess.run", "args": touch},
         {"_target_": "subprocess.run", "args": touch},
         {"_target_": "torch.distributed.run.main", "args": ["--no-python", *touch]},
         {"_target_": "builtins.exec", "object": f"open({ran!r}, 'w')"},
-        {"_target_": "dalle.training.shutil.rmtree", "path": str(folder / "victim")},
+        {"_target_": "dalle.training.fit.shutil.rmtree", "path": str(folder / "victim")},
         {"_target_": "shutil.rmtree", "path": str(folder / "victim")},
         {"_target_": "torch.save", "obj": 1, "f": ran},
         {"_target_": "torch.load", "f": str(folder / "bomb.pt"), "weights_only": False},
@@ -70,13 +71,13 @@ def attacks(folder: Path) -> dict[str, Node]:
         {"_target_": "torch.nn.functional.torch.save", "obj": 1, "f": ran},
         {"_target_": "torch.nn.init.warnings.sys.exit"},
         write,
-        {"_target_": "dalle.build.build", "node": write},
-        {"_target_": "dalle.build.partial", "func": write},
-        {"_target_": "dalle.loggers.MetricsCsv", "directory": ran},
-        {"_target_": "dalle.loggers.wandb", "directory": ran},
-        {"_target_": "dalle.search.Search", "folder": ran, "metric": "a", "direction": "minimize",
-         "trials": 1, "seed": 0, "space": {"a": [1]}},
-        {"_target_": "dalle.data.modules.ImageDataModule", "source": write},
+        {"_target_": "dalle.instantiate.build", "node": write},
+        {"_target_": "dalle.instantiate.partial", "func": write},
+        {"_target_": "dalle.training.loggers.MetricsCsv", "directory": ran},
+        {"_target_": "dalle.training.loggers.wandb", "directory": ran},
+        {"_target_": "dalle.launch.hparam_search.Search", "folder": ran, "metric": "a",
+         "direction": "minimize", "trials": 1, "seed": 0, "space": {"a": [1]}},
+        {"_target_": "dalle.data.datamodules.ImageDataModule", "source": write},
         {"_target_": "lightning.Trainer", "default_root_dir": ran},
         {"_target_": "torch.nn.Linear.__init__.__globals__.get", "key": "os"},
         {"_target_": "torch.nn.Module.__subclasses__"},
@@ -146,8 +147,8 @@ def planted(stages, tmp_path, request):
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_file_names_listed_classes_only(tmp_path, attack):
     node = of(attack, tmp_path / "a")
-    refused(tmp_path / "a", lambda: build(node, "model", listed))
-    refused(tmp_path / "a", lambda: build({"inner": [node]}, "model", listed))
+    refused(tmp_path / "a", lambda: instantiate(node, "model", listed))
+    refused(tmp_path / "a", lambda: instantiate({"inner": [node]}, "model", listed))
     sampler = {"sampler": {"method": "ddim", "steps": 2, **node}}
     refused(tmp_path / "a", lambda: arguments(sampler, "decoder"))
     refused(tmp_path / "a", lambda: arguments({"sampler": {"method": "ddim", "steps": node}}, "decoder"))
@@ -177,28 +178,29 @@ def test_what_a_run_was_trained_with_is_no_way_in(planted, tmp_path, attack):
 
 @pytest.mark.parametrize("attack", ["torch.os.system", 1, 6, 16, 33])
 def test_the_data_of_a_run_are_no_way_in(tmp_path, attack):
-    subject = Subject()
-    subject.data, subject.image_size = of(attack, tmp_path / "a"), 16
-    refused(tmp_path / "a", lambda: source_of({"data": None, "split": "test"}, subject))
+    target = Target()
+    target.data, target.image_size = of(attack, tmp_path / "a"), 16
+    refused(tmp_path / "a", lambda: source_of({"data": None, "split": "test"}, target))
 
 
 def test_the_clip_of_a_stranger(planted, tmp_path):
     """`train.py model=prior` on it: the same reading of a run."""
-    run = planted("clip", "model.net.checkpoint", of("dalle.runs.os.system", tmp_path / "a"))
+    run = planted("clip", "model.net.checkpoint", of("dalle.run_dir.os.system", tmp_path / "a"))
     refused(tmp_path / "a", lambda: load_clip(run), "not among the classes that a file may name")
 
 
 @pytest.mark.parametrize(
     "target",
-    ["torch.os.system", "dalle.runs.os.system", "dalle.training.shutil.rmtree", "dalle.build.partial",
-     "dalle.build.UserError.__init__", "torch.nn", "dalle.runs", "dalle.build.LISTS", "torch.float32",
-     "lightning.pytorch.trainer.trainer.os.system", "dalle.processes.subprocess.Popen",
+    ["torch.os.system", "dalle.run_dir.os.system", "dalle.training.fit.shutil.rmtree",
+     "dalle.instantiate.partial", "dalle.instantiate.UserError.__init__", "torch.nn", "dalle.run_dir",
+     "dalle.instantiate.LISTS", "torch.float32",
+     "lightning.pytorch.trainer.trainer.os.system", "dalle.launch.processes.subprocess.Popen",
      "torch.nn.Linear.__dict__", "dalle", "dalle.", ".dalle", "dalle..runs", "torch nn", "", 5, None,
-     ["dalle.runs.load_clip"], "x" * 10**6],
+     ["dalle.run_dir.load_clip"], "x" * 10**6],
 )  # fmt: skip
 def test_a_users_own_configuration_is_not_led_through_modules(target):
     with pytest.raises(UserError, match=r"^model(\._target_)?: _target_") as error:
-        build({"_target_": target}, "model")
+        instantiate({"_target_": target}, "model")
     assert len(str(error.value)) < 400
 
 
@@ -217,7 +219,11 @@ def test_everything_that_runs_and_recipes_are_made_of_is_listed():
     folders = ("model", "clip", "image_tokenizer", "data", "sampler", "optimizer", "experiment")
     files = [path for folder in folders for path in (ROOT / "conf" / folder).rglob("*.yaml")]
     found = {t for path in files for t in re.findall(r"_target_: *([\w.]+)", path.read_text())}
-    used = {target for target in found if not target.startswith(("dalle.data.modules.", "dalle.callbacks."))}
+    used = {
+        target
+        for target in found
+        if not target.startswith(("dalle.data.datamodules.", "dalle.training.callbacks."))
+    }
     assert len(used) > 20
     for target in used:
         listed(target)

@@ -1,7 +1,9 @@
 """Stages small enough to train in a test: what the real configuration needs on top to become tiny."""
 
 import csv
+import importlib.util
 import json
+import os
 import struct
 import time
 from pathlib import Path
@@ -9,14 +11,17 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dalle import training
-from dalle.runs import Run
+from dalle.run_dir import Run
+from dalle.training import fit
 
 ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+SECONDS = 300  # far more than it takes: a hang shows as a failure
 
 COMMON = (
     "trainer=cpu", "precision=fp32", "trainer.enable_progress_bar=false", "trainer.log_every_n_steps=1",
@@ -64,7 +69,7 @@ def overrides(model: str, logs: Path, *more: str, net: bool = True) -> list[str]
 
 
 def configure(model: str, logs: Path, *more: str, net: bool = True) -> dict[str, Any]:
-    """The resolved configuration that train.py would hand to `training.train`."""
+    """The resolved configuration that train.py would hand to `fit.train`."""
     with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
         config = OmegaConf.to_container(
             compose("train", overrides(model, logs, *more, net=net)), resolve=True
@@ -76,7 +81,7 @@ def configure(model: str, logs: Path, *more: str, net: bool = True) -> dict[str,
 def train(model: str, logs: Path, *more: str, steps: int = 2) -> Run:
     """Trains a tiny stage and gives its run directory."""
     config = configure(model, logs, f"trainer.max_steps={steps}", *more)
-    training.train(config)
+    fit.train(config)
     return Run(Path(config["paths"]["run"]))
 
 
@@ -137,3 +142,22 @@ def wandb_history(records: list[Any]) -> dict[str, Any]:
     """Everything an offline W&B run has logged under a name, the last value of each."""
     items = [item for record in records for item in record.history.item]
     return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+def mistake(*overrides: str, primary: str = "train") -> Exception:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        try:
+            OmegaConf.to_container(compose(primary, list(overrides)), resolve=True, throw_on_missing=True)
+        except Exception as error:
+            return error
+    raise AssertionError(f"{overrides} is no mistake")
+
+
+def load_script() -> Any:
+    spec = importlib.util.spec_from_file_location("train_script", ROOT / "train.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script

@@ -14,8 +14,8 @@ import torch
 from tiny import ROOT, configure
 from torch import Tensor
 
-from dalle import training
 from dalle.stages.gan import GanStage
+from dalle.training import fit
 
 SECONDS = 300  # far more than it takes: a hang shows as a failure
 
@@ -59,16 +59,16 @@ def draw(self: Any, batch: Any) -> Tensor:
 
 
 def main(logs: str, out: str, model: str, *options: str) -> None:
-    made = training.make_trainer
+    made = fit.make_trainer
 
     def make_trainer(*args: Any) -> lightning.Trainer:
         trainer: Any = made(*args)
         trainer.callbacks.insert(0, Watch(Path(out)))
         return trainer
 
-    training.make_trainer = make_trainer
+    fit.make_trainer = make_trainer
     GanStage.draw = draw
-    training.train(configure(model, Path(logs), *options))
+    fit.train(configure(model, Path(logs), *options))
 
 
 def watch(ranks: int, logs: Path, out: Path, model: str, *options: str) -> dict[str, Tensor]:

@@ -1,6 +1,8 @@
 """The one exception that means "the user can fix this": entry points print it as one line and exit with 1."""
 
+import difflib
 import unicodedata
+from collections.abc import Collection
 
 
 class UserError(Exception):
@@ -16,3 +18,17 @@ def printable(text: str) -> str:
 
 def _shows(letter: str) -> bool:
     return letter.isprintable() or letter in "\n\u200c\u200d" or unicodedata.category(letter) == "Zs"
+
+
+def instead(wrong: str, choices: Collection[str], prefix: str, meant: Collection[str] = ()) -> str:
+    """The rest of a sentence that says what is not there: what was `meant`, or might have been."""
+    if near := meant or nearest(wrong, choices):
+        return f"; did you mean {' or '.join(prefix + name for name in near)}?"
+    return f"; there are {', '.join(sorted(choices))}" if choices else ""
+
+
+def nearest(wrong: str, choices: Collection[str]) -> list[str]:
+    """The right spelling of a wrong one, or several where they are equally near."""
+    likeness = {name: difflib.SequenceMatcher(None, name, wrong).ratio() for name in choices}
+    best = max(likeness.values(), default=0.0)
+    return sorted(name for name in choices if likeness[name] == best) if best >= 0.6 else []

@@ -83,7 +83,7 @@ def _number(error: BaseException | None) -> int:
 
 
 @contextmanager
-def beside(path: str | Path, sync: bool = True, kept: str | Callable[[], str] = "") -> Iterator[Path]:
+def atomic_path(path: str | Path, sync: bool = True, kept: str | Callable[[], str] = "") -> Iterator[Path]:
     """Gives a hidden path to write a file to, which takes the place of `path` once that went well.
 
     Folders are made as needed. Whatever goes wrong, the file before stays as it was.
@@ -113,7 +113,7 @@ def beside(path: str | Path, sync: bool = True, kept: str | Callable[[], str] = 
 
 
 @contextmanager
-def folder_beside(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Gives a hidden folder to fill, which takes the name `path` once that went well; an exception leaves
     nothing behind. Where another process was faster, its folder stays.
 
@@ -144,19 +144,19 @@ def hidden_name(path: Path) -> Path:
 
 
 def write_text(path: str | Path, text: str, sync: bool = True) -> None:
-    """Writes a text file in UTF-8; see `beside`."""
-    with beside(path, sync) as hidden:
+    """Writes a text file in UTF-8; see `atomic_path`."""
+    with atomic_path(path, sync) as hidden:
         hidden.write_text(text, encoding="utf-8")
 
 
 def write_bytes(path: str | Path, content: bytes, sync: bool = True) -> None:
-    """See `beside`."""
-    with beside(path, sync) as hidden:
+    """See `atomic_path`."""
+    with atomic_path(path, sync) as hidden:
         hidden.write_bytes(content)
 
 
 def write_json(path: str | Path, facts: Any, indent: int | None = 2) -> None:
-    """Writes strict JSON (see `to_json`) as a file; see `beside`."""
+    """Writes strict JSON (see `to_json`) as a file; see `atomic_path`."""
     write_text(path, to_json(facts, indent))
 
 

@@ -1,7 +1,7 @@
 """Reading files that anybody may have written: what comes out is plain data of the shape that was asked for.
 
 Whatever else is there (nothing, half of it, something else, no text, a bomb) is one line with its name, and
-nothing in it is run. Shapes are those of `dalle.records`, checked by pydantic without any conversion.
+nothing in it is run. Shapes are those of `dalle.schemas`, checked by pydantic without any conversion.
 """
 
 import functools

@@ -35,17 +35,28 @@ LISTED = {  # what runs and recipes are made of: the whole of it, a test says wh
     "parts of stages": (
         "dalle.diffusion.denoiser.Denoiser", "dalle.diffusion.samplers.Sampler",
         "dalle.diffusion.schedule.Schedule", "dalle.metrics.perceptual.perceptual_distance",
-        "dalle.metrics.retrieval.Retrieval", "dalle.stages.dvae.Ramp", "dalle.stages.muon.Muon",
-        "dalle.stages.optim.Recipe",
+        "dalle.metrics.retrieval.Retrieval", "dalle.stages.dvae.Ramp", "dalle.optim.muon.Muon",
+        "dalle.optim.factory.OptimizerFactory",
     ),
     "frozen networks": (
-        "dalle.data.open_clip.load_open_clip", "dalle.runs.load_clip", "dalle.runs.load_image_tokenizer",
+        "dalle.data.open_clip.load_open_clip", "dalle.run_dir.load_clip",
+        "dalle.run_dir.load_image_tokenizer",
     ),
     "sources": (
         "dalle.data.folder.Folder", "dalle.data.imagefolder.ImageFolder", "dalle.data.shapes.Shapes",
     ),
 }  # fmt: skip
-MOVED: dict[str, str] = {}  # names in files of earlier versions -> what is called so today
+MOVED = {  # names in files of earlier versions -> what is called so today; modules, and classes in them
+    "dalle.callbacks": "dalle.training.callbacks",
+    "dalle.checkpoints": "dalle.training.checkpoints",
+    "dalle.data.modules": "dalle.data.datamodules",
+    "dalle.loggers": "dalle.training.loggers",
+    "dalle.reconstructions": "dalle.training.reconstructions",
+    "dalle.runs": "dalle.run_dir",
+    "dalle.search": "dalle.launch.hparam_search",
+    "dalle.stages.muon": "dalle.optim.muon",
+    "dalle.stages.optim.Recipe": "dalle.optim.factory.OptimizerFactory",
+}
 
 LONGEST = 200  # letters of a name
 
@@ -79,7 +90,7 @@ def composed(target: Any) -> Any:
 def listed(target: Any) -> Any:
     """The class or function that a file calls `target`."""
     parts = _parts(target)
-    target = MOVED.get(target, target)
+    target = current(target)
     module, _, name = target.rpartition(".")
     if any(target in names for names in LISTED.values()):
         return getattr(importlib.import_module(module), name)
@@ -92,6 +103,21 @@ def listed(target: Any) -> Any:
         f"_target_ {target!r} is not among the classes that a file may name (dalle.trust lists them); "
         "refusing to use it"
     )
+
+
+def current(target: str) -> str:
+    """Today's name of what a file of an earlier version calls `target`."""
+    module, _, name = target.rpartition(".")
+    return MOVED.get(target) or (f"{MOVED[module]}.{name}" if module in MOVED else target)
+
+
+def renamed(node: Any) -> Any:
+    """A configuration of an earlier version with today's names in it."""
+    if isinstance(node, list):
+        return [renamed(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    return {k: current(v) if k == "_target_" and isinstance(v, str) else renamed(v) for k, v in node.items()}
 
 
 def _parts(target: Any) -> list[str]:

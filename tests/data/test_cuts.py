@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 
-from dalle.data.modules import TextImageDataModule
+from dalle.data.datamodules import TextImageDataModule
 from dalle.data.shapes import Shapes
 from dalle.data.tokenizers import CaptionTokenizer
 

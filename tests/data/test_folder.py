@@ -16,8 +16,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from dalle.data.folder import Folder
-from dalle.data.pictures import to_rgb
-from dalle.data.sources import EpochSampler, Source, SourceDataset, as_it_is
+from dalle.data.image_files import to_rgb
+from dalle.data.sources import EpochSampler, Source, SourceDataset, identity_collate
 from dalle.data.splits import divide
 from dalle.errors import UserError
 
@@ -396,7 +396,7 @@ def test_each_file_is_decoded_once_also_across_workers(tmp_path):
         put(tmp_path, f"{i}.png", picture((i, i, i)))
     source = folder(tmp_path)
     loader = DataLoader(
-        SourceDataset(source), batch_sampler=EpochSampler(6, 2), collate_fn=as_it_is, num_workers=1
+        SourceDataset(source), batch_sampler=EpochSampler(6, 2), collate_fn=identity_collate, num_workers=1
     )
     first = torch.cat([batch["image"] for batch in loader])
     for path in tmp_path.glob("*.png"):

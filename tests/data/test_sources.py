@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
-from dalle.data.sources import EpochSampler, Source, SourceDataset, as_it_is, mix
+from dalle.data.sources import EpochSampler, Source, SourceDataset, identity_collate, mix
 
 counts = st.integers(1, 60)
 sizes = st.integers(1, 7)
@@ -132,7 +132,7 @@ def test_workers_see_the_epoch():
     def captions(workers):
         sampler = EpochSampler(10, 4, shuffle=True)
         sampler.set_epoch(7)
-        loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=as_it_is, num_workers=workers)
+        loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=identity_collate, num_workers=workers)
         return [batch["caption"] for batch in loader]
 
     assert captions(0) == captions(1)

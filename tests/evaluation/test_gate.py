@@ -10,7 +10,7 @@ from tiny import ROOT
 from dalle.errors import UserError
 from dalle.evaluation import gate
 from dalle.evaluation.results import Result
-from dalle.metrics.bootstrap import Figure
+from dalle.metrics.intervals import Figure
 
 
 def result(judge=0.5, fid=3.0, weights="a", clip="c", n=512) -> Result:

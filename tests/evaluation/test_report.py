@@ -9,7 +9,7 @@ from PIL import Image
 from dalle.evaluation.plots import distance_of, guidance_of, pareto
 from dalle.evaluation.report import as_text, labels, number, shown, write_report
 from dalle.evaluation.results import FILE, Result
-from dalle.metrics.bootstrap import Figure, exact
+from dalle.metrics.intervals import Figure, exact
 
 
 def result(
@@ -18,7 +18,7 @@ def result(
     sampler = {"method": method, "steps": steps}
     options = {"prior": {"guidance": 9.0}, "decoder": {"sampler": sampler, "guidance": guidance}}
     paths = {"decoder": f"logs/{name}/decoder"}
-    subject = {"kind": kind, "weights": {"decoder": name}, "paths": paths, "options": options}
+    target = {"kind": kind, "weights": {"decoder": name}, "paths": paths, "options": options}
     figures = {
         "fid_clip": Figure(fid, fid - 1, fid + 1),
         "clip_score": Figure(70 + guidance, 69.0, 80.0),
@@ -30,7 +30,7 @@ def result(
         "parameters": exact(12345),
     }
     protocol = {"pictures": pictures, "real_pictures": pictures, "note": "<b>&"}
-    return Result(subject, protocol, ["fid"], figures)
+    return Result(target, protocol, ["fid"], figures)
 
 
 def sweep() -> list[Result]:

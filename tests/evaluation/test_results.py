@@ -7,14 +7,14 @@ import pytest
 
 from dalle.errors import UserError
 from dalle.evaluation.results import FILE, Result, find, flat, marks, publish, workplace
-from dalle.metrics.bootstrap import Figure
+from dalle.metrics.intervals import Figure
 
 
 def result(guidance=1.0, pictures=100, **more) -> Result:
-    subject = {"kind": "unclip", "weights": {"decoder": "abc"}, "paths": {"decoder": "logs/x/decoder"},
+    target = {"kind": "unclip", "weights": {"decoder": "abc"}, "paths": {"decoder": "logs/x/decoder"},
                "options": {"decoder": {"guidance": guidance}}}  # fmt: skip
     protocol = {"pictures": pictures, "real_pictures": 100, "features": {"network": "clip", "weights": "123"}}
-    return Result(subject, protocol, ["fid"], {"fid_clip": Figure(3.0, 2.0, 4.0)}, **more)
+    return Result(target, protocol, ["fid"], {"fid_clip": Figure(3.0, 2.0, 4.0)}, **more)
 
 
 def written(folder, some):
@@ -54,7 +54,7 @@ def test_the_same_is_found_wherever_its_runs_lie(tmp_path):
     written(tmp_path / "001", result(2.0))
     written(tmp_path / "002", result())
     moved = result()
-    moved.subject["paths"] = {"decoder": "elsewhere"}
+    moved.target["paths"] = {"decoder": "elsewhere"}
     assert find(tmp_path, moved) == tmp_path / "002"
     assert find(tmp_path, result(3.0)) is None
     assert find(tmp_path, result(pictures=99)) is None

@@ -18,14 +18,14 @@ from dalle.data.shapes import Shapes
 from dalle.errors import UserError
 from dalle.evaluation import run as evaluation
 from dalle.evaluation.results import Result
-from dalle.evaluation.subjects import Pipeline
+from dalle.evaluation.targets import Pipeline
+from dalle.images import from_uint8
 from dalle.metrics.clip_score import CLIPScore
 from dalle.metrics.features import random_features
 from dalle.metrics.frechet import FrechetDistance
 from dalle.metrics.judge import Judge
 from dalle.metrics.perceptual import RandomFeatures
-from dalle.pictures import from_uint8
-from dalle.runs import load_clip
+from dalle.run_dir import load_clip
 
 FAST = ("steps=2", "pipeline.prior_sampler.steps=2")
 COMMON = ("precision=fp32", "trainer=cpu", "n=12", "batch_size=8")
@@ -152,7 +152,7 @@ def test_a_folder_with_broken_pictures_and_without_captions(measure, tmp_path):
 def test_the_protocol_is_beside_the_figures(measure, out, untrained_stages):
     measure("features=random", "guidance=2", "sampler=dpmpp", "seed=3", "split=val")
     facts = json.loads((out / "001" / "result.json").read_text())
-    protocol, subject = facts["protocol"], facts["subject"]
+    protocol, target = facts["protocol"], facts["target"]
     assert (protocol["pictures"], protocol["real_pictures"], protocol["split"]) == (12, 12, "val")
     assert protocol["seed"] == 3
     assert protocol["data"]["fingerprint"] == Shapes("val", image_size=16, size=32).fingerprint()
@@ -161,10 +161,10 @@ def test_the_protocol_is_beside_the_figures(measure, out, untrained_stages):
     clip = load_clip(untrained_stages / "default" / "clip")
     assert protocol["scorer"] == {"clip": clip.weights_hash}
     assert {"time", "memory", "machine", "interval", "resize_of_real", "quantised"} <= protocol.keys()
-    decoder = subject["options"]["decoder"]
+    decoder = target["options"]["decoder"]
     assert (decoder["guidance"], decoder["sampler"]["method"], decoder["sampler"]["steps"]) == (2, "dpmpp", 2)
-    assert set(subject["weights"]) == {"clip", "prior", "decoder"}
-    assert subject["precision"] == "fp32"
+    assert set(target["weights"]) == {"clip", "prior", "decoder"}
+    assert target["precision"] == "fp32"
     assert {"torch", "torch-fidelity", "dalle"} <= facts["environment"].keys()
 
 
@@ -193,7 +193,7 @@ def test_features_of_real_pictures_are_kept(measure, monkeypatch, tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 2
     with monkeypatch.context() as patch:
         patch.setattr(
-            evaluation.Looking, "look_at_real", lambda *_: pytest.fail("looked at real pictures again")
+            evaluation.Evaluator, "look_at_real", lambda *_: pytest.fail("looked at real pictures again")
         )
         again = values(measure("metrics=[fid,clip_score]", "features=random", "overwrite=true"))
         assert again == first
@@ -219,7 +219,7 @@ def test_an_image_tokenizer_is_measured_by_its_reconstructions(measure, tmp_path
     assert {"rfid_random_biased", "rkid_random", "psnr", "ssim", "code_perplexity", "judge/all"} <= set(
         result.figures
     )
-    assert result.subject["kind"] == "dvae"
+    assert result.target["kind"] == "dvae"
     assert -1 <= result.figures["ssim"].value <= 1
     assert 1 <= result.figures["code_perplexity"].value <= 32
 

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from dalle.evaluation.stability import spikes, stability
-from dalle.runs import Run
+from dalle.run_dir import Run
 
 
 def run(folder, losses, norms=(), seconds=10.0, finished=True) -> Run:

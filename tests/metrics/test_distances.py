@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
+from dalle.images import from_uint8
 from dalle.metrics.distances import (
     enough_for_infinity,
     frechet,
@@ -23,7 +24,6 @@ from dalle.metrics.distances import (
 from dalle.metrics.features import FeatureNet, random_features
 from dalle.metrics.frechet import FrechetDistance
 from dalle.metrics.perceptual import RandomFeatures
-from dalle.pictures import from_uint8
 
 KNOWN = json.loads((ROOT / "tests" / "metrics" / "known_values.json").read_text())
 

@@ -12,8 +12,8 @@ from torch_fidelity import feature_extractor_inceptionv3 as fidelity_inception
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from dalle.errors import UserError
+from dalle.images import from_uint8, to_uint8
 from dalle.metrics.frechet import CLIPFeatures, FrechetDistance, find_inception, frechet_distance
-from dalle.pictures import from_uint8, to_uint8
 
 
 class Lookup(nn.Module):

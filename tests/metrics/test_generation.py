@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import distributed
 
+from dalle.images import from_uint8, to_uint8
 from dalle.metrics.generation import GenerationMetrics, _over_ranks
-from dalle.pictures import from_uint8, to_uint8
 
 
 class FakeCLIP:

@@ -7,7 +7,17 @@ from hypothesis import strategies as st
 from vector_quantize_pytorch import FSQ
 
 from dalle.errors import UserError
-from dalle.nets.dalle import ATTENTION, DALLE, SPARSE, STYLES, Digits, Shift, Sight, layer_kinds, offsets
+from dalle.nets.dalle import (
+    ATTENTION,
+    DALLE,
+    SPARSE,
+    STYLES,
+    FactorizedEmbedding,
+    SparseMask,
+    TokenShift,
+    layer_kinds,
+    offsets,
+)
 
 SMALL: dict[str, Any] = {
     "text_vocab": 20, "text_length": 6, "image_vocab": 11, "grid": 4, "width": 32, "depth": 3, "heads": 4,
@@ -50,14 +60,14 @@ class TestSight:
     @pytest.mark.parametrize("kind", COUNTS)
     def test_counts(self, kind):
         small, paper = COUNTS[kind]
-        mask = Sight(6, 4, offsets(kind, 4, 3)).mask
+        mask = SparseMask(6, 4, offsets(kind, 4, 3)).mask
         assert mask.sum() == small
         assert mask[6:, 6:].sum(1).tolist() == PER_QUERY[kind]
-        assert Sight(256, 32, offsets(kind, 32, 11)).mask.sum() == paper
+        assert SparseMask(256, 32, offsets(kind, 32, 11)).mask.sum() == paper
 
     @pytest.mark.parametrize("kind", COUNTS)
     def test_text_is_causal_and_seen_by_the_whole_picture(self, kind):
-        mask = Sight(6, 4, offsets(kind, 4, 3)).mask
+        mask = SparseMask(6, 4, offsets(kind, 4, 3)).mask
         assert torch.equal(mask[:6, :6], torch.ones(6, 6, dtype=torch.bool).tril())
         assert mask[6:, :6].all()
         assert not mask[:6, 6:].any()
@@ -67,7 +77,7 @@ class TestSight:
         kind=st.sampled_from(SPARSE), text=st.integers(1, 9), grid=st.integers(1, 6), half=st.integers(0, 4)
     )
     def test_keys_of_one_code_are_those_of_its_row_of_the_mask(self, kind, text, grid, half):
-        sight = Sight(text, grid, offsets(kind, grid, 2 * half + 1))
+        sight = SparseMask(text, grid, offsets(kind, grid, 2 * half + 1))
         for rank in range(grid**2):
             keys = sight.keys[rank][sight.seen[rank]].tolist()
             assert sorted(keys) == sight.mask[text + rank].nonzero().flatten().tolist()
@@ -96,7 +106,7 @@ def seen_by_the_logits(net: DALLE) -> torch.Tensor:
 @pytest.mark.parametrize("attention", ["full", *SPARSE])
 def test_a_layer_sees_what_its_mask_says(attention, style):
     net = grown(attention=attention, style=style, depth=1)
-    expected = Sight(6, 4, offsets(attention, 4, 3)).mask
+    expected = SparseMask(6, 4, offsets(attention, 4, 3)).mask
     assert torch.equal(seen_by_the_logits(net), expected)
 
 
@@ -118,7 +128,7 @@ def test_sparse_attention_equals_the_dense_mask(attention, style):
         rotation = net.rotation
         q, kv = layer.attention.project(layer.norm1(x), rotation)
         q, k, v = (z.unflatten(2, (4, 8)).transpose(1, 2) for z in (q, *kv.chunk(2, dim=2)))
-        scores = (q @ k.mT / 8**0.5).masked_fill(~Sight(6, 4, offsets(kind, 4, 3)).mask, -torch.inf)
+        scores = (q @ k.mT / 8**0.5).masked_fill(~SparseMask(6, 4, offsets(kind, 4, 3)).mask, -torch.inf)
         assert scores.shape[2:] == (length, length)
         x = x + layer.attention.out((scores.softmax(3) @ v).transpose(1, 2).flatten(2))
         x = x + layer.mlp(layer.norm2(x))
@@ -154,9 +164,9 @@ class TestShift:
             [0, 0, 100, 1000], [1, 10, 200, 2000], [2, 20, 300, 3000],
             [3, 0, 400, 4000], [4, 0, 500, 5000], [5, 40, 600, 6000], [6, 50, 700, 7000],
         ]  # fmt: skip
-        assert Shift(3, 2, 4)(x)[0].tolist() == expected
-        assert Shift(3, 2, 4)(x[:, :3])[0].tolist() == expected[:3]  # captions alone
-        assert Shift(3, 2, 4)(x[:, :4])[0].tolist() == expected[:4]  # less than a row
+        assert TokenShift(3, 2, 4)(x)[0].tolist() == expected
+        assert TokenShift(3, 2, 4)(x[:, :3])[0].tolist() == expected[:3]  # captions alone
+        assert TokenShift(3, 2, 4)(x[:, :4])[0].tolist() == expected[:4]  # less than a row
 
     @pytest.mark.parametrize("attention", ["full", *SPARSE])
     def test_nothing_is_seen_too_early(self, attention):
@@ -165,7 +175,7 @@ class TestShift:
 
     def test_a_layer_sees_its_neighbours_too(self):
         seen = seen_by_the_logits(grown(attention="column", shift=True, depth=1))
-        expected = Sight(6, 4, offsets("column", 4, 3)).mask
+        expected = SparseMask(6, 4, offsets("column", 4, 3)).mask
         assert seen[expected].all()
         assert seen[9, 8]  # the code before
         assert not expected[9, 8]
@@ -189,16 +199,21 @@ class TestDigits:
     def test_digits_are_those_of_finite_scalar_quantization(self):
         levels = list(self.LEVELS)
         expected = FSQ(levels).indices_to_level_indices(torch.arange(60))
-        digits = Digits(levels, 8).spread.split(levels, dim=1)
+        digits = FactorizedEmbedding(levels, 8).spread.split(levels, dim=1)
         assert all(part.sum(1).eq(1).all() for part in digits)
         assert torch.equal(torch.stack([part.argmax(1) for part in digits], dim=1), expected)
 
     def test_groups_of_digits_share_too(self):
-        flat, grouped = Digits(self.LEVELS, 8).spread, Digits(((3, 5), (4,)), 8).spread
+        flat, grouped = (
+            FactorizedEmbedding(self.LEVELS, 8).spread,
+            FactorizedEmbedding(((3, 5), (4,)), 8).spread,
+        )
         code = torch.arange(60)
         assert torch.equal(grouped[:, :15], torch.nn.functional.one_hot(code % 15).float())
         assert torch.equal(grouped[:, 15:], flat)
-        assert torch.equal(Digits((self.LEVELS,), 8).spread, flat)  # one group is the whole code: the table's
+        assert torch.equal(
+            FactorizedEmbedding((self.LEVELS,), 8).spread, flat
+        )  # one group is the whole code: the table's
 
     @pytest.mark.parametrize("levels", [LEVELS, ((3, 5), (4,))])
     def test_few_codes_and_many_have_the_same_logits(self, levels):

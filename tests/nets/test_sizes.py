@@ -6,9 +6,9 @@ import yaml
 from tiny import ROOT
 from torch import nn
 
-from dalle.defaults import fill_sizes
 from dalle.errors import UserError
 from dalle.nets.sizes import cut, map_sides, padded
+from dalle.training.defaults import fill_sizes
 from dalle.trust import composed
 
 SIDES = [

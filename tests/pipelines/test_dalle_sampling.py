@@ -13,10 +13,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 from tiny import ROOT
 
-from dalle import cli
+from dalle.cli import entry
 from dalle.errors import UserError
 from dalle.pipelines.load import load_dalle
-from dalle.sampling import sample
+from dalle.pipelines.sampling import sample
 
 PROMPT = "prompt=a small red circle, above a blue square"
 
@@ -35,7 +35,7 @@ def make(untrained_stages, tmp_path):
         ]
         GlobalHydra.instance().clear()
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            composed = compose("sample", [cli.quoted(setting) for setting in settings])
+            composed = compose("sample", [entry.quoted(setting) for setting in settings])
         config = OmegaConf.to_container(composed, resolve=True)
         assert isinstance(config, dict)
         return sample(config)

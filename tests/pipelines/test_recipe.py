@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dalle.errors import UserError
-from dalle.pipelines.recipe import Recipe
+from dalle.pipelines.recipe import SampleRecipe
 
-RECIPE = Recipe(
+RECIPE = SampleRecipe(
     prompts=["a red circle", "yes", "naïve: 一只猫 😀", ""],
     n=2,
     seed=7,
@@ -33,7 +33,7 @@ RECIPE = Recipe(
 
 def test_round_trip(tmp_path):
     path = RECIPE.write(tmp_path / "new" / "recipe.yaml")
-    assert Recipe.read(path) == RECIPE
+    assert SampleRecipe.read(path) == RECIPE
     assert os.listdir(path.parent) == ["recipe.yaml"]
     assert "一只猫 😀" in path.read_text(encoding="utf-8")  # for people to read
 
@@ -47,7 +47,7 @@ yaml_text = st.text(
 @given(st.lists(yaml_text, min_size=1, max_size=3), st.integers(-(2**63), 2**63), st.floats(allow_nan=False))
 def test_any_prompt_seed_and_scale_survive(prompts, seed, guidance):
     recipe = replace(RECIPE, prompts=prompts, seed=seed, options={"decoder": {"guidance": guidance}})
-    assert Recipe(**yaml.safe_load(recipe.to_yaml())) == recipe
+    assert SampleRecipe(**yaml.safe_load(recipe.to_yaml())) == recipe
 
 
 def changed(tmp_path, **keys) -> Path:
@@ -73,17 +73,17 @@ def changed(tmp_path, **keys) -> Path:
 )
 def test_a_recipe_that_does_not_fit_is_refused_by_name(tmp_path, keys, message):
     with pytest.raises(UserError, match=message):
-        Recipe.read(changed(tmp_path, **keys))
+        SampleRecipe.read(changed(tmp_path, **keys))
 
 
 def test_recipes_of_the_first_schema_are_still_read(tmp_path):
     """They were of unclip alone, with the options of its stages as keys."""
     old = {"schema": 1, **RECIPE.options, "options": "DROP", "previews": "DROP"}
-    assert Recipe.read(changed(tmp_path, **old)) == RECIPE
+    assert SampleRecipe.read(changed(tmp_path, **old)) == RECIPE
 
 
 def test_optional_keys_may_be_missing(tmp_path):
-    assert Recipe.read(changed(tmp_path, truncate="DROP")) == RECIPE
+    assert SampleRecipe.read(changed(tmp_path, truncate="DROP")) == RECIPE
 
 
 @pytest.mark.parametrize(
@@ -93,10 +93,10 @@ def test_files_that_are_no_recipe(tmp_path, content):
     path = tmp_path / "recipe.yaml"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"recipe\.yaml") as error:
-        Recipe.read(path)
+        SampleRecipe.read(path)
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="cannot be read"):
-        Recipe.read(tmp_path / "none.yaml")
+        SampleRecipe.read(tmp_path / "none.yaml")
 
 
 def test_other_weights_are_refused_by_name():
@@ -122,5 +122,5 @@ def test_a_failed_write_leaves_the_old_recipe(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         replace(RECIPE, seed=8).write(path)
     monkeypatch.undo()
-    assert Recipe.read(path).seed == 7
+    assert SampleRecipe.read(path).seed == 7
     assert os.listdir(tmp_path) == ["recipe.yaml"]

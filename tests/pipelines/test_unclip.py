@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from dalle.data.norm import EmbedNorm
+from dalle.data.embed_norm import EmbedNorm
 from dalle.data.tokenizers import CaptionTokenizer
 from dalle.errors import UserError
 from dalle.pipelines.load import check_fit

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from dalle.data.embed_norm import EmbedNorm
 from dalle.data.frozen import FrozenCLIP
-from dalle.data.norm import EmbedNorm
 from dalle.data.shapes import Shapes
 from dalle.data.tokenizers import CaptionTokenizer
 from dalle.diffusion.denoiser import Denoiser

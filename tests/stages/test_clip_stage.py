@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 
 from dalle.metrics.retrieval import Retrieval
 from dalle.nets.clip import CLIP
+from dalle.optim.factory import OptimizerFactory
 from dalle.stages.clip import ClipStage, caption_keys, contrastive_loss
-from dalle.stages.optim import Recipe
 
 IMAGE = torch.tensor([[1.0, 0, 0], [0, 1, 0], [1, 1, 1]])
 TEXT = torch.tensor([[2.0, 0.5, 0], [0, 1, 1], [1, 0.5, 1]])
@@ -58,8 +58,8 @@ def trainer(tmp_path: Path, **options) -> lightning.Trainer:
     return lightning.Trainer(**(defaults | quiet | options))
 
 
-def sgd(lr: float) -> Recipe:
-    return Recipe(torch.optim.SGD, lr=lr, decay="constant")
+def sgd(lr: float) -> OptimizerFactory:
+    return OptimizerFactory(torch.optim.SGD, lr=lr, decay="constant")
 
 
 @pytest.mark.parametrize(("scale", "expected"), [(1 / 0.07, 0.3243309809136014), (1.0, 0.8582987277040255)])
@@ -165,7 +165,7 @@ def test_logit_scale_stays_in_bounds(tmp_path, direction, bound, accumulate):
 
 
 def test_validation_measures_retrieval_and_training_learns(tmp_path):
-    stage = ClipStage(make_net(), Recipe(torch.optim.AdamW, lr=3e-3), Retrieval(ks=(1,)))
+    stage = ClipStage(make_net(), OptimizerFactory(torch.optim.AdamW, lr=3e-3), Retrieval(ks=(1,)))
     data = pairs(12, captions=6)
     fit = trainer(tmp_path, max_epochs=40, check_val_every_n_epoch=40)
     before = fit.validate(stage, DataLoader(data, batch_size=5), verbose=False)[0]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dalle.decoding import generate
+from dalle.autoregressive.sampling import generate
 from dalle.diffusion.noise import per_sample
 from dalle.errors import UserError
 from dalle.nets.dalle import DALLE

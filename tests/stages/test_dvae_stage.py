@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dalle.nets.dvae import DVAE
+from dalle.optim.factory import OptimizerFactory
 from dalle.stages.dvae import DVAEStage, Ramp, kl_to_uniform, logit_laplace, logit_normal
-from dalle.stages.optim import Recipe
 
 
 def make_stage(temperature: float = 1.0, beta: float = 0.0, seed: int = 0, **options) -> DVAEStage:
@@ -72,7 +72,7 @@ class TestRamp:
          (2_000_000, 1.25e-06)],
     )  # fmt: skip
     def test_step_size_of_the_paper(self, step, expected):
-        recipe = Recipe(torch.optim.AdamW, lr=1e-4, decay_end=0.4, final=0.0125)
+        recipe = OptimizerFactory(torch.optim.AdamW, lr=1e-4, decay_end=0.4, final=0.0125)
         assert 1e-4 * recipe.factor(step, 3_000_000) == pytest.approx(expected, rel=1e-9)
 
     def test_without_steps_it_has_arrived(self):

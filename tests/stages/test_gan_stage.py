@@ -16,18 +16,17 @@ import torch
 import torch.nn.functional as F
 from conftest import untrained
 from lightning.pytorch.strategies import FSDPStrategy
-from test_ddp import ENVIRONMENT, SECONDS
-from tiny import ROOT, column, configure, train, weights
+from tiny import ENVIRONMENT, ROOT, SECONDS, column, configure, train, weights
 from torch import Tensor
 
-from dalle import training
 from dalle.diffusion.noise import per_sample
 from dalle.errors import UserError
 from dalle.nets.gan import Discriminator, Generator
-from dalle.runs import Run, load_stage
+from dalle.optim.factory import OptimizerFactory
+from dalle.run_dir import Run, load_stage
 from dalle.stages import gan
 from dalle.stages.gan import GanStage
-from dalle.stages.optim import Recipe
+from dalle.training import fit
 
 SIZES: dict[str, Any] = {"width": 16, "multipliers": [1, 2], "patch": 2}
 
@@ -121,7 +120,7 @@ def torch_sum(d, image, text) -> Tensor:
 class TestLazy:
     def test_keeps_the_pace(self):
         """StyleGAN2's numbers for every 16th step: 16 / 17."""
-        recipe = Recipe(torch.optim.Adam, lr=2e-3, betas=[0.0, 0.99], eps=1e-8)
+        recipe = OptimizerFactory(torch.optim.Adam, lr=2e-3, betas=[0.0, 0.99], eps=1e-8)
         made = gan.lazy(recipe, 16)
         assert made.lr == pytest.approx(0.0018823529411764706)
         assert made.options["betas"] == pytest.approx([0.0, 0.990586281])
@@ -129,7 +128,7 @@ class TestLazy:
         assert (recipe.lr, recipe.options["betas"]) == (2e-3, (0.0, 0.99))  # the generator's own
 
     def test_of_an_optimizer_without_betas(self):
-        assert gan.lazy(Recipe(torch.optim.SGD, lr=0.3, momentum=0.9), 2).lr == pytest.approx(0.2)
+        assert gan.lazy(OptimizerFactory(torch.optim.SGD, lr=0.3, momentum=0.9), 2).lr == pytest.approx(0.2)
 
 
 class TestStep:
@@ -235,7 +234,7 @@ def logs(tmp_path_factory) -> Path:
 @pytest.fixture
 def probe(monkeypatch):
     """Puts a callback into the next run."""
-    made = training.make_trainer
+    made = fit.make_trainer
 
     def put(callback):
         def make_trainer(config, run):
@@ -243,7 +242,7 @@ def probe(monkeypatch):
             trainer.callbacks.insert(len(trainer.callbacks) - 1, callback)
             return trainer
 
-        monkeypatch.setattr(training, "make_trainer", make_trainer)
+        monkeypatch.setattr(fit, "make_trainer", make_trainer)
 
     return put
 
@@ -320,17 +319,17 @@ def test_stopped_and_resumed_is_as_never_stopped(logs, tmp_path, probe, options)
 
 def test_a_step_moves_one_network_and_is_clipped(logs, monkeypatch):
     """SGD's steps are as long as its gradients: each is at most lr * trainer.gradient_clip_val."""
-    descend, moved = GanStage.descend, []
+    manual_step, moved = GanStage.manual_step, []
 
     def watched(self, loss, net, which):
         nets = (self.net, self.discriminator)
         before = [torch.cat([p.detach().flatten() for p in n.parameters()]) for n in nets]
-        norm = descend(self, loss, net, which)
+        norm = manual_step(self, loss, net, which)
         after = [torch.cat([p.detach().flatten() for p in n.parameters()]) for n in nets]
         moved.append((which, norm, *[(b - a).norm() for a, b in zip(before, after, strict=True)]))
         return norm
 
-    monkeypatch.setattr(GanStage, "descend", watched)
+    monkeypatch.setattr(GanStage, "manual_step", watched)
     sgd = ("optimizer=sgd", "optimizer.momentum=0", "optimizer.nesterov=false", "optimizer.warmup=0")
     options = (*sgd, "optimizer.lr=0.1", "optimizer.decay=constant", "model.r1_gamma=0")
     run_of(logs, "clipped", *options, "trainer.gradient_clip_val=0.05", steps=2)
@@ -378,7 +377,7 @@ def test_mistakes_are_one_line(logs, options, message):
         "gan", logs, f"paths.run='{logs / 'wrong'}'", "overwrite=true", "trainer.max_steps=1", *options
     )
     with pytest.raises(UserError, match=message):
-        training.train(config)
+        fit.train(config)
 
 
 @pytest.mark.parametrize(
@@ -406,7 +405,7 @@ from pathlib import Path
 import lightning, torch
 sys.path.insert(0, sys.argv[1])
 from tiny import configure
-from dalle import training
+from dalle.training import fit
 
 class Gather(lightning.Callback):
     losses = []
@@ -418,15 +417,15 @@ class Gather(lightning.Callback):
         if trainer.is_global_zero:
             torch.save(seen, Path(sys.argv[2]) / "seen.pt")
 
-made = training.make_trainer
+made = fit.make_trainer
 def make_trainer(config, run):
     trainer = made(config, run)
     trainer.callbacks.insert(0, Gather())
     return trainer
 
-training.make_trainer = make_trainer
+fit.make_trainer = make_trainer
 options = ("trainer=ddp_cpu", "batch_size=4", "trainer.max_steps=3", "model.r1_every=2")
-training.train(configure("gan", Path(sys.argv[2]), *options))
+fit.train(configure("gan", Path(sys.argv[2]), *options))
 """
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dalle.data.norm import EmbedNorm
+from dalle.data.embed_norm import EmbedNorm
 from dalle.diffusion.denoiser import Denoiser
 from dalle.diffusion.noise import per_sample
 from dalle.diffusion.samplers import Sampler

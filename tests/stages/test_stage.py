@@ -9,9 +9,9 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 
 from dalle.errors import UserError
+from dalle.optim.factory import OptimizerFactory
+from dalle.optim.muon import Muon
 from dalle.stages.base import Stage
-from dalle.stages.muon import Muon
-from dalle.stages.optim import Recipe
 
 
 def stage_of(net: nn.Module, **trainer: Any) -> tuple[Any, dict[str, Any]]:
@@ -48,9 +48,9 @@ def test_a_scalar_weight_cannot_be_sharded():
 def test_muon_cannot_be_sharded():
     settings = {"accumulate_grad_batches": 1, "gradient_clip_algorithm": "norm", "precision": "32-true"}
     stage, _ = stage_of(nn.Linear(1, 1), **settings, strategy=FSDPStrategy.__new__(FSDPStrategy))
-    stage.recipe = Recipe(torch.optim.AdamW, lr=1e-3, muon_lr=1e-2)
+    stage.recipe = OptimizerFactory(torch.optim.AdamW, lr=1e-3, muon_lr=1e-2)
     stage.check_trainer(stage.trainer)
-    stage.recipe = Recipe(Muon, lr=1e-3, muon_lr=1e-2)
+    stage.recipe = OptimizerFactory(Muon, lr=1e-3, muon_lr=1e-2)
     with pytest.raises(UserError, match="optimizer=muon needs whole matrices"):
         stage.check_trainer(stage.trainer)
 
@@ -59,7 +59,7 @@ def test_a_fused_optimizer_is_refused_under_fp16():
     settings = {"accumulate_grad_batches": 1, "gradient_clip_algorithm": "norm", "strategy": None}
     stage, _ = stage_of(nn.Linear(1, 1), **settings, precision="16-mixed")
     for fused in (False, True):
-        stage.recipe = Recipe(torch.optim.AdamW, lr=1e-3, fused=fused)
+        stage.recipe = OptimizerFactory(torch.optim.AdamW, lr=1e-3, fused=fused)
         if fused:
             with pytest.raises(UserError, match=r"optimizer\.fused=true would clip gradients"):
                 stage.check_trainer(stage.trainer)

@@ -7,7 +7,7 @@ from torch import nn
 
 from dalle.metrics.perceptual import RandomDistance
 from dalle.nets.vqgan import VQGAN, PatchDiscriminator
-from dalle.runs import load_stage
+from dalle.run_dir import load_stage
 from dalle.stages.vqgan import VQGANStage, adaptive_weight, hinge
 
 

@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tqdm import tqdm
 
-import dalle.dashboard
-import dalle.evaluation.several
-import dalle.sampling  # noqa: F401
+import dalle.evaluation.dashboard
+import dalle.evaluation.multirun
+import dalle.pipelines.sampling  # noqa: F401
 from torture import damage, divergence, inputs, kills, ranks
 from torture.trial import run
 

@@ -19,7 +19,7 @@ MISTAKES: tuple[tuple[str, ...], ...] = (
     ("callbacks=null",), ("logger=null",), ("paths=null",), ("tokenizer=null",), ("datamodule=null",),
     ("model.optimizer=null",), ("model.net=null",), ("model.net={}",), ("model._target_=5",),
     ("model._target_=os.system",), ("model._target_=torch.os.system",), ("model._target_=null",),
-    ("model.net._target_=dalle.runs.os.system",), ("model.net._target_=torch.nn.Identity",),
+    ("model.net._target_=dalle.run_dir.os.system",), ("model.net._target_=torch.nn.Identity",),
     ("logger.csv._target_=torch.nn.Identity",), ("callbacks.ema=5",), ("callbacks.ema._target_=torch.load",),
     ("+foo=1",), ("+model.foo=1",), ("debug=foo",), ("name=[a]",), ("name=../out",), ("name=/etc",),
     ("name=a/../..",),

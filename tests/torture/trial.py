@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dalle.cli import BUG
+from dalle.cli.entry import BUG
 
 ROOT = Path(__file__).parents[2]
 BROKEN = 70  # exit code of work that raised instead of exiting

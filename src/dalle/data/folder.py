@@ -22,12 +22,12 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import Tensor
 from tqdm import tqdm
 
-from dalle.data.captions import CaptionFiles, Found
-from dalle.data.listing import ELSEWHERE, Listing, list_files
-from dalle.data.pictures import BROKEN, SUFFIXES, UNREADABLE, BadPicture, Fit, Memory, inspect, read
+from dalle.data.caption_files import CaptionFiles, Found
+from dalle.data.caption_tables import Columns
+from dalle.data.file_listing import ELSEWHERE, Listing, list_files
+from dalle.data.image_files import BROKEN, SUFFIXES, UNREADABLE, BadPicture, Fit, Memory, inspect, read
 from dalle.data.sources import mix
 from dalle.data.splits import Split, divide, folder_splits, split_folder
-from dalle.data.tables import Columns
 from dalle.data.text import encoded, shown
 from dalle.errors import UserError
 from dalle.ranges import Fraction, Place, PositiveInt, Seed, Side, Text

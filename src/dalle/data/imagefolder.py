@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 
 from annotated_types import MinLen
 
-from dalle.data.captions import ClassNames
+from dalle.data.caption_files import ClassNames
+from dalle.data.caption_tables import Columns
 from dalle.data.folder import Captioner, Folder
-from dalle.data.pictures import Fit
+from dalle.data.image_files import Fit
 from dalle.data.splits import Split
-from dalle.data.tables import Columns
 from dalle.errors import UserError
 from dalle.ranges import Fraction, Place, PositiveInt, Seed, Side, Text
 

@@ -106,7 +106,7 @@ class SourceDataset(Dataset):
         return 0 if self.seed is None or count == 1 else mix(self.seed, epoch, item) % count
 
 
-def as_it_is(batch: Any) -> Any:
+def identity_collate(batch: Any) -> Any:
     """`collate_fn` for a data set whose `__getitems__` makes whole batches."""
     return batch
 

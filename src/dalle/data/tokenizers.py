@@ -25,7 +25,7 @@ from dalle.errors import UserError
 from dalle.files import write_json
 from dalle.ranges import Length, Vocabulary
 from dalle.reading import read_json
-from dalle.records import TokenizerFile
+from dalle.schemas import TokenizerFile
 
 # Captions are short, one thread is as fast; and threads started before a DataLoader forks make workers warn.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

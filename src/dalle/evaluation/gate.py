@@ -11,14 +11,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from dalle import records
-from dalle.cli import run
+from dalle import schemas
 from dalle.errors import UserError
 from dalle.evaluation.report import number
 from dalle.evaluation.results import Result, figure_of, flat
 from dalle.files import write_json
 from dalle.reading import read_json
-from dalle.runs import Run
+from dalle.run_dir import Run
 
 CLIP = {"features.weights", "scorer.clip"}  # of the demo itself: another one makes other figures
 SETTINGS: tuple[str, ...] = (
@@ -48,7 +47,7 @@ def record(result: Result, settings: list[str], path: Path) -> None:
     facts = {
         "made_by": "make gate RECORD=1",
         "settings": settings,
-        "weights": result.subject["weights"],
+        "weights": result.target["weights"],
         "protocol": result.protocol,
         "environment": result.environment,
         "figures": figures,
@@ -85,7 +84,7 @@ def compare(result: Result, recorded: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="dalle gate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", type=Path, help="folder with clip, prior and decoder, e.g. logs/demo")
     parser.add_argument("--file", type=Path, default=Path("benchmarks/gate.json"))
     parser.add_argument("--script", default="evaluate.py")
@@ -99,17 +98,13 @@ def main() -> None:
         return
     if not args.file.is_file():
         raise UserError(f"there are no recorded figures at {args.file}; make gate RECORD=1 writes them")
-    recorded: Any = read_json(args.file, records.Gate, "make gate RECORD=1 writes it anew")
+    recorded: Any = read_json(args.file, schemas.Gate, "make gate RECORD=1 writes it anew")
     result = measure(args.runs, args.script, recorded["settings"])
     left = compare(result, recorded)
-    retrained = result.subject["weights"] != recorded["weights"]
+    retrained = result.target["weights"] != recorded["weights"]
     if retrained:
         print(f"note: {args.runs} holds other weights than those recorded: it was trained again")
     if left:
         why = "; it was trained again, so the training may be why" if retrained else ""
         raise UserError(f"{len(left)} figures left their recorded intervals{why}: {'; '.join(left)}")
     print("all figures that compare are within their recorded intervals")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -8,14 +8,13 @@ from typing import Any, Literal
 
 import torch
 
-from dalle.build import build
 from dalle.data.shapes import Shapes
 from dalle.data.sources import Source
 from dalle.errors import UserError
-from dalle.evaluation.meters import NEEDS, Distances, Meter, Scores, Verdicts, ZeroShot
+from dalle.evaluation.metrics import NEEDS, Distances, Meter, Scores, Verdicts, ZeroShot
 from dalle.evaluation.results import Result, machine
-from dalle.evaluation.subjects import Clip, Subject, classes_of, scorer_of
-from dalle.metrics.bootstrap import RESAMPLES
+from dalle.evaluation.targets import Clip, Target, classes_of, scorer_of
+from dalle.instantiate import instantiate
 from dalle.metrics.distances import (
     FEWER,
     LARGE,
@@ -27,6 +26,7 @@ from dalle.metrics.distances import (
     enough_for_infinity,
 )
 from dalle.metrics.features import FeatureNet, clip_features, inception_features, random_features
+from dalle.metrics.intervals import RESAMPLES
 from dalle.pipelines.load import PUBLIC, load_any_clip
 from dalle.ranges import PositiveInt, Seed, Side, Text
 from dalle.trust import composed, listed
@@ -57,22 +57,22 @@ def check_settings(
     for name in metrics or ():
         if name not in NEEDS:
             raise UserError(f"there is no metric {name!r}; there are {', '.join(NEEDS)}")
-    if features and metrics and not set(metrics) & set(Subject.metrics):
+    if features and metrics and not set(metrics) & set(Target.metrics):
         raise UserError(
             f"features={features}: none of metrics={','.join(metrics)} looks at features; leave it out, "
-            f"or add one of {', '.join(Subject.metrics)}"
+            f"or add one of {', '.join(Target.metrics)}"
         )
 
 
-def source_of(config: dict[str, Any], subject: Subject) -> Source:
+def source_of(config: dict[str, Any], target: Target) -> Source:
     """The split of real pictures, at the size of those that are compared with it."""
-    node, trust = (config["data"], composed) if config.get("data") else (subject.data, listed)
+    node, trust = (config["data"], composed) if config.get("data") else (target.data, listed)
     if node is None:
         raise UserError(
             "pictures of a folder are compared with real ones; say which: data=folder data.root=PICTURES"
         )
-    node = {**node, "image_size": subject.image_size, "_partial_": True}
-    return build(node, "data", trust)(split=config["split"])
+    node = {**node, "image_size": target.image_size, "_partial_": True}
+    return instantiate(node, "data", trust)(split=config["split"])
 
 
 # What the groups of the judge's figures are, and its other figures.
@@ -87,30 +87,30 @@ JUDGED = {
 class Plan:
     """What is looked at, by whom, and the protocol of it."""
 
-    def __init__(self, config: dict[str, Any], subject: Subject, source: Source) -> None:
-        self.subject, self.source, self.seed = subject, source, config["seed"]
-        self.notes = list(subject.notes)
+    def __init__(self, config: dict[str, Any], target: Target, source: Source) -> None:
+        self.target, self.source, self.seed = target, source, config["seed"]
+        self.notes = list(target.notes)
         self.made, self.real = self.numbers(config)
-        self.captions = subject.captions(source, self.made or self.real)
+        self.captions = target.captions(source, self.made or self.real)
         self.metrics = self.affordable(config["metrics"])
-        wanted = subject.captioned or config["features"] in (None, "clip")
-        self.scorer = scorer_of(config, subject) if wanted else None
+        wanted = target.captioned or config["features"] in (None, "clip")
+        self.scorer = scorer_of(config, target) if wanted else None
         self.meters = list(self.choose_meters(config))
         self.result = Result(
-            subject.facts,
+            target.facts,
             self.protocol(config),
             self.metrics,
             notes=self.notes,
-            parameters=dict(subject.parameters),
+            parameters=dict(target.parameters),
         )
 
     def numbers(self, config: dict[str, Any]) -> tuple[int, int]:
         """How many pictures are made, and how many real ones they are compared with."""
         there, asked, name = len(self.source), config["n"], config["split"]
-        if self.subject.pictures is not None:
-            if asked and asked > self.subject.pictures:
-                raise UserError(f"n={asked}, but the folder holds {self.subject.pictures} pictures")
-            made = asked or self.subject.pictures
+        if self.target.pictures is not None:
+            if asked and asked > self.target.pictures:
+                raise UserError(f"n={asked}, but the folder holds {self.target.pictures} pictures")
+            made = asked or self.target.pictures
             return made, min(made, there)
         if asked and asked > there:
             raise UserError(
@@ -119,16 +119,16 @@ class Plan:
         n = asked or min(USUAL, there)
         if not n:
             raise UserError(f"the split {name} has no items; give another one with split=")
-        return (n if self.subject.makes else 0), n
+        return (n if self.target.makes else 0), n
 
     def affordable(self, asked: list[str] | None) -> list[str]:
         """The metrics asked for; without a list, all that so many pictures allow."""
         fewest, kept = min(self.made or self.real, self.real), []
-        for name in asked or self.subject.metrics:
-            if name not in self.subject.metrics:
+        for name in asked or self.target.metrics:
+            if name not in self.target.metrics:
                 raise UserError(
-                    f"{name} cannot be measured of this {self.subject.facts['kind']}; "
-                    f"it has {', '.join(self.subject.metrics)}"
+                    f"{name} cannot be measured of this {self.target.facts['kind']}; "
+                    f"it has {', '.join(self.target.metrics)}"
                 )
             if fewest >= NEEDS[name]:
                 kept.append(name)
@@ -144,14 +144,14 @@ class Plan:
         """Those that can be had. A metric that was asked for by name and cannot is refused."""
         asked, lacking = config["metrics"] or (), {}
         fewest = min(self.made or self.real, self.real)
-        shapes, captioned = isinstance(self.source, Shapes), self.subject.captioned
-        if isinstance(self.subject, Clip):
+        shapes, captioned = isinstance(self.source, Shapes), self.target.captioned
+        if isinstance(self.target, Clip):
             assert self.scorer is not None
             classes = classes_of(self.source, range(self.real))
             if classes is None:
                 lacking["zero_shot"] = "the data have no classes (data=imagefolder has)"
             yield ZeroShot(self.metrics, self.scorer, classes)
-        distances = [m for m in Subject.metrics if m in self.metrics]
+        distances = [m for m in Target.metrics if m in self.metrics]
         network = self.features(config) if distances else None
         if network is None:
             reason = (
@@ -169,8 +169,8 @@ class Plan:
                     "it reads the logits of Inception: give its weights with inception=FILE"
                 )
             there = [metric for metric in distances if metric not in lacking]
-            yield Distances(there, network, self.subject.prefix)
-        scores = [m for m in SCORES if m in self.metrics and self.subject.makes]
+            yield Distances(there, network, self.target.prefix)
+        scores = [m for m in SCORES if m in self.metrics and self.target.makes]
         if "hard_negatives" in scores and not shapes:
             scores.remove("hard_negatives")
             lacking["hard_negatives"] = (
@@ -182,7 +182,7 @@ class Plan:
             reason = "there is no CLIP: give scorer=RUN" if captioned else "not every picture has a caption"
             lacking |= dict.fromkeys(scores, reason)
         if "judge" in self.metrics and shapes and captioned:
-            yield Verdicts(["judge"], self.subject.captions_read)
+            yield Verdicts(["judge"], self.target.captions_read)
         elif "judge" in self.metrics:
             lacking["judge"] = "it reads captioned pictures of data=shapes only"
         for name, reason in lacking.items():
@@ -212,13 +212,13 @@ class Plan:
         return clip_features(load_any_clip(name), short(name))
 
     def protocol(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Everything but the subject that figures depend on."""
+        """Everything but the target that figures depend on."""
         return {
             "pictures": self.made,
             "real_pictures": self.real,
             "split": config["split"],
             "data": {"source": type(self.source).__name__, "fingerprint": self.source.fingerprint()},
-            "image_size": self.subject.image_size,
+            "image_size": self.target.image_size,
             "captions": "the first of each item",
             "seed": self.seed,
             "quantised": "8 bit, rounded",

@@ -46,7 +46,7 @@ def distance_of(results: Sequence[Result]) -> str | None:
 
 def guidance_of(result: Result) -> Any:
     """The scale of what draws the pictures; None: what it was trained with."""
-    options = result.subject.get("options", {})
+    options = result.target.get("options", {})
     return next(
         (node["guidance"] for name, node in options.items() if "guidance" in node and name != "prior"), None
     )
@@ -59,9 +59,9 @@ def over_guidance(axes: Axes, results: Sequence[Result], names: Sequence[str], s
     for result, sign in zip(results, signs, strict=True):
         scale = guidance_of(result)
         if distance and scale is not None and "clip_score" in result.figures:
-            options = flat(result.subject.get("options", {}))
+            options = flat(result.target.get("options", {}))
             rest = {k: v for k, v in options.items() if not k.endswith(".guidance") and v is not None}
-            curves[f"{result.subject['kind']} {rest} {sign}"].append((scale, result, sign))
+            curves[f"{result.target['kind']} {rest} {sign}"].append((scale, result, sign))
     curves = defaultdict(list, {key: points for key, points in curves.items() if len(points) > 1})
     if not distance or not curves:
         return False
@@ -80,10 +80,10 @@ def over_guidance(axes: Axes, results: Sequence[Result], names: Sequence[str], s
 
 def curve_name(result: Result, sign: str) -> str:
     """Kind, sampler and steps of what draws the pictures."""
-    nodes = [node for name, node in result.subject.get("options", {}).items() if name != "prior"]
+    nodes = [node for name, node in result.target.get("options", {}).items() if name != "prior"]
     sampler = next((node["sampler"] for node in nodes if "sampler" in node), {})
     settings = [str(sampler[k]) for k in ("method", "steps") if k in sampler]
-    return plain(" ".join([result.subject["kind"], *settings, sign]))
+    return plain(" ".join([result.target["kind"], *settings, sign]))
 
 
 def over_time(axes: Axes, results: Sequence[Result], names: Sequence[str], signs: Sequence[str]) -> bool:

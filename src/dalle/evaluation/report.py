@@ -17,7 +17,7 @@ from typing import Any
 from dalle.evaluation.plots import draw_plots
 from dalle.evaluation.results import Result, flat, marks
 from dalle.files import write_text
-from dalle.metrics.bootstrap import Figure
+from dalle.metrics.intervals import Figure
 
 MAIN_FIGURES = (  # of the table, in this order; a prefix takes all that begin so
     "fid", "kid", "inception_score", "precision", "recall", "clip_score", "retrieval/image_to_text_r1",
@@ -56,27 +56,27 @@ def labels(results: Sequence[Result]) -> list[str]:
     settings = [settings_of(result) for result in results]
     common = [key for key in settings[0] if all(key in own for own in settings)]
     differing = [key for key in common if len({repr(own[key]) for own in settings}) > 1]
-    kinds = {result.subject["kind"] for result in results}
+    kinds = {result.target["kind"] for result in results}
     names = []
     for result, own in zip(results, settings, strict=True):
-        said = [result.subject["kind"]] if len(kinds) > 1 else []
+        said = [result.target["kind"]] if len(kinds) > 1 else []
         if len(kinds) == 1:  # settings of other kinds are other settings: their names say nothing here
             said += [f"{key.rsplit('.', 1)[-1]}={own[key]}" for key in differing if own.get(key) is not None]
-        names.append(" ".join(said) or result.subject["kind"])
+        names.append(" ".join(said) or result.target["kind"])
     if len(set(names)) < len(names):  # other weights with the same settings
         names = [f"{name} ({home(result)})" for name, result in zip(names, results, strict=True)]
     return names
 
 
 def settings_of(result: Result) -> dict[str, Any]:
-    facts = {key: value for key, value in result.subject.items() if key not in ("weights", "paths", "kind")}
+    facts = {key: value for key, value in result.target.items() if key not in ("weights", "paths", "kind")}
     return flat(facts)
 
 
 def home(result: Result) -> str:
     """The folder of the runs, or of the pictures."""
-    last = Path(list(result.subject["paths"].values())[-1])
-    return last.name if result.subject["kind"] == "folder" else last.parent.name
+    last = Path(list(result.target["paths"].values())[-1])
+    return last.name if result.target["kind"] == "folder" else last.parent.name
 
 
 def table_columns(results: Sequence[Result]) -> list[str]:
@@ -144,7 +144,7 @@ def as_csv(results: Sequence[Result], names: Sequence[str]) -> str:
     rows = []
     for result, name in zip(results, names, strict=True):
         row: dict[str, Any] = {"result": name, "id": result.id, "protocol": result.protocol_id}
-        row |= {"kind": result.subject["kind"], **settings_of(result)}
+        row |= {"kind": result.target["kind"], **settings_of(result)}
         for figure_name, figure in result.figures.items():
             row[figure_name] = figure.value
             row |= {f"{figure_name}.low": figure.low, f"{figure_name}.high": figure.high}

@@ -24,12 +24,12 @@ from typing import Any
 import torch
 
 import dalle
-from dalle import records
+from dalle import schemas
 from dalle.errors import UserError
 from dalle.files import explained, to_json
-from dalle.metrics.bootstrap import Figure
+from dalle.metrics.intervals import Figure
+from dalle.pipelines.sampling import next_folder
 from dalle.reading import read_json, shaped
-from dalle.sampling import next_folder
 
 SCHEMA = 1
 FILE = "result.json"
@@ -42,7 +42,7 @@ class Result:
     """One evaluation.
 
     Attributes:
-        subject: what was measured: its kind, weights and settings.
+        target: what was measured: its kind, weights and settings.
         protocol: how; equal protocols give figures that compare.
         metrics: which were asked for.
         figures: by name. `notes`: what a reader of the figures must know.
@@ -50,7 +50,7 @@ class Result:
         parameters: of each network.
     """
 
-    subject: dict[str, Any]
+    target: dict[str, Any]
     protocol: dict[str, Any]
     metrics: list[str] = field(default_factory=list)
     figures: dict[str, Figure] = field(default_factory=dict)
@@ -66,7 +66,7 @@ class Result:
     @property
     def id(self) -> str:
         """Equal for equal weights and settings under equal protocols."""
-        settings = {key: value for key, value in self.subject.items() if key != "paths"}
+        settings = {key: value for key, value in self.target.items() if key != "paths"}
         return identity([settings, self.protocol, self.metrics])
 
     def to_json(self) -> str:
@@ -81,9 +81,11 @@ class Result:
         path = Path(folder, FILE)
         advice = "evaluate again with overwrite=true"
         content = read_json(path, dict, advice)
+        if "subject" in content:  # as it was called at first
+            content["target"] = content.pop("subject")
         if content.get("schema", SCHEMA) != SCHEMA:
             raise UserError(f"{path} was written by another version; evaluate again")
-        facts = shaped(content, records.Result, path, advice)
+        facts = shaped(content, schemas.Result, path, advice)
         known: Any = {f.name: facts[f.name] for f in fields(cls) if f.name in facts}
         known["figures"] = {name: figure_of(ends) for name, ends in facts["figures"].items()}
         return cls(**known, path=Path(folder))
@@ -103,7 +105,7 @@ def find(home: Path, result: Result) -> Path | None:
     """The folder of an earlier evaluation of the same by the same protocol."""
     for path in sorted(home.glob(f"*/{FILE}")):
         try:
-            if read_json(path, records.Result, "evaluate again")["id"] == result.id:
+            if read_json(path, schemas.Result, "evaluate again")["id"] == result.id:
                 return path.parent
         except UserError:
             continue  # damaged: whoever reads it is told so

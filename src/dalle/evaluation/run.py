@@ -16,18 +16,18 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.flop_counter import FlopCounterMode
 
-from dalle.build import build, check_arguments
-from dalle.claim import check_name
 from dalle.errors import UserError
-from dalle.evaluation.looking import Looking, Rank, keep_rows
+from dalle.evaluation.evaluator import Evaluator, Rank, keep_rows
 from dalle.evaluation.plan import Plan, check_settings, source_of
 from dalle.evaluation.results import FILE, find, publish, workplace
-from dalle.evaluation.subjects import subject_of
+from dalle.evaluation.targets import target_of
 from dalle.files import check_writable, explained, to_json, write_text
-from dalle.metrics.bootstrap import Figure, exact, of_mean
-from dalle.pictures import from_uint8, grid, save_png
-from dalle.processes import is_main_process, locked
-from dalle.training import check_machine, quiet
+from dalle.images import from_uint8, grid, save_png
+from dalle.instantiate import check_arguments, instantiate
+from dalle.machine import is_main_process
+from dalle.metrics.intervals import Figure, exact, of_mean
+from dalle.run_lock import check_name, locked
+from dalle.training.fit import check_machine, quiet
 
 TRAINER = ("accelerator", "strategy", "devices", "num_nodes", "plugins", "deterministic", "benchmark")
 
@@ -46,12 +46,12 @@ def evaluate(config: dict[str, Any]) -> Path | None:
         check_writable(Path(config["out"]), "folder with out=")
     check_machine(config)
     quiet()
-    warnings.filterwarnings("ignore", ".*predict returned None.*")  # on purpose: see `Looking`
+    warnings.filterwarnings("ignore", ".*predict returned None.*")  # on purpose: see `Evaluator`
 
-    subject = subject_of(config)
-    source = source_of(config, subject)
-    plan = Plan(config, subject, source)
-    home = Path(config["out"] or subject.home / "evaluations")
+    target = target_of(config)
+    source = source_of(config, target)
+    plan = Plan(config, target, source)
+    home = Path(config["out"] or target.home / "evaluations")
     if is_main_process():
         check_writable(home, "out")
         check_writable(Path(config["paths"]["cache"]), "paths.cache")
@@ -89,7 +89,7 @@ def look_and_publish(
     config: dict[str, Any], plan: Plan, home: Path, work: Path, taken: Path | None
 ) -> Path | None:
     """The part of all ranks; gives the folder of the result, on the first."""
-    looking = Looking(
+    looking = Evaluator(
         plan, Path(config["paths"]["cache"]), work, config["batch_size"], config["save_pictures"]
     )
     trainer = make_trainer(config)
@@ -120,12 +120,14 @@ def make_trainer(config: dict[str, Any]) -> lightning.Trainer:
     off = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "barebones": False,
            "enable_model_summary": False, "use_distributed_sampler": False}  # fmt: skip
     try:
-        return build({"_target_": "lightning.Trainer", **chosen, **off, "precision": "32-true"}, "trainer")
+        return instantiate(
+            {"_target_": "lightning.Trainer", **chosen, **off, "precision": "32-true"}, "trainer"
+        )
     except (ValueError, TypeError, MisconfigurationException) as error:
         raise UserError(f"trainer: {error}") from error
 
 
-def finish(plan: Plan, looking: Looking, pooled: dict[str, Any], work: Path) -> None:
+def finish(plan: Plan, looking: Evaluator, pooled: dict[str, Any], work: Path) -> None:
     """Computes the figures and writes everything into `work`."""
     result, rows = plan.result, pooled["rows"]
     for k, meter in enumerate(plan.meters):
@@ -136,15 +138,15 @@ def finish(plan: Plan, looking: Looking, pooled: dict[str, Any], work: Path) -> 
         result.figures |= meter.figures(rows.get(f"made {k}", {}), real, plan.captions)
         result.notes += meter.notes
     if rows.get("extra"):
-        result.figures |= plan.subject.figures(rows["extra"])
+        result.figures |= plan.target.figures(rows["extra"])
     if "speed" in plan.metrics:
         result.figures |= speed(pooled["seconds"], pooled["memory"])
     if "flops" in plan.metrics:
         result.figures["gflops_per_image"] = exact(flops(plan) / 1e9)
     if result.parameters:
         result.figures["parameters"] = exact(sum(result.parameters.values()))
-    if plan.subject.skipped:
-        result.figures["broken_pictures"] = exact(plan.subject.skipped)
+    if plan.target.skipped:
+        result.figures["broken_pictures"] = exact(plan.target.skipped)
     if shown := pooled["shown"]:
         images = torch.stack([from_uint8(shown[item]) for item in sorted(shown)])
         captions = plan.captions[: len(images)] or [""] * len(images)
@@ -172,5 +174,5 @@ def speed(ranks: list[list[tuple[float, int]]], memory: int) -> dict[str, Figure
 def flops(plan: Plan) -> int:
     """Floating point operations of the first picture, by the products that PyTorch counts."""
     with FlopCounterMode(display=False) as counter:
-        plan.subject.make(plan.source, [0], plan.captions[:1])
+        plan.target.make(plan.source, [0], plan.captions[:1])
     return counter.get_total_flops()

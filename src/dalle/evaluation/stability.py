@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
 
-from dalle.metrics.bootstrap import Figure
-from dalle.runs import Run
+from dalle.metrics.intervals import Figure
+from dalle.run_dir import Run
 
 BEFORE, DEVIATIONS = 20, 6.0
 LOSSES = ("train/loss", "train/loss_g", "train/loss_d")  # not those of parts of the time

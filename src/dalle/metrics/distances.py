@@ -15,7 +15,7 @@ from torch import Tensor
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
-from dalle.metrics.bootstrap import GROUPS, RESAMPLES, SEED, Figure, around, counts, jackknife, of_share
+from dalle.metrics.intervals import GROUPS, RESAMPLES, SEED, Figure, around, counts, jackknife, of_share
 
 SUBSETS, SUBSET_SIZE = 100, 1000  # of KID; with fewer pictures one subset is all of them
 SPLITS = 10  # of the inception score

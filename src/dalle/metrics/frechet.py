@@ -21,7 +21,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 
 from dalle.errors import UserError
-from dalle.pictures import from_uint8, to_uint8
+from dalle.images import from_uint8, to_uint8
 
 log = logging.getLogger(__name__)
 

@@ -22,10 +22,10 @@ from jaxtyping import Float
 from torch import Tensor, distributed
 from torchmetrics import Metric
 
+from dalle.images import from_uint8, to_uint8
 from dalle.metrics.clip_score import CLIPScore, ImageTextEmbedder
 from dalle.metrics.frechet import ImageEmbedder, frechet_distance
 from dalle.metrics.judge import Judge
-from dalle.pictures import from_uint8, to_uint8
 
 
 @runtime_checkable

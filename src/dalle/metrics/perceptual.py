@@ -19,7 +19,7 @@ from torchmetrics.functional.image.lpips import _NoTrainLpips
 
 from dalle.errors import UserError
 from dalle.finite import check_finite
-from dalle.pictures import from_uint8
+from dalle.images import from_uint8
 from dalle.ranges import File
 
 log = logging.getLogger(__name__)

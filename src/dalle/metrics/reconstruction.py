@@ -15,9 +15,9 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
+from dalle.images import from_uint8, to_uint8
 from dalle.metrics.frechet import FrechetDistance, find_inception
 from dalle.metrics.perceptual import RandomFeatures
-from dalle.pictures import from_uint8, to_uint8
 
 Judge = Callable[[Tensor, list[str]], dict[str, Tensor]]
 

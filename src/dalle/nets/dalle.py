@@ -3,8 +3,8 @@
 Attention is causal, or sparse in the picture as in App. B.1, and one softmax runs over text and picture.
 What differs from the paper: each kind of token has an output head of its own, which restricts the logits to
 its vocabulary without a mask; there is a start token; `style="llama"` gives the same class modern blocks;
-layers may read part of the token before and of the code above (`Shift`); and codes that are digits of finite
-scalars (Mentzer et al. 2023) share what their digits share.
+layers may read part of the token before and of the code above (`TokenShift`); and codes that are digits of
+finite scalars (Mentzer et al. 2023) share what their digits share.
 """
 
 import math
@@ -30,7 +30,7 @@ class Cache(NamedTuple):
     """What `DALLE.step` needs of the tokens before, for each layer, made once and overwritten in place.
 
     kv: keys and values at every position that is an input.
-    left, above: with a `Shift`, what attention and MLP take of the newest token and of the newest row.
+    left, above: with a `TokenShift`, what attention and MLP take of the newest token and of the newest row.
     """
 
     kv: Float[Tensor, "L 2 B H S e"]
@@ -57,7 +57,7 @@ def offsets(kind: str, grid: int, kernel: int) -> list[int]:
     return sorted({d for d in allowed[kind] if 0 <= d < codes})
 
 
-class Sight(nn.Module):
+class SparseMask(nn.Module):
     """What the layers of one sparse kind see: all text before and, of the picture, the codes at `steps`.
 
     mask (S, S), S = text_length + grid^2, is for whole streams. For one code at a time, whose query is of
@@ -89,7 +89,7 @@ def rotations(length: int, head_dim: int) -> Float[Tensor, "2 S d"]:
     return torch.stack((angle.cos(), angle.sin()))
 
 
-class Shift(nn.Module):
+class TokenShift(nn.Module):
     """A quarter of each token's channels become those of the token before, a quarter those of the code above
     (of a word: of the word before). What lies beyond an edge is 0.
 
@@ -202,7 +202,7 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """Pre-norm residual attention and MLP, each of the tokens themselves or of what `shift` makes of them."""
 
-    def __init__(self, width: int, heads: int, dropout: float | int, style: str, shift: Shift | None):
+    def __init__(self, width: int, heads: int, dropout: float | int, style: str, shift: TokenShift | None):
         super().__init__()
         llama = style == "llama"
         self.norm1, self.norm2 = norm(width, style), norm(width, style)
@@ -244,7 +244,7 @@ class Layer(nn.Module):
         return x + self.mlp(read(self.norm2(x), 1))
 
 
-class Digits(nn.Module):
+class FactorizedEmbedding(nn.Module):
     """What codes with a digit in common share: a vector for each level of each digit, to read and to write.
 
     Codes of finite scalar quantization are numbers of such digits, the least first. Neighbours in them look
@@ -286,14 +286,14 @@ class DALLE(nn.Module):
     Args:
         text_vocab, text_length: ids of the text tokenizer (without the paddings here), and the length T.
         image_vocab, grid: ids of the image tokenizer, and the side of its square of N = grid^2 codes.
-        image_levels: of the digits that its ids are made of (`Digits`), whose product is `image_vocab`; in
-            lists, of those that belong together.
+        image_levels: of the digits that its ids are made of (`FactorizedEmbedding`), whose product is
+            `image_vocab`; in lists, of those that belong together.
         attention: full, row, column, conv, or dalle, the paper's order of the sparse ones.
         kernel: side of the square that a conv layer sees, odd.
         style: gpt (LayerNorm, GELU, learned text positions) or llama (RMSNorm, SwiGLU, no biases, rotary
             over the stream in place of text positions). Both learn rows and columns, of which a rotation over
             the stream knows nothing.
-        shift: every layer reads part of the token before and of the code above (`Shift`).
+        shift: every layer reads part of the token before and of the code above (`TokenShift`).
         checkpoint: recompute each layer in the backward pass.
 
     Raises:
@@ -301,7 +301,7 @@ class DALLE(nn.Module):
     """
 
     layers: Any  # of Layer
-    sights: Any  # of Sight, by kind
+    sights: Any  # of SparseMask, by kind
     rotation: Float[Tensor, "2 S d"] | None
 
     def __init__(
@@ -346,17 +346,17 @@ class DALLE(nn.Module):
         self.image_embedding = nn.Embedding(image_vocab, width)
         self.text_position = nn.Embedding(text_length, width) if style == "gpt" else None
         self.row, self.column = nn.Embedding(grid, width), nn.Embedding(grid, width)
-        self.shift = Shift(text_length, grid, width) if shift else None
+        self.shift = TokenShift(text_length, grid, width) if shift else None
         self.layers = nn.ModuleList(Layer(width, heads, dropout, style, self.shift) for _ in range(depth))
         self.norm = norm(width, style)
         self.text_head = nn.Linear(width, text_vocab + text_length, bias=False)
         self.image_head = nn.Linear(width, image_vocab, bias=False)
-        self.digits = None if image_levels is None else Digits(image_levels, width)
+        self.digits = None if image_levels is None else FactorizedEmbedding(image_levels, width)
 
         self.kinds = layer_kinds(attention, depth)
         kinds = sorted(set(self.kinds) - {"full"})
         self.sights = nn.ModuleDict(
-            {kind: Sight(text_length, grid, offsets(kind, grid, kernel)) for kind in kinds}
+            {kind: SparseMask(text_length, grid, offsets(kind, grid, kernel)) for kind in kinds}
         )
         rotation = rotations(text_length + self.codes, width // heads) if style == "llama" else None
         self.register_buffer("rotation", rotation, persistent=False)

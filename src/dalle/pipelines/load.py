@@ -6,15 +6,15 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from dalle.build import build
+from dalle.data.embed_norm import EmbedNorm
 from dalle.data.frozen import Frozen, FrozenCLIP, weights_hash
-from dalle.data.norm import EmbedNorm
 from dalle.data.open_clip import load_open_clip
 from dalle.errors import UserError
+from dalle.instantiate import instantiate
 from dalle.pipelines.dalle import DallePipeline
 from dalle.pipelines.unclip import UnCLIP, check_norms
 from dalle.pipelines.unconditional import Unconditional
-from dalle.runs import Run, load_clip, load_image_tokenizer, load_stage
+from dalle.run_dir import Run, load_clip, load_image_tokenizer, load_stage
 from dalle.stages.base import Stage
 from dalle.trust import listed
 
@@ -138,8 +138,8 @@ def _node_of(run: Path, key: str, *needs: str) -> dict[str, Any]:
 def _clip_of(decoder: Path, clip: str | Path | None) -> tuple[FrozenCLIP, str]:
     """The CLIP at `clip`, else the run beside the decoder, else what the decoder's config names."""
     node = _node_of(decoder, "clip", "_target_") if clip is None else {}
-    if clip is None and node["_target_"] != "dalle.runs.load_clip":
-        made = build(node, f"{decoder / 'config.yaml'}: clip", listed)
+    if clip is None and node["_target_"] != "dalle.run_dir.load_clip":
+        made = instantiate(node, f"{decoder / 'config.yaml'}: clip", listed)
         if not isinstance(made, FrozenCLIP):
             raise UserError(f"{decoder / 'config.yaml'}: clip is no CLIP; restore it, or give clip yourself")
         return made, str(node.get("name", node["_target_"]))

@@ -13,12 +13,12 @@ import torch
 import yaml
 
 import dalle
-from dalle import records
+from dalle import schemas
 from dalle.errors import UserError
 from dalle.files import write_text
 from dalle.ranges import shown
 from dalle.reading import read_yaml, shaped
-from dalle.runs import Run
+from dalle.run_dir import Run
 
 SCHEMA = 2
 
@@ -34,7 +34,7 @@ def environment() -> dict[str, str | int]:
 
 
 @dataclass
-class Recipe:
+class SampleRecipe:
     """Everything that `sample.py` was told, resolved.
 
     Attributes:
@@ -76,7 +76,7 @@ class Recipe:
         return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=readable, width=100)
 
     @classmethod
-    def read(cls, path: str | Path) -> "Recipe":
+    def read(cls, path: str | Path) -> "SampleRecipe":
         """What `write` wrote, perhaps edited since.
 
         Raises:
@@ -95,7 +95,7 @@ class Recipe:
                 f"{path} is a recipe of schema {shown(content['schema'])}, this version reads {SCHEMA}; "
                 "sample anew"
             )
-        facts: Any = shaped(content, records.Recipe, path, advice)
+        facts: Any = shaped(content, schemas.SampleRecipe, path, advice)
         return cls(**facts)
 
     def find_runs(self, recipe: Path, folder: Path, given: Mapping[str, str | None]) -> dict[str, str]:

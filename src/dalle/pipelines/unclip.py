@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dalle.data.batch import Batch
-from dalle.data.norm import EmbedNorm
+from dalle.data.embed_norm import EmbedNorm
 from dalle.data.sources import mix
 from dalle.data.tokenizers import TextTokenizer
 from dalle.diffusion.noise import per_sample

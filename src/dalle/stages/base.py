@@ -18,8 +18,8 @@ from torch.nn.utils import clip_grad_norm_
 from dalle.data.batch import Batch
 from dalle.errors import UserError
 from dalle.finite import not_finite
-from dalle.stages.guard import PATIENCE, Diverged, Guard, worth_keeping
-from dalle.stages.optim import Recipe
+from dalle.optim.factory import OptimizerFactory
+from dalle.stages.nan_guard import PATIENCE, Diverged, Guard, worth_keeping
 
 VALIDATION_SEED = 20240229  # noise, times and dropped conditions are the same in every validation
 NO_NUMBER = "had a loss or a gradient that is no number"
@@ -31,10 +31,12 @@ class Stage(lightning.LightningModule):
     net: Any  # an nn.Module with an interface of its stage's own
     least_batch = 1  # pairs, pictures ... of a step, over all ranks
     makes_images = False  # whether `sample` gives pictures
-    clip: float | int | None = None  # trainer.gradient_clip_val of a stage that steps by itself: `descend`
+    clip: float | int | None = (
+        None  # trainer.gradient_clip_val of a stage that steps by itself: `manual_step`
+    )
     patience: int = PATIENCE  # steps in a row without numbers that end a run
 
-    def __init__(self, optimizer: Recipe | None = None) -> None:
+    def __init__(self, optimizer: OptimizerFactory | None = None) -> None:
         super().__init__()
         self.recipe, self.guard = optimizer, Guard()
 
@@ -181,7 +183,7 @@ class Stage(lightning.LightningModule):
         optimizer, schedule = self.recipe.build(self.net, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    # Stages with several optimizers set `automatic_optimization = False` and call `descend` in their own
+    # Stages with several optimizers set `automatic_optimization = False` and call `manual_step` in their own
     # `training_step`. Optimizer 0 is that of `net`: its steps are `trainer.global_step`.
 
     def check_trainer(self, trainer: Any) -> None:
@@ -217,7 +219,7 @@ class Stage(lightning.LightningModule):
             self.clip, trainer.gradient_clip_val = trainer.gradient_clip_val, None
         return []
 
-    def descend(self, loss: Tensor, net: nn.Module, which: int) -> Tensor:
+    def manual_step(self, loss: Tensor, net: nn.Module, which: int) -> Tensor:
         """One step of optimizer `which` and its schedule down the gradient of `loss` in the weights of `net`.
 
         Gradients of other networks that the loss runs through are neither computed nor kept.

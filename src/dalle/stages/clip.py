@@ -18,8 +18,8 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from dalle.data.batch import Batch
+from dalle.optim.factory import OptimizerFactory
 from dalle.stages.base import VALIDATION_SEED, Stage
-from dalle.stages.optim import Recipe
 
 LOGIT_SCALE_MAX = math.log(100)
 CANDIDATES = 256  # for each pair of a validation or test, itself included
@@ -123,7 +123,7 @@ class ClipStage(Stage):
     def __init__(
         self,
         net: nn.Module,
-        optimizer: Recipe | None = None,
+        optimizer: OptimizerFactory | None = None,
         retrieval: Metric | None = None,
         share_equal_captions: bool = True,
     ) -> None:

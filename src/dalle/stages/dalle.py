@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
+from dalle.autoregressive.sampling import OnStep, check_options, generate
 from dalle.data.batch import Batch
-from dalle.decoding import OnStep, check_options, generate
 from dalle.diffusion.samplers import Randn
+from dalle.optim.factory import OptimizerFactory
 from dalle.ranges import Fraction, Guidance, NonNegative, PositiveInt, Share, Weight
 from dalle.stages.base import Stage
-from dalle.stages.optim import Recipe
 
 
 class DalleStage(Stage):
@@ -41,7 +41,7 @@ class DalleStage(Stage):
     def __init__(
         self,
         net: nn.Module,
-        optimizer: Recipe | None = None,
+        optimizer: OptimizerFactory | None = None,
         text_weight: Weight = 1 / 8,
         image_weight: Weight = 7 / 8,
         text_dropout: Fraction = 0.1,

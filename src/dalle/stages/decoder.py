@@ -16,9 +16,9 @@ from dalle.data.batch import Batch
 from dalle.diffusion.denoiser import Denoiser
 from dalle.diffusion.guidance import Branch, guide, one_scale, threshold, two_scales
 from dalle.diffusion.samplers import OnStep, Randn, Sampler
+from dalle.optim.factory import OptimizerFactory
 from dalle.ranges import Fraction, Guidance
 from dalle.stages.base import Stage
-from dalle.stages.optim import Recipe
 
 CONDITIONS = ("image_embed", "text_embed", "text_hidden", "text_mask")
 
@@ -44,7 +44,7 @@ class DecoderStage(Stage):
         net: nn.Module,
         denoiser: Callable[[nn.Module], Denoiser],
         sampler: Sampler,
-        optimizer: Recipe | None = None,
+        optimizer: OptimizerFactory | None = None,
         image_dropout: Fraction = 0.1,
         text_dropout: Fraction = 0.5,
         guidance: Guidance = 2.0,

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from dalle.data.batch import Batch
 from dalle.errors import UserError
+from dalle.optim.factory import OptimizerFactory
 from dalle.ranges import Exponent, NonNegative, NonNegativeInt
 from dalle.stages.base import Stage
-from dalle.stages.optim import Recipe
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class DVAEStage(Stage):
         net: nn.Module,
         temperature: Ramp,
         kl_weight: Ramp,
-        optimizer: Recipe | None = None,
+        optimizer: OptimizerFactory | None = None,
         likelihood: Literal["laplace", "normal"] = "laplace",
         ln_b: Exponent | None = None,
     ) -> None:

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from dalle.data.batch import Batch
 from dalle.diffusion.samplers import Randn
+from dalle.optim.factory import OptimizerFactory
 from dalle.ranges import Decay, Depth, PositiveInt, Rate, Weight
 from dalle.stages.base import Stage
-from dalle.stages.optim import Recipe
 
 GENERATOR, DISCRIMINATOR = 0, 1  # the optimizers
 
@@ -52,7 +52,7 @@ class GanStage(Stage):
         self,
         net: nn.Module,
         discriminator: Callable[..., nn.Module],
-        optimizer: Recipe | None = None,
+        optimizer: OptimizerFactory | None = None,
         loss: Literal["nonsaturating", "hinge"] = "nonsaturating",
         conditioning: Literal["projection", "matching"] = "matching",
         r1_gamma: Weight = 1.0,
@@ -80,11 +80,11 @@ class GanStage(Stage):
             last = k == self.d_steps - 1
             drawn = fake if last else self.draw(batch)
             out = self.against(batch, drawn.detach())
-            out["grad_norm_d"] = self.descend(out["loss_d"], self.discriminator, DISCRIMINATOR)
+            out["grad_norm_d"] = self.manual_step(out["loss_d"], self.discriminator, DISCRIMINATOR)
             if self.r1_gamma and (self.global_step * self.d_steps + k) % self.r1_every == 0:
                 self.penalise(batch)
         out["loss_g"] = self.loss_g(self.discriminator(self.seen(fake), **text))
-        out["grad_norm_g"] = self.descend(out["loss_g"], self.net, GENERATOR)
+        out["grad_norm_g"] = self.manual_step(out["loss_g"], self.net, GENERATOR)
         out |= {"loss": out["loss_d"] + out["loss_g"], "loss_ratio": out["loss_d"] / out["loss_g"]}
         out = {key: value.detach() for key, value in {**out, "r1": self.r1}.items()}
         self.log_scalars("train", out, batch)
@@ -120,7 +120,7 @@ class GanStage(Stage):
             image = batch["image"].detach().requires_grad_()
             logits = self.discriminator(self.seen(image), **text_of(batch))
             penalty = r1(logits, image, self.r1_gamma)
-        self.descend(self.r1_every * penalty, self.discriminator, DISCRIMINATOR)
+        self.manual_step(self.r1_every * penalty, self.discriminator, DISCRIMINATOR)
         if not self.guard.left_out:
             self.r1 = penalty.detach()
 
@@ -140,7 +140,10 @@ class GanStage(Stage):
     def configure_optimizers(self) -> Any:
         generator = super().configure_optimizers()
         assert self.recipe is not None
-        steps, recipe = self.d_steps * self.trainer.estimated_stepping_batches, self.recipe.paced(self.d_lr)
+        steps, recipe = (
+            self.d_steps * self.trainer.estimated_stepping_batches,
+            self.recipe.scale_lr(self.d_lr),
+        )
         if self.r1_gamma:
             steps, recipe = steps * (1 + 1 / self.r1_every), lazy(recipe, self.r1_every)
         optimizer, schedule = recipe.build(self.discriminator, steps)
@@ -194,16 +197,16 @@ def r1(logits: Float[Tensor, "B"], image: Float[Tensor, "B 3 H W"], gamma: float
     return gamma / 2 * gradient.square().flatten(1).sum(1).mean()
 
 
-def lazy(recipe: Recipe, every: int) -> Recipe:
+def lazy(recipe: OptimizerFactory, every: int) -> OptimizerFactory:
     """The recipe of an optimizer that takes `every` + 1 steps where it took `every` (StyleGAN2, App. B).
 
     Learning rate times c and betas to the power of c, c = every / (every + 1), keep its pace.
     """
     c = every / (every + 1)
-    return recipe.paced(c, c)
+    return recipe.scale_lr(c, c)
 
 
-def with_first_beta(recipe: Recipe, beta: float | int) -> Recipe:
+def with_first_beta(recipe: OptimizerFactory, beta: float | int) -> OptimizerFactory:
     """A copy of the recipe with another decay of the first moment, where it has one."""
     made = copy.copy(recipe)
     if "betas" in recipe.options:

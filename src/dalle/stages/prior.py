@@ -16,13 +16,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dalle.data.batch import Batch
-from dalle.data.norm import EmbedNorm
+from dalle.data.embed_norm import EmbedNorm
 from dalle.diffusion.denoiser import Denoiser
 from dalle.diffusion.guidance import guide, one_scale
 from dalle.diffusion.samplers import Randn, Sampler
+from dalle.optim.factory import OptimizerFactory
 from dalle.ranges import Depth, Fraction, Guidance, NonNegativeInt
 from dalle.stages.base import Stage
-from dalle.stages.optim import Recipe
 
 
 class PriorStage(Stage):
@@ -45,7 +45,7 @@ class PriorStage(Stage):
         net: nn.Module,
         denoiser: Callable[[nn.Module], Denoiser],
         sampler: Sampler,
-        optimizer: Recipe | None = None,
+        optimizer: OptimizerFactory | None = None,
         text_dropout: Fraction = 0.1,
         guidance: Guidance = 1.0,
         candidates: Depth = 2,

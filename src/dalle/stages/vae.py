@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from dalle.data.batch import Batch
 from dalle.diffusion.samplers import Randn
+from dalle.optim.factory import OptimizerFactory
 from dalle.ranges import Weight
 from dalle.stages.base import Stage
-from dalle.stages.optim import Recipe
 
 
 def kl_to_normal(mean: Float[Tensor, "B Z"], log_variance: Float[Tensor, "B Z"]) -> Float[Tensor, "B"]:
@@ -54,7 +54,7 @@ class VAEStage(Stage):
     def __init__(
         self,
         net: nn.Module,
-        optimizer: Recipe | None = None,
+        optimizer: OptimizerFactory | None = None,
         likelihood: Literal["gaussian", "bce"] = "gaussian",
         kl_weight: Weight = 1.0,
     ) -> None:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from dalle.data.batch import Batch
 from dalle.errors import UserError
+from dalle.optim.factory import OptimizerFactory
 from dalle.ranges import NonNegativeInt, Weight
 from dalle.stages.base import Stage
-from dalle.stages.optim import Recipe
 
 AUTOENCODER, DISCRIMINATOR = 0, 1  # the optimizers
 
@@ -47,7 +47,7 @@ class VQGANStage(Stage):
         net: nn.Module,
         discriminator: nn.Module,
         perceptual: Callable[[], nn.Module],
-        optimizer: Recipe | None = None,
+        optimizer: OptimizerFactory | None = None,
         pixel_loss: Literal["l1", "mse"] = "l1",
         perceptual_weight: Weight = 1.0,
         adversarial_weight: Weight = 0.8,
@@ -105,10 +105,10 @@ class VQGANStage(Stage):
             out["adversarial"] = -self.discriminator(made).mean()
             out["adaptive_weight"] = adaptive_weight(out["nll"], out["adversarial"], self.net.outlet.weight)
             loss = loss + self.adversarial_weight * out["adaptive_weight"] * out["adversarial"]
-        out["grad_norm"] = self.descend(loss, self.net, AUTOENCODER)
+        out["grad_norm"] = self.manual_step(loss, self.net, AUTOENCODER)
         if joined:
             out["loss_d"] = hinge(self.discriminator(batch["image"]), self.discriminator(made.detach()))
-            out["grad_norm_d"] = self.descend(out["loss_d"], self.discriminator, DISCRIMINATOR)
+            out["grad_norm_d"] = self.manual_step(out["loss_d"], self.discriminator, DISCRIMINATOR)
         out = {key: value.detach() for key, value in {"loss": loss, **out}.items()}
         self.log_scalars("train", out, batch)
         return out

@@ -1,0 +1,177 @@
+"""What the entry points share: a mistake is one clear line and exit code 1, never a traceback.
+
+What was no user's mistake is a line as well, which says so. ``debug=true`` on the command line shows where.
+"""
+
+import contextlib
+import os
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dalle.errors import UserError, instead, nearest, printable
+from dalle.launch.overrides import quote
+from dalle.launch.processes import REASON, STOPPED
+
+BUG = "this is a bug in dalle, not a mistake of yours"
+
+
+def run(main: Callable[[], None]) -> None:
+    """Calls a Hydra main function and turns what a user can fix into one line on stderr."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra's own report is long; this makes it raise instead
+    plain = {"debug=true": "debug=traceback", "debug=false": "debug=none"}  # `debug` is a config group
+    script, *arguments = [plain.get(argument, quoted(argument)) for argument in sys.argv]
+    arguments.sort(key=lambda argument: argument not in ("-m", "--multirun"))  # argparse wants them together
+    sys.argv = [script, *arguments]
+    shown = any(re.match(r"\+?debug=(?!none)", a) for a in sys.argv)
+    warnings.formatwarning = warning
+    try:
+        check_words(arguments, groups(Path(script).resolve().parent / "conf"))
+        main()
+    except KeyboardInterrupt:
+        _leave(STOPPED)
+        sys.exit(f"\n{STOPPED}")
+    except Exception as error:
+        line = said(error)
+        _leave(line if BUG not in line else f"{type(error).__name__}: {one_line(error)}")
+        if shown and not getattr(error, "missing_cfg_file", None):  # nor is debug=foo one
+            raise
+        sys.exit(printable(f"error: {line}"))
+
+
+def warning(message: Any, category: Any, filename: str, lineno: int, line: str | None = None) -> str:
+    """A warning's text as in Python, but without what file names in it could do to a terminal."""
+    return printable(f"{filename}:{lineno}: {category.__name__}: {message}\n")
+
+
+def said(error: Exception) -> str:
+    """The line for whatever has gone wrong."""
+    if _is_users(error):
+        return one_line(error)
+    text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    if isinstance(error, MemoryError) or re.search(r"OutOfMemoryError|can't allocate memory", text):
+        return f"not enough memory ({text[:120]}); a smaller batch_size, picture or network needs less"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, RecursionError):
+        return "a setting refers to itself"
+    return f"{BUG}: {text} (debug=true shows where); please report it with the command"
+
+
+def groups(conf: Path) -> dict[str, list[str]]:
+    """The config groups and the choices of each."""
+    found: dict[str, list[str]] = {}
+    for path in sorted(conf.glob("*/**/*.yaml")):
+        found.setdefault(path.parent.relative_to(conf).as_posix(), []).append(path.stem)
+    return found
+
+
+def check_words(arguments: Sequence[str], choices: Mapping[str, list[str]]) -> None:
+    """Refuses what Hydra takes without doing what it says, and what it cannot take.
+
+    Raises:
+        UserError: a group without a choice, or with several where they are alternatives; a setting to ``{}``,
+            which leaves it as it is.
+    """
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        value = value.strip()
+        if key in choices and re.fullmatch(r"[-+]?(\d[\w.+-]*|nan|inf)|true|false|null|None|~|", value, re.I):
+            raise UserError(f"{argument}: choose one of {', '.join(choices[key])}")
+        if key in choices and value.startswith(("[", "{")) and key not in ("callbacks", "logger"):
+            raise UserError(f"{argument}: {key} is one of {', '.join(choices[key])}, not several at once")
+        if re.fullmatch(r"\{\s*\}", value) and not key.startswith(("+", "~")):
+            raise UserError(f"{argument} leaves {key} as it is; name what is to change in it")
+
+
+def _leave(reason: str) -> None:
+    """Tells a sweep that has started this process why it ends; of several processes the first counts."""
+    if path := os.environ.get(REASON):
+        with contextlib.suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:
+            file.write(reason)
+
+
+def quoted(argument: str) -> str:
+    """A prompt is plain text: commas, quotes, braces in it are not Hydra's; and a name may be a number.
+
+    Lists, and values that are quoted as a whole, stay as they are.
+    """
+    key, equals, value = argument.partition("=")
+    if key == "name":  # of one run, or of several jobs
+        return key + equals + re.sub(r"(?<![^,])[-+]?\.?\d[\w.+-]*(?![^,])", r"'\g<0>'", value)
+    if key.lstrip("+") != "prompt" or not equals or value in ("", "null"):
+        return argument
+    if len(value) > 1 and value[0] + value[-1] in ("[]", "''", '""'):
+        return argument
+    return f"{key}={quote(value)}"
+
+
+def _is_users(error: Exception) -> bool:
+    """Hydra raises plain ValueErrors, too, for what is written on a command line."""
+    if isinstance(error, UserError) or type(error).__module__.startswith(("hydra.", "omegaconf.")):
+        return True
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return bool(frames) and frames[-1][0].f_globals.get("__name__", "").startswith(("hydra.", "omegaconf."))
+
+
+def one_line(error: Exception) -> str:
+    """What is wrong and what to do about it, on one line.
+
+    Hydra's errors come with their facts as attributes, their own or of what caused them; they are read here
+    without importing it.
+    """
+    message = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return message
+    facts = {**vars(error.__cause__), **vars(error)} if error.__cause__ else vars(error)
+    key = facts.get("full_key")
+    if written := facts.get("override"):
+        return (
+            f"{written!r} cannot be read; write key=value, or key=\"'some text'\" for text that holds signs"
+        )
+    if "/" in (wanted := facts.get("missing_cfg_file") or ""):
+        group, _, name = wanted.rpartition("/")
+        more = "; pip install 'dalle[sweeps]' brings others" if group == "hydra/launcher" else ""
+        return f"there is no {group}={name}{instead(name, facts['options'] or [], group + '=')}{more}"
+    if key and re.match(r"Key '.*' (is )?not in ", str(facts.get("msg"))):
+        return f"there is no setting {key}{_settings(key, facts['parent_node'] or {})}"
+    if several := re.search(r"Ambiguous value for argument '(.*?)'", message):
+        return f"{several[1]}: several values are several jobs; say so with -m"
+    if key and "Missing mandatory value" in message:
+        return f"{key} is needed: give it as {key}=VALUE"
+    return re.sub(r" (To append to your|See https?:|full_key:|Config search path:) ?.*", "", message)
+
+
+def _settings(key: str, node: Mapping[str, Any]) -> str:
+    """What a setting that `node` does not have may have meant: a group (``model/nte``), the same name deeper
+    in it (``lr``), or a neighbour.
+    """
+    place, dot, wrong = key.rpartition(".")
+    paths = _paths(node)
+    if "/" in wrong:
+        groups = [path.replace(".", "/") for path in paths if path.count(".") == wrong.count("/")]
+        meant = nearest(wrong, groups)
+    else:
+        same = [path for path in paths if path.endswith("." + wrong)]
+        meant = [path for path in same if path.count(".") == min(p.count(".") for p in same)]
+    return instead(wrong, [path for path in paths if "." not in path], place + dot, meant[:3])
+
+
+def _paths(node: Mapping[str, Any]) -> list[str]:
+    """Every setting in a config, by its dotted path."""
+    found = []
+    for name in node:
+        if name.startswith("_") or name == "hydra":
+            continue
+        found.append(name)
+        try:
+            value = node[name]
+        except Exception:  # not given yet, or about something that is not known yet
+            continue
+        if isinstance(value, Mapping):
+            found += [f"{name}.{path}" for path in _paths(value)]
+    return found

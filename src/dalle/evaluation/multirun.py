@@ -1,0 +1,116 @@
+"""Evaluations one after another, each in a process of its own, and what is made of them together.
+
+A process of its own gives each its own peak memory, and nothing that DDP leaves behind. What is done stays
+done: started again, finished evaluations are found and not repeated.
+"""
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dalle.errors import UserError
+from dalle.evaluation.report import as_text, write_report
+from dalle.evaluation.results import FILE, Result
+from dalle.evaluation.run import evaluate
+from dalle.evaluation.stability import stability
+from dalle.evaluation.targets import MAIN
+from dalle.launch.processes import REASON, STOPPED, call
+from dalle.pipelines.sampling import REQUESTS, next_folder
+from dalle.run_dir import Run
+
+
+def one(config: dict[str, Any]) -> None:
+    """Evaluates and shows the figures."""
+    if folder := evaluate(config):
+        print(as_text(Result.read(folder)))
+        print(f"\nprotocol and figures: {folder / FILE}")
+
+
+def sweep(script: str, configs: Sequence[dict[str, Any]], overrides: Sequence[list[str]]) -> None:
+    """All jobs of `-m`, then a table and a report of them."""
+    if configs[0]["compare"]:
+        raise UserError("compare= measures several pipelines by itself; leave out -m")
+    results, failed = run_all(script, overrides)
+    home = Path(configs[0]["paths"]["logs"], configs[0]["name"], "reports")
+    conclude(results, failed, home, " ".join(dict.fromkeys(word for words in overrides for word in words)))
+
+
+def compare(script: str, config: dict[str, Any], overrides: Sequence[str]) -> None:
+    """All pipelines in the folders of `compare`, measured alike, in one table with what their training was
+    like.
+    """
+    families = [pair for entry in entries(config["compare"]) for pair in families_of(entry)]
+    shared = [
+        word for word in overrides if not word.startswith(("compare=", "pipeline=", "name=", "paths.logs="))
+    ]
+    if not config["scorer"]:  # one CLIP for all: the first there is
+        clips = [folders[0] / "clip" for _, folders in families if Run(folders[0] / "clip").finished]
+        shared += [f"scorer='{clips[0]}'"] if clips else []
+    shared += [f"paths.cache='{config['paths']['cache']}'"]
+    jobs = [
+        [*shared, f"pipeline={kind}", f"name='{folders[0].name}'", f"paths.logs='{folders[0].parent}'"]
+        for kind, folders in families
+    ]
+    results, failed = [], []
+    for job, (kind, folders) in zip(jobs, families, strict=True):
+        found, missing = run_all(script, [job])
+        for result in found:
+            stages = [Path(path).name for path in result.target["paths"].values()]
+            result.figures |= stability(folders, MAIN.get(kind, kind), stages)
+        results, failed = results + found, failed + missing
+    home = Path(config["paths"]["logs"], "comparisons")
+    conclude(results, failed, home, f"compare={','.join(entries(config['compare']))}")
+
+
+def entries(given: str | list[Any]) -> list[str]:
+    return [str(entry) for entry in (given if isinstance(given, list) else given.split(","))]
+
+
+def families_of(entry: str) -> list[tuple[str, list[Path]]]:
+    """The pipelines whose stages are in a folder, with all folders that the entry stands for (its seeds)."""
+    path = Path(entry)
+    folders = sorted(path.parent.glob(path.name)) if "*" in path.name else [path]
+    if not folders or not folders[0].is_dir():
+        raise UserError(f"compare: there is no folder {entry}")
+    kinds = [kind for kind in REQUESTS if Run(folders[0] / MAIN.get(kind, kind)).finished]
+    if not kinds:
+        stages = ", ".join(MAIN.get(kind, kind) for kind in REQUESTS)
+        raise UserError(
+            f"compare: {folders[0]} holds no finished run of {stages}; train one, or leave it out"
+        )
+    return [(kind, folders) for kind in kinds]
+
+
+def run_all(script: str, jobs: Sequence[Sequence[str]]) -> tuple[list[Result], list[str]]:
+    """The results of the jobs that ended well, and a line for each that did not.
+
+    Raises:
+        KeyboardInterrupt: one was stopped by Ctrl-C.
+    """
+    results, failed = [], []
+    with tempfile.TemporaryDirectory() as scratch:
+        for k, overrides in enumerate(jobs):
+            print(f"[{k + 1}/{len(jobs)}] {' '.join(overrides)}", flush=True)
+            note, reason = Path(scratch, f"{k}.note"), Path(scratch, f"{k}.reason")
+            code = call([sys.executable, script, *overrides, f"note='{note}'"], None, **{REASON: str(reason)})
+            why = reason.read_text(encoding="utf-8") if reason.exists() else f"ended with code {code}"
+            if code and why == STOPPED:
+                raise KeyboardInterrupt
+            if code or not note.exists():
+                failed.append(f"{' '.join(overrides)}: {why}")
+            else:
+                results.append(Result.read(note.read_text(encoding="utf-8").splitlines()[-1]))
+    return results, failed
+
+
+def conclude(results: list[Result], failed: list[str], home: Path, command: str) -> None:
+    """Leaves the report and shows its table."""
+    if results:
+        folder = write_report(results, next_folder(home), f"evaluate.py {command}", failed)
+        print((folder / "table.md").read_text(encoding="utf-8"))
+        print(f"report: {folder / 'report.html'}, figures: {folder / 'figures.csv'}")
+    if failed:
+        jobs = len(results) + len(failed)
+        raise UserError(f"{len(failed)} of {jobs} evaluations failed; the first: {failed[0]}")

@@ -1,0 +1,312 @@
+"""What can be evaluated: a pipeline, an image tokenizer, a CLIP, a folder of pictures.
+
+The only place that knows how they differ. Each makes picture number i of a list, whatever part of the list a
+process is given.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from lightning.pytorch.utilities import rank_zero_warn
+from PIL import Image
+from torch import Tensor, nn
+from torchmetrics.functional.image import (
+    peak_signal_noise_ratio,
+    structural_similarity_index_measure,
+)
+
+from dalle.data.caption_files import CaptionFiles
+from dalle.data.file_listing import list_files
+from dalle.data.frozen import FrozenCLIP, FrozenTokenizer
+from dalle.data.image_files import FILTER, SUFFIXES, BadPicture, inspect, read
+from dalle.data.imagefolder import ImageFolder
+from dalle.data.scenes import COLOURS, SHAPES
+from dalle.data.shapes import Shapes
+from dalle.data.sources import Source, captions_of
+from dalle.errors import UserError
+from dalle.evaluation.metrics import Classes, Rows
+from dalle.evaluation.results import identity
+from dalle.evaluation.seen_captions import captions_read
+from dalle.images import from_uint8, to_uint8
+from dalle.metrics.codebook_usage import code_use
+from dalle.metrics.intervals import Figure, exact, of_mean
+from dalle.pipelines.load import load_any_clip
+from dalle.pipelines.recipe import SampleRecipe
+from dalle.pipelines.sampling import arguments, kind_of, make_recipe
+from dalle.pipelines.unconditional import Unconditional
+from dalle.run_dir import IMAGE_TOKENIZERS, Run, load_clip, load_image_tokenizer
+
+MAX_PIXELS = 64_000_000
+NAMED = 3  # files named in a message
+
+
+class Target:
+    """What is measured.
+
+    Attributes:
+        home: the folder of evaluations.
+        facts: what tells it and its settings apart, for the result; `paths` are for the reader alone.
+        image_size: of its pictures; real ones are read at it.
+        data: where the real pictures come from, as its run's config says; None: that must be given.
+        clip: its own, to score it where no other is given.
+        makes: whether it makes pictures. `captioned`: whether these belong to captions.
+        prefix: of the names of distances: `rfid`.
+        pictures: how many there are; None: as many as are asked for.
+        metrics: what can be measured. `skipped`: broken pictures. `notes`: what to know of its figures.
+        captions_read: gives the captions of `shapes` that its trainings read; None: that is not known.
+    """
+
+    home: Path
+    facts: dict[str, Any]
+    image_size: int
+    data: dict[str, Any] | None = None
+    clip: FrozenCLIP | None = None
+    module: nn.Module
+    parameters: dict[str, int]
+    makes = captioned = True
+    prefix = ""
+    pictures: int | None = None
+    metrics: tuple[str, ...] = ("fid", "kid", "fid_infinity", "inception", "precision_recall")
+    skipped = 0
+    captions_read: Callable[[], set[str]] | None = None
+    notes: tuple[str, ...] = ()
+
+    def captions(self, source: Source, n: int) -> list[str]:
+        """Of the pictures 0 .. n-1: the first caption of each item of the split."""
+        return [some[0] for some in captions_of(source, range(n))] if self.captioned else []
+
+    def make(
+        self, source: Source, items: list[int], captions: list[str]
+    ) -> tuple[Float[Tensor, "B 3 H W"], Rows]:
+        """These pictures in [-1, 1], and whatever else is measured on the way."""
+        raise NotImplementedError
+
+    def figures(self, rows: Rows) -> dict[str, Figure]:
+        """Of what `make` measured on the way, and of the target itself."""
+        return {}
+
+
+class Pipeline(Target):
+    """Text to image: any of `sampling.REQUESTS`."""
+
+    metrics = (*Target.metrics, "clip_score", "retrieval", "hard_negatives", "judge", "speed", "flops")
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        kind = config["pipeline"].get("kind")
+        for setting in ("prime", "previews"):
+            if config.get(setting):
+                raise UserError(f"{setting} is for sample.py; evaluate.py draws whole pictures from captions")
+        unused = {"prompt": None, "prompts": None, "n": 1, "device": "auto", "out": None, "recipe": None}
+        request = kind_of(kind, "pipeline.kind").of({**config, **unused})
+        self.recipe = make_recipe(request, [])
+        self.options = {stage: arguments(node, stage) for stage, node in self.recipe.options.items()}
+        loaded = request.load(request.runs())
+        self.draw, self.module, self.parameters = request.draw, loaded.pipeline, loaded.parameters
+        self.clip = getattr(loaded.pipeline, "clip", None)
+        self.home = Path(config["paths"]["logs"], config["name"])
+        main = Run(Path(loaded.paths[MAIN.get(kind, str(kind))]))
+        self.image_size, self.data = loaded.pipeline.image_size, main.source()
+        if not isinstance(loaded.pipeline, Unconditional):
+            self.captions_read = partial(captions_read, loaded.paths)
+        if isinstance(loaded.pipeline, Unconditional):
+            self.notes = (f"{kind} reads no captions: what is said of them is how often chance has it right",)
+        self.facts = {
+            "kind": kind,
+            "weights": loaded.weights,
+            "paths": loaded.paths,
+            "options": self.recipe.options,
+            "precision": self.recipe.precision,
+            "batch_size": self.recipe.batch_size,
+        }
+
+    def make(
+        self, source: Source, items: list[int], captions: list[str]
+    ) -> tuple[Float[Tensor, "B 3 H W"], Rows]:
+        recipe = replace(self.recipe, prompts=captions)
+        return self.draw(self.module, recipe, self.options, numbers=items)[:, -1], {}
+
+
+MAIN = {"unclip": "decoder"}  # the stage that makes the pictures, where it is not called as the pipeline
+
+
+class Tokenizer(Target):
+    """A dVAE or VQGAN: pictures after their way through the codes."""
+
+    metrics = (*Target.metrics, "judge", "reconstruction")
+    prefix = "r"
+
+    def __init__(self, path: str) -> None:
+        self.module: FrozenTokenizer = load_image_tokenizer(path)
+        run = Run(Path(path))
+        self.home, self.data = run.path.parent, run.source()
+        self.image_size = self.module.image_size
+        self.parameters = {run.manifest()["stage"]: sum(p.numel() for p in self.module.parameters())}
+        stage = run.manifest()["stage"]
+        self.facts = {"kind": stage, "weights": {stage: self.module.weights_hash}, "paths": {stage: path}}
+
+    def make(
+        self, source: Source, items: list[int], captions: list[str]
+    ) -> tuple[Float[Tensor, "B 3 H W"], Rows]:
+        device = next(self.module.parameters()).device
+        real = source.images(items).to(device)
+        codes = self.module.encode(real)
+        made = self.module.decode(codes)
+        pair = to_uint8(made).float(), to_uint8(real).float()
+        noise = peak_signal_noise_ratio(*pair, data_range=255.0, reduction="none", dim=(1, 2, 3))
+        likeness = structural_similarity_index_measure(*pair, data_range=255.0, reduction="none")
+        assert isinstance(likeness, Tensor)
+        return made, {"psnr": noise, "ssim": likeness.reshape(-1), "codes": codes}
+
+    def figures(self, rows: Rows) -> dict[str, Figure]:
+        means = {name: of_mean(rows[name]) for name in ("psnr", "ssim")}
+        use = code_use(torch.bincount(rows["codes"].flatten(), minlength=self.module.vocab_size))
+        return means | {name: exact(value.item()) for name, value in use.items()}
+
+
+class Clip(Target):
+    """A CLIP: nothing is made, real pictures are looked at."""
+
+    makes = False
+    metrics = ("retrieval", "zero_shot")
+
+    def __init__(self, path: str) -> None:
+        self.clip = self.module = load_clip(path)
+        run = Run(Path(path))
+        self.home, self.data = run.path.parent, run.source()
+        self.image_size = run.manifest("image_size")["image_size"]
+        self.parameters = {"clip": sum(p.numel() for p in self.module.parameters())}
+        self.facts = {"kind": "clip", "weights": {"clip": self.clip.weights_hash}, "paths": {"clip": path}}
+
+
+class Folder(Target):
+    """Pictures from wherever, all of one size, read again as they are.
+
+    Captions come from the recipe of sample.py, else as in a folder of training pictures; they are used where
+    every picture has one. Broken pictures are left out, and counted.
+    """
+
+    metrics = (*Target.metrics, "clip_score", "retrieval", "hard_negatives", "judge")
+
+    def __init__(self, folder: str, home: Path, image_size: int | None) -> None:
+        root = Path(folder).expanduser()
+        if not root.is_dir():
+            raise UserError(f"folder={folder} {'is not a folder' if root.exists() else 'does not exist'}")
+        sizes: dict[str, tuple[int, int]] = {}
+        digests: dict[str, str] = {}
+        broken = []
+        recipe = SampleRecipe.read(root / "recipe.yaml") if (root / "recipe.yaml").is_file() else None
+        for path in sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES):
+            if recipe and not re.fullmatch(r"\d+-\d+", path.stem):
+                continue  # a grid
+            name = path.relative_to(root).as_posix()
+            try:
+                digests[name] = inspect(path, MAX_PIXELS).digest
+                with Image.open(path) as image:
+                    image.load()
+                    sizes[name] = image.size
+            except (BadPicture, OSError, SyntaxError, ValueError):
+                digests.pop(name, None)
+                broken.append(name)
+        if not sizes:
+            found = f"{len(broken)} pictures, all broken" if broken else "none"
+            raise UserError(f"folder={folder} has no picture that can be read; found {found}")
+        self.skipped = len(broken)
+        if broken:
+            names = ", ".join(broken[:NAMED]) + (", ..." if len(broken) > NAMED else "")
+            rank_zero_warn(f"{root}: {len(sizes)} pictures are used; {len(broken)} are broken ({names})")
+        self.root, self.names, self.pictures = root, list(sizes), len(sizes)
+        self.image_size = image_size or self._one_size(sizes)
+        self.texts = self._captions(recipe)
+        self.captioned = bool(self.texts)
+        self.home, self.module, self.parameters = home, nn.Module(), {}
+        content = [
+            [name, digests[name], self.texts[i] if self.texts else None] for i, name in enumerate(sizes)
+        ]
+        self.facts = {"kind": "folder", "content": identity(content), "paths": {"folder": folder}}
+        if image_size:
+            self.facts["resized"] = f"to {image_size} px, {FILTER.name.lower()}, middle square"
+
+    @staticmethod
+    def _one_size(sizes: dict[str, tuple[int, int]]) -> int:
+        (first, (width, height)), *others = sizes.items()
+        other = next(((name, size) for name, size in others if size != (width, height)), None)
+        if other or width != height:
+            what = f"{width}x{height} ({first})" + (
+                f" and {other[1][0]}x{other[1][1]} ({other[0]})" if other else ""
+            )
+            raise UserError(
+                f"the pictures are of {what}, and only squares of one size compare; "
+                f"image_size={min(width, height)} resizes all of them"
+            )
+        return width
+
+    def _captions(self, recipe: SampleRecipe | None) -> list[str]:
+        if recipe:
+            return [recipe.prompts[int(Path(name).stem.split("-")[0])] for name in self.names]
+        files = {name: size for name, size, _ in list_files(self.root).files}
+        found = CaptionFiles()(self.root, self.names, files).captions
+        return [found[name][0] for name in self.names] if all(found.get(name) for name in self.names) else []
+
+    def captions(self, source: Source, n: int) -> list[str]:
+        return self.texts[:n]
+
+    def make(
+        self, source: Source, items: list[int], captions: list[str]
+    ) -> tuple[Float[Tensor, "B 3 H W"], Rows]:
+        pixels = [read(self.root / self.names[i], self.image_size, 1, MAX_PIXELS) for i in items]
+        return from_uint8(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)), {}
+
+
+def target_of(config: dict[str, Any]) -> Target:
+    """What `run`, `folder` or `pipeline` name.
+
+    Raises:
+        UserError: several of them, a run of a stage that is part of a pipeline only, runs that are missing.
+    """
+    run, folder = config["run"], config["folder"]
+    if run and folder:
+        raise UserError("give run= or folder=, not both")
+    if folder:
+        home = Path(config["paths"]["logs"], config["name"])
+        return Folder(folder, home, config["image_size"])
+    if config["image_size"]:
+        raise UserError("image_size is for a folder; trained networks have a size of their own")
+    if not run:
+        return Pipeline(config)
+    stage = Run(Path(run)).manifest("stage")["stage"]
+    if stage == "clip":
+        return Clip(run)
+    if stage in IMAGE_TOKENIZERS:
+        return Tokenizer(run)
+    raise UserError(
+        f"run={run} holds a {stage}, which is measured as part of a pipeline: give pipeline= and name="
+    )
+
+
+def scorer_of(config: dict[str, Any], target: Target) -> FrozenCLIP | None:
+    """The CLIP of `scorer`, else the target's own, else the one beside its runs; None without any."""
+    if config["scorer"]:
+        return load_any_clip(config["scorer"])
+    beside = target.home / "clip"
+    return target.clip or (load_clip(beside) if Run(beside).finished else None)
+
+
+def classes_of(source: Source, items: range) -> Classes | None:
+    """The classes of pictures, as sentences: of class folders, or a colour and a shape of `shapes`."""
+    if isinstance(source, Shapes):
+        scenes = source.scenes(items)
+        sentences = [(f"a {colour} {shape}",) for colour in COLOURS for shape in SHAPES]
+        label = scenes.colour[:, 0] * len(SHAPES) + scenes.shape[:, 0]
+        return sentences, label.where(scenes.count == 1, -1)
+    if isinstance(source, ImageFolder):
+        captions = [tuple(source.captions(item)) for item in items]
+        sentences = sorted(set(captions))
+        return sentences, torch.tensor([sentences.index(caption) for caption in captions])
+    return None

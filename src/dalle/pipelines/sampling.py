@@ -1,0 +1,446 @@
+"""One sampling: from a resolved config, or a recipe, to pictures with the recipe that makes them again.
+
+Every pipeline has a class of requests: what it can be told, how that becomes a recipe, and how the recipe is
+carried out.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dalle.data.image_files import BadPicture, read
+from dalle.errors import UserError
+from dalle.files import check_writable
+from dalle.images import from_uint8, grid, save_png, to_pil
+from dalle.instantiate import check_arguments, instantiate
+from dalle.machine import fast_in_bf16, pick_device
+from dalle.pipelines.load import PUBLIC, Loaded, load_dalle, load_gan, load_unclip, load_vae
+from dalle.pipelines.recipe import SampleRecipe
+from dalle.ranges import (
+    Guidance,
+    NonNegative,
+    NonNegativeInt,
+    PositiveInt,
+    Seed,
+    Share,
+    Steps,
+    Text,
+    fits,
+    misfit,
+    shown,
+)
+from dalle.reading import read_text
+from dalle.run_dir import Run
+from dalle.run_lock import check_name
+from dalle.trust import listed
+
+MAX_PIXELS = 64_000_000  # of a picture to be completed
+OPTIONS: dict[str, Any] = {  # of stages, where they are given in words and numbers
+    "guidance": Guidance,
+    "text_guidance": Guidance,
+    "temperature": NonNegative,
+    "top_k": PositiveInt,
+    "top_p": Share,
+    "candidates": PositiveInt,
+    "prefix": list[NonNegativeInt],
+}
+RUNS = ("clip", "prior", "decoder", "dalle", "image_tokenizer", "gan", "vae")  # that pipelines are made of
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """What is wanted, of whatever pipeline: the settings of conf/sample.yaml, which says what each means."""
+
+    pipeline: dict[str, Any]
+    paths: dict[str, Any]
+    name: str
+    prompt: str | list[str | int | float] | None
+    prompts: Text | None
+    n: PositiveInt
+    seed: Seed
+    guidance: Guidance | None
+    batch_size: PositiveInt
+    precision: Literal["auto", "32-true", "bf16-mixed"]
+    device: Literal["auto", "cpu", "cuda"]
+    truncate: bool
+    out: Text | None
+    recipe: Text | None
+
+    main: ClassVar[str]  # the stage that draws the pictures
+    takes: ClassVar[Mapping[str, Sequence[str]]] = {}  # by stage, what it can be told
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> "SamplingConfig":
+        """Raises UserError for a setting of a wrong type."""
+        settings = {field.name: config[field.name] for field in fields(cls)}
+        check_arguments(cls, settings, "", partial_call=False)
+        for name, path in settings["pipeline"].items():
+            if name in RUNS and not fits(path, Text if name == cls.main else Text | None):
+                raise UserError(f"pipeline.{name} must be the directory of a run, got {shown(path)}")
+        return cls(**settings)
+
+    def prompts_read(self) -> list[str]:
+        """The prompts themselves."""
+        return read_prompts(self.prompt, self.prompts)
+
+    def runs(self) -> dict[str, str | None]:
+        """Where the stages are."""
+        raise NotImplementedError
+
+    def options(self) -> dict[str, dict[str, Any]]:
+        """What the stages are told."""
+        raise NotImplementedError
+
+    def complete(self, recipe: SampleRecipe, loaded: Loaded) -> SampleRecipe:
+        """Adds what is known only once the stages are there."""
+        return recipe
+
+    @staticmethod
+    def load(runs: Mapping[str, str | None]) -> Loaded:
+        """The pipeline of these stages."""
+        raise NotImplementedError
+
+    @staticmethod
+    def draw(
+        pipeline: Any, recipe: SampleRecipe, options: dict[str, dict[str, Any]], **more: Any
+    ) -> Float[Tensor, "N F 3 H W"]:
+        """The recipe's pictures, each as it came about: the last of F is the one that was asked for.
+
+        `more` goes to the pipeline's method.
+        """
+        settings = {"n": recipe.n, "seed": recipe.seed, "batch_size": recipe.batch_size}
+        images = pipeline.sample(
+            recipe.prompts,
+            **settings,
+            precision=recipe.precision,
+            truncate=recipe.truncate,
+            **options,
+            **more,
+        )
+        return images[:, None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnclipSamplingConfig(SamplingConfig):
+    """DALL-E 2: conf/pipeline/unclip.yaml."""
+
+    sampler: dict[str, Any]
+    steps: Steps | None
+    text_guidance: Guidance | None
+
+    main = "decoder"
+    takes: ClassVar = {
+        "prior": ("sampler", "guidance", "candidates"),
+        "decoder": ("sampler", "guidance", "text_guidance"),
+    }
+
+    def runs(self) -> dict[str, str | None]:
+        return {name: self.pipeline[name] for name in ("clip", "prior", "decoder")}
+
+    def options(self) -> dict[str, dict[str, Any]]:
+        sampler = {k: v for k, v in self.sampler.items() if not k.startswith("_")}
+        if self.steps is not None:
+            sampler["steps"] = self.steps
+        decoder = {"sampler": sampler, "guidance": self.guidance, "text_guidance": self.text_guidance}
+        prior = {
+            "sampler": self.pipeline["prior_sampler"],
+            "guidance": self.pipeline["prior_guidance"],
+            "candidates": self.pipeline["prior_candidates"],
+        }
+        return {"prior": prior if self.pipeline["prior"] else {}, "decoder": decoder}
+
+    @staticmethod
+    def load(runs: Mapping[str, str | None]) -> Loaded:
+        clip, decoder = runs.get("clip"), runs["decoder"]
+        assert decoder
+        # A recipe names a public CLIP by its name; that one is made from the decoder's config again.
+        return load_unclip(decoder, runs.get("prior"), clip if clip and Path(clip).exists() else None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DalleSamplingConfig(SamplingConfig):
+    """DALL-E: conf/pipeline/dalle.yaml."""
+
+    temperature: NonNegative | None
+    top_k: PositiveInt | None
+    top_p: Share | None
+    candidates: PositiveInt
+    prime: Text | None
+    prime_rows: PositiveInt | None
+    previews: bool
+
+    main = "dalle"
+    takes: ClassVar = {
+        "dalle": ("temperature", "top_k", "top_p", "guidance"),
+        "clip": ("candidates",),
+        "image_tokenizer": ("prefix",),
+    }
+
+    def runs(self) -> dict[str, str | None]:
+        clip = self.pipeline["clip"] if self.candidates > 1 else None
+        if clip and not clip.startswith(PUBLIC) and not Run(Path(clip)).finished:
+            raise UserError(
+                f"candidates={self.candidates} need a CLIP that chooses among them, and {clip} holds none; "
+                f"train one with model=clip, or give pipeline.clip=RUN, or {PUBLIC}ViT-B-32/openai there"
+            )
+        return {
+            "dalle": self.pipeline["dalle"],
+            "image_tokenizer": self.pipeline["image_tokenizer"],
+            "clip": clip,
+        }
+
+    def options(self) -> dict[str, dict[str, Any]]:
+        keys = ("temperature", "top_k", "top_p", "guidance")
+        return {"dalle": {key: getattr(self, key) for key in keys}, "clip": {"candidates": self.candidates}}
+
+    def complete(self, recipe: SampleRecipe, loaded: Loaded) -> SampleRecipe:
+        """The first codes of the picture to be completed: the recipe then does without the picture."""
+        if self.prime is None:
+            return recipe
+        path, size = Path(self.prime), loaded.pipeline.image_tokenizer.image_size
+        try:
+            pixels = torch.from_numpy(read(path, size, 1, MAX_PIXELS).copy()) if path.is_file() else None
+        except BadPicture as error:
+            raise UserError(f"prime={path} is {error}; give a picture") from None
+        if pixels is None:
+            raise UserError(f"there is no picture prime={path}")
+        prefix = loaded.pipeline.prime(from_uint8(pixels.permute(2, 0, 1))[None], self.prime_rows)
+        return replace(recipe, options={**recipe.options, "image_tokenizer": {"prefix": prefix}})
+
+    @staticmethod
+    def load(runs: Mapping[str, str | None]) -> Loaded:
+        dalle = runs["dalle"]
+        assert dalle
+        return load_dalle(dalle, runs.get("image_tokenizer"), runs.get("clip"))
+
+    @staticmethod
+    def draw(
+        pipeline: Any, recipe: SampleRecipe, options: dict[str, dict[str, Any]], **more: Any
+    ) -> Float[Tensor, "N F 3 H W"]:
+        return pipeline.frames(
+            recipe.prompts,
+            n=recipe.n,
+            seed=recipe.seed,
+            batch_size=recipe.batch_size,
+            precision=recipe.precision,
+            dalle=options["dalle"],
+            frames=4 if recipe.previews else 1,
+            **options["clip"],
+            **options.get("image_tokenizer", {}),
+            **more,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GanSamplingConfig(SamplingConfig):
+    """A GAN: conf/pipeline/gan.yaml."""
+
+    main = "gan"
+
+    def runs(self) -> dict[str, str | None]:
+        return {name: self.pipeline[name] for name in ("clip", "gan")}
+
+    def options(self) -> dict[str, dict[str, Any]]:
+        return _without_guidance(self)
+
+    @staticmethod
+    def load(runs: Mapping[str, str | None]) -> Loaded:
+        clip, gan = runs.get("clip"), runs["gan"]
+        assert gan
+        return load_gan(gan, clip if clip and Path(clip).exists() else None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaeSamplingConfig(SamplingConfig):
+    """A VAE, which reads no prompts: conf/pipeline/vae.yaml."""
+
+    main = "vae"
+
+    def prompts_read(self) -> list[str]:
+        if self.prompt is not None or self.prompts is not None:
+            raise UserError("pipeline=vae reads no prompts; leave them out, n= says how many pictures")
+        return [""]
+
+    def runs(self) -> dict[str, str | None]:
+        return {"vae": self.pipeline["vae"]}
+
+    def options(self) -> dict[str, dict[str, Any]]:
+        return _without_guidance(self)
+
+    @staticmethod
+    def load(runs: Mapping[str, str | None]) -> Loaded:
+        vae = runs["vae"]
+        assert vae
+        return load_vae(vae)
+
+
+def _without_guidance(request: SamplingConfig) -> dict[str, dict[str, Any]]:
+    if request.guidance is not None:
+        raise UserError(
+            f"guidance={request.guidance}: pipeline={request.pipeline['kind']} knows none; leave it out"
+        )
+    return {}
+
+
+REQUESTS: dict[str, type[SamplingConfig]] = {
+    "unclip": UnclipSamplingConfig,
+    "dalle": DalleSamplingConfig,
+    "gan": GanSamplingConfig,
+    "vae": VaeSamplingConfig,
+}
+
+
+def sample(config: dict[str, Any]) -> Path:
+    """Samples what `config` or its recipe asks for; grid.png, single PNGs and recipe.yaml go into one folder.
+
+    Raises:
+        UserError: a wrong setting, stages that are missing or do not fit together, an occupied folder.
+    """
+    request = kind_of(config["pipeline"].get("kind"), "pipeline.kind").of(config)
+    again = SampleRecipe.read(request.recipe) if request.recipe else None
+    recipe = again or make_recipe(request, request.prompts_read())
+    kind = kind_of(recipe.pipeline, f"{request.recipe}: pipeline")
+    if again:
+        check_parts(again, kind, f"{request.recipe}")
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda was asked for but PyTorch sees no GPU; use device=cpu")
+    for stage, node in recipe.options.items():
+        arguments(node, stage)  # refuses what is wrong before anything is loaded
+    check_name(request.name, "name")
+    usual = Path(request.paths["logs"], request.name, "samples")
+    out = Path(request.out) if request.out else next_folder(usual)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is not empty; give another folder with out=")
+    check_writable(out, "folder with out=")
+
+    runs: Mapping[str, str | None] = request.runs()
+    if again and request.recipe:
+        runs = again.find_runs(Path(request.recipe), usual.parent, runs)
+    loaded = kind.load(runs)
+    if again:
+        again.check_stages(loaded.weights)
+        for what, (then, now) in again.differences().items():
+            print(f"note: the recipe was made with {what} {then}, this is {now}; the last bits may differ")
+    stages = {name: {"path": loaded.paths[name], "weights": loaded.weights[name]} for name in loaded.paths}
+    recipe = (
+        replace(recipe, stages=stages) if again else request.complete(replace(recipe, stages=stages), loaded)
+    )
+
+    options = {stage: arguments(node, stage) for stage, node in recipe.options.items()}
+    frames = kind.draw(loaded.pipeline.to(recipe.device), recipe, options)
+    write(frames, recipe, out)
+    return out
+
+
+def kind_of(pipeline: Any, where: str) -> type[SamplingConfig]:
+    """The requests of a pipeline that is called so."""
+    if not isinstance(pipeline, str) or pipeline not in REQUESTS:
+        raise UserError(f"{where} must be one of {', '.join(REQUESTS)}, got {shown(pipeline)}")
+    return REQUESTS[pipeline]
+
+
+def check_parts(recipe: SampleRecipe, kind: type[SamplingConfig], where: str) -> None:
+    """Whether a recipe's stages and options are those of its pipeline, by their names."""
+    if kind.main not in recipe.stages:
+        raise UserError(f"{where}: stages name no {kind.main}, which draws the pictures; restore the recipe")
+    for stage, node in recipe.options.items():
+        if unknown := [key for key in node if key not in kind.takes.get(stage, ())]:
+            known = ", ".join(kind.takes.get(stage, ())) or "none"
+            raise UserError(f"{where}: {unknown[0]} is no option of the {stage}; its options are {known}")
+        if stage not in kind.takes and stage not in recipe.stages:
+            raise UserError(f"{where}: options are of {stage}, which is no stage of {recipe.pipeline}")
+    if kind.main in kind.takes and kind.main not in recipe.options:
+        raise UserError(f"{where}: options of the {kind.main} are missing; restore the recipe")
+
+
+def write(frames: Float[Tensor, "N F 3 H W"], recipe: SampleRecipe, out: Path) -> None:
+    """The pictures one by one and as a grid, where asked for how they came about, and their recipe."""
+    images = frames[:, -1]
+    for i, image in enumerate(images):
+        save_png(to_pil(image), out / f"{i // recipe.n:03d}-{i % recipe.n:02d}.png")
+    save_png(grid(images, recipe.prompts), out / "grid.png")
+    if recipe.previews:
+        captions = [prompt for prompt in recipe.prompts for _ in range(recipe.n)]
+        save_png(grid(frames.flatten(0, 1), captions), out / "previews.png")
+    recipe.write(out / "recipe.yaml")
+    print(f"{len(images)} pictures in {out}, all of them in {out / 'grid.png'}")
+    print(f"make them again: python sample.py recipe={out / 'recipe.yaml'}")
+
+
+def read_prompts(prompt: str | list[Any] | None, file: str | None) -> list[str]:
+    """The prompts themselves (one or a list), or those of a file, one a line."""
+    if prompt is not None and file is not None:
+        raise UserError("give prompt= or prompts=, not both")
+    if prompt is not None:
+        given = prompt if isinstance(prompt, list) else [prompt]
+        return [readable(str(one)) for one in given] or [readable("")]
+    if file is None:
+        raise UserError(
+            'give a prompt: prompt="a small red circle", or a file with a prompt on each line: prompts=FILE'
+        )
+    text = read_text(file, "give a text file with a prompt on each line: prompts=FILE")
+    prompts = [line.strip() for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
+    if not prompts:
+        raise UserError(f"{file} holds no prompt; write one on each line")
+    return prompts
+
+
+def readable(prompt: str) -> str:
+    """The prompt, if there is something in it to draw."""
+    if not prompt.strip():
+        raise UserError('the prompt is empty; say what to draw: prompt="a small red circle"')
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the prompt is no text in UTF-8: {shown(prompt)}; write it anew") from None
+    return prompt
+
+
+def make_recipe(request: SamplingConfig, prompts: list[str]) -> SampleRecipe:
+    """The recipe of a request; its stages are known once they are loaded."""
+    half = request.precision == "bf16-mixed" or (request.precision == "auto" and fast_in_bf16())
+    return SampleRecipe(
+        prompts=prompts,
+        n=request.n,
+        seed=request.seed,
+        stages={},
+        options=request.options(),
+        batch_size=request.batch_size,
+        precision="bf16" if half else "fp32",
+        device=pick_device(request.device),
+        pipeline=request.pipeline["kind"],
+        truncate=request.truncate,
+        previews=getattr(request, "previews", False),
+    )
+
+
+def arguments(node: dict[str, Any], stage: str) -> dict[str, Any]:
+    """Arguments of a stage's `sample`: what is not null, checked, the sampler built.
+
+    Raises:
+        UserError: a wrong type, an unknown option, no steps.
+    """
+    chosen = {key: value for key, value in node.items() if value is not None}
+    for key, hint in OPTIONS.items():
+        if key in chosen and (wrong := misfit(chosen[key], hint)):
+            raise UserError(
+                f"{key}{wrong.place} of the {stage} must be {wrong.wanted}, got {shown(wrong.got)}"
+            )
+    if "sampler" in chosen:
+        if not isinstance(node := chosen["sampler"], dict) or "_target_" in node:
+            raise UserError(f"sampler of the {stage} must be method, steps and options, got {shown(node)}")
+        node = {**node, "_target_": "dalle.diffusion.samplers.Sampler"}
+        chosen["sampler"] = instantiate(node, f"the {stage}'s sampler", listed)
+    return chosen
+
+
+def next_folder(parent: Path) -> Path:
+    """parent/001, or the number after the last one there."""
+    taken = [int(p.name) for p in parent.glob("[0-9]*") if p.name.isdigit()]
+    return parent / f"{max(taken, default=0) + 1:03d}"

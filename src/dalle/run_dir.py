@@ -1,0 +1,239 @@
+"""A run directory: what a trained stage leaves behind, and how the next one finds it.
+
+    logs/<name>/<stage>/
+        config.yaml         the resolved configuration
+        last.ckpt           everything needed to go on training
+        model.safetensors   weights of the trained network (their moving average where there is one)
+        manifest.json       what a user of the weights must know: sizes, normalisation, hashes, final metrics
+        tokenizer.json      of a CLIP or a DALL-E transformer: how its captions become ids
+        metrics.csv, samples/
+
+A run is finished when its manifest is there: it is written last. Every file is written beside its place and
+renamed (dalle.files).
+"""
+
+import csv
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from dalle.data.embed_norm import EmbedNorm
+from dalle.data.frozen import FrozenCLIP, FrozenTokenizer, tensors_hash, weights_hash
+from dalle.data.tokenizers import CaptionTokenizer, ClipBPE, load_tokenizer
+from dalle.errors import UserError
+from dalle.files import atomic_path, write_json
+from dalle.finite import check_finite
+from dalle.instantiate import instantiate
+from dalle.ranges import Place, shown
+from dalle.reading import read_json, read_text, read_yaml, shaped
+from dalle.schemas import Manifest, RunConfig
+from dalle.stages.base import Stage
+from dalle.trust import listed, renamed
+
+SCHEMA = 1
+ADVICE = "restore it or train the stage again"
+IMAGE_TOKENIZERS = ("dvae", "vqgan")  # the stages that turn pictures into codes
+NEEDS = {  # what a manifest must say for a stage to be of use
+    "prior": ("clip", "image_embed_norm"),
+    "decoder": ("clip", "image_embed_norm"),
+    "gan": ("clip", "image_embed_norm"),
+    "dalle": ("image_tokenizer", "tokenizer"),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory, whether anything is in it yet or not."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / "last.ckpt"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer.json"
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "manifest.json").is_file() and (self.path / "model.safetensors").is_file()
+
+    @property
+    def occupied(self) -> bool:
+        begun = ("last.ckpt", "config.yaml", "metrics.csv")
+        return self.finished or any((self.path / name).exists() for name in begun)
+
+    def manifest(self, *needs: str) -> dict[str, Any]:
+        """What is known of a finished run; `needs` are keys that the caller cannot do without.
+
+        Raises:
+            UserError: this is no finished run, one of another layout, or manifest.json is damaged.
+        """
+        if not self.finished:
+            raise UserError(
+                f"{self.path} holds no finished run (no manifest.json); train it, or give another path"
+            )
+        path = self.path / "manifest.json"
+        content = read_json(path, dict, ADVICE)
+        if content.get("schema", SCHEMA) != SCHEMA:
+            layout = shown(content["schema"])
+            raise UserError(
+                f"{self.path} was written with layout {layout}, this version reads {SCHEMA}; train it again"
+            )
+        manifest: dict[str, Any] = dict(shaped(content, Manifest, path, ADVICE))
+        for key in needs:
+            if key not in manifest:
+                raise UserError(f"{path} is damaged ({key} is missing); {ADVICE}")
+        return manifest
+
+    def config(self, *needs: str) -> dict[str, Any]:
+        """The resolved configuration it was trained with; `needs` as in `manifest`.
+
+        Raises:
+            UserError: config.yaml is missing or damaged.
+        """
+        config: dict[str, Any] = renamed(dict(read_yaml(self.path / "config.yaml", RunConfig, ADVICE)))
+        for need in needs:
+            inner: Any = config
+            for key in need.split("."):
+                inner = inner.get(key) if isinstance(inner, dict) else None
+            if inner is None:
+                raise UserError(f"{self.path / 'config.yaml'} is damaged ({need} is missing); {ADVICE}")
+        return config
+
+    def source(self) -> dict[str, Any]:
+        """The source of pictures that it was trained on, as its configuration describes it."""
+        return self.config("datamodule.source")["datamodule"]["source"]
+
+    def metrics(self) -> dict[str, dict[int, float]]:
+        """The columns of metrics.csv: for each metric its values by step. None at all where it is missing.
+
+        Raises:
+            UserError: a row is no row of numbers.
+        """
+        path = self.path / "metrics.csv"
+        if not path.exists():
+            return {}
+        advice = "restore the file, or take out that line"
+        columns: dict[str, dict[int, float]] = {}
+        rows = csv.DictReader(io.StringIO(read_text(path, advice), newline=""))
+        try:
+            if rows.fieldnames is None or "step" not in rows.fieldnames:
+                raise ValueError("there is no column step")
+            for row in rows:
+                step = int(row.pop("step"))
+                for name, value in row.items():
+                    if name is None or value is None:
+                        raise ValueError("it has more or fewer cells than the first line")
+                    if value:
+                        columns.setdefault(name, {})[step] = float(value)
+        except (ValueError, TypeError, csv.Error) as error:
+            line = rows.line_num + isinstance(error, csv.Error)
+            raise UserError(f"{path} is damaged in line {line} ({error}); {advice}") from None
+        return columns
+
+    def save(self, net: nn.Module, manifest: Mapping[str, Any]) -> None:
+        """Writes the weights and then the manifest, which makes the run a finished one.
+
+        Raises:
+            UserError: the weights are no numbers; nothing is written.
+        """
+        weights = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
+        check_finite(weights, self.path / "model.safetensors", "they are not saved")
+        with atomic_path(self.path / "model.safetensors") as hidden:
+            save_file(weights, hidden)
+        facts = {"schema": SCHEMA, "weights": weights_hash(net), **manifest}
+        write_json(self.path / "manifest.json", facts)
+
+    def load_tokenizer(self) -> CaptionTokenizer | ClipBPE:
+        """The run's text tokenizer. Raises UserError when it cannot be read."""
+        return load_tokenizer(self.tokenizer)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The trained network's weights.
+
+        Raises:
+            UserError: they cannot be read, are no numbers, or are others than the manifest says.
+        """
+        path, expected = self.path / "model.safetensors", self.manifest().get("weights")
+        try:
+            weights = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} cannot be read ({error}); {ADVICE}") from None
+        check_finite(weights, path, "train the stage again")
+        if expected is not None and (found := tensors_hash(weights)) != expected:
+            raise UserError(
+                f"{path} holds other weights ({found}) than its manifest.json says ({expected}); {ADVICE}"
+            )
+        return weights
+
+
+def load_stage(path: str | Path, *expected: str) -> tuple[Stage, dict[str, Any]]:
+    """A finished run's stage with its weights, in eval mode on the CPU, and its manifest.
+
+    Raises:
+        UserError: no finished run there, none of the `expected` kinds of stage (if any are named), or weights
+            that do not fit.
+    """
+    run = Run(Path(path))
+    manifest = run.manifest()
+    if expected and (found := manifest.get("stage")) not in expected:
+        raise UserError(f"{path} holds a {found}, but a {' or '.join(expected)} is needed here")
+    run.manifest(*NEEDS.get(manifest.get("stage", ""), ()))
+    stage = build_stage(run)
+    try:
+        stage.net.load_state_dict(run.weights(), strict=True)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"{run.path}: model.safetensors does not fit config.yaml: {reason}") from None
+    if "image_embed_norm" in manifest:
+        stage.norm = norm = EmbedNorm.from_dict(manifest["image_embed_norm"])
+        sizes = {0 if values is None else len(values) for values in (norm.mean, norm.std)}
+        if norm.kind == "standardized" and sizes != {stage.net.embed_dim}:
+            raise UserError(f"{run.path / 'manifest.json'} is damaged (image_embed_norm); {ADVICE}")
+    return stage.eval().requires_grad_(False), manifest
+
+
+def build_stage(run: Run) -> Any:
+    """The stage that a run's config.yaml describes; it may be anybody's and name listed classes only."""
+    node, where = run.config()["model"], f"{run.path / 'config.yaml'}: model"
+    try:
+        stage = instantiate({**node, "optimizer": None}, where, listed)
+    except UserError:
+        raise
+    except Exception as error:  # whatever networks raise for sizes that nobody has trained
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{where} cannot be built ({reason}); {ADVICE}") from error
+    if not isinstance(stage, Stage):
+        raise UserError(f"{where} is no stage but a {type(stage).__name__}; {ADVICE}")
+    return stage
+
+
+def load_clip(path: Place) -> FrozenCLIP:
+    """The CLIP of a finished `model=clip` run, frozen, with its tokenizer."""
+    stage, _ = load_stage(path, "clip")
+    run = Run(Path(path))
+    net, tokenizer = stage.net, run.load_tokenizer()
+    if tokenizer.context_length != net.context_length or tokenizer.vocab_size > net.vocab_size:
+        raise UserError(
+            f"{run.tokenizer} does not fit the CLIP beside it, which reads {net.context_length} tokens of "
+            f"{net.vocab_size}; restore it or train the stage again"
+        )
+    return FrozenCLIP(net, tokenizer)
+
+
+def load_image_tokenizer(path: Place) -> FrozenTokenizer:
+    """The network of a finished `model=dvae` or `model=vqgan` run, frozen."""
+    stage, _ = load_stage(path, *IMAGE_TOKENIZERS)
+    return FrozenTokenizer(stage.net)

@@ -1,0 +1,192 @@
+"""What the files of runs, sweeps and gates hold, each as a type; `dalle.reading` holds files to them.
+
+Keys that later versions may add are let through, and those that not every run has are not required: whoever
+needs one asks for it (`Run.manifest("steps")`). Recipes and results are classes of their own.
+"""
+
+from typing import Annotated, Any, Literal, NotRequired
+
+from annotated_types import Ge, Lt, MinLen
+from pydantic import ConfigDict, with_config
+from typing_extensions import TypedDict
+
+from dalle.ranges import NonNegative, NonNegativeInt, PositiveInt, Side, Text
+
+LOOSE = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
+
+
+@with_config(LOOSE)
+class ClipFacts(TypedDict):
+    weights: Text
+    embed_dim: PositiveInt
+
+
+@with_config(LOOSE)
+class CodesFacts(TypedDict):
+    """Of an image tokenizer."""
+
+    weights: Text
+    vocab_size: PositiveInt
+    grid: PositiveInt
+
+
+@with_config(LOOSE)
+class TokenizerFacts(TypedDict):
+    vocab_size: PositiveInt
+    context_length: PositiveInt
+    hash: Text
+
+
+@with_config(LOOSE)
+class Norm(TypedDict):
+    """Of image embeddings: see `EmbedNorm`."""
+
+    kind: Literal["none", "unit", "unit_times_sqrt_dim", "standardized"]
+    mean: NotRequired[list[float] | None]
+    std: NotRequired[list[float] | None]
+
+
+@with_config(LOOSE)
+class DataFacts(TypedDict):
+    source: Text
+    fingerprint: dict[str, str]
+    items: dict[str, NonNegativeInt]
+
+
+@with_config(LOOSE)
+class Manifest(TypedDict):
+    """manifest.json of a finished run."""
+
+    schema: int
+    stage: NotRequired[Text]
+    weights: NotRequired[Text]
+    parameters: NotRequired[NonNegativeInt]
+    steps: NotRequired[NonNegativeInt]
+    seconds_training: NotRequired[NonNegative]
+    metrics: NotRequired[dict[str, float | None]]
+    data: NotRequired[DataFacts]
+    image_size: NotRequired[Side]
+    clip: NotRequired[ClipFacts]
+    image_tokenizer: NotRequired[CodesFacts]
+    tokenizer: NotRequired[TokenizerFacts]
+    image_embed_norm: NotRequired[Norm]
+    versions: NotRequired[dict[str, str]]
+
+
+@with_config(LOOSE)
+class Node(TypedDict):
+    """Something to be built (dalle.instantiate)."""
+
+    _target_: Text
+
+
+@with_config(LOOSE)
+class Data(TypedDict):
+    source: NotRequired[Node]
+
+
+@with_config(LOOSE)
+class RunConfig(TypedDict):
+    """config.yaml of a run: everything it was told."""
+
+    model: Node
+    stage: NotRequired[Text]
+    datamodule: NotRequired[Data]
+    clip: NotRequired[Node | None]
+    image_tokenizer: NotRequired[Node | None]
+
+
+@with_config(LOOSE)
+class TokenizerFile(TypedDict):
+    """tokenizer.json; `bpe` is, for a BPE of one's own captions, the file of the package `tokenizers`."""
+
+    kind: Literal["captions", "clip"]
+    context_length: PositiveInt
+    bpe: NotRequired[Text]
+
+
+@with_config(LOOSE)
+class StageFacts(TypedDict):
+    """Of a stage in a recipe: where its run was, and the hash of its weights."""
+
+    path: Text
+    weights: Text
+
+
+@with_config({**LOOSE, "extra": "forbid"})
+class SampleRecipe(TypedDict):
+    """recipe.yaml beside sampled pictures: see `dalle.pipelines.recipe`."""
+
+    prompts: Annotated[list[str], MinLen(1)]
+    n: PositiveInt
+    seed: Annotated[int, Ge(-(2**63)), Lt(2**63)]
+    stages: dict[str, StageFacts]
+    options: dict[str, dict[str, Any]]
+    batch_size: PositiveInt
+    precision: Literal["fp32", "bf16"]
+    device: Literal["cpu", "cuda"]
+    pipeline: NotRequired[Text]
+    truncate: NotRequired[bool]
+    previews: NotRequired[bool]
+    made_with: NotRequired[dict[str, Any]]
+    schema: int
+
+
+@with_config(LOOSE)
+class Job(TypedDict):
+    """A job of a sweep or a search, beside its run."""
+
+    state: Literal["running", "finished", "stopped", "failed"]
+    reason: str
+    seconds: NonNegative
+    overrides: list[str]
+
+
+@with_config(LOOSE)
+class Interval(TypedDict):
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+@with_config(LOOSE)
+class Target(TypedDict):
+    """What was evaluated."""
+
+    kind: Text
+    paths: dict[str, str]
+    weights: NotRequired[dict[str, str]]
+    options: NotRequired[dict[str, dict[str, Any]]]
+
+
+@with_config(LOOSE)
+class Protocol(TypedDict):
+    """How it was measured."""
+
+    pictures: NonNegativeInt
+    real_pictures: NonNegativeInt
+
+
+@with_config(LOOSE)
+class Result(TypedDict):
+    """result.json of an evaluation: see `dalle.evaluation.results`."""
+
+    schema: int
+    id: Text
+    target: Target
+    protocol: Protocol
+    metrics: list[str]
+    figures: dict[str, Interval]
+    notes: list[str]
+    parameters: dict[str, NonNegativeInt]
+    environment: dict[str, str]
+
+
+@with_config(LOOSE)
+class Gate(TypedDict):
+    """Recorded figures: see `dalle.evaluation.gate`."""
+
+    settings: list[Text]
+    weights: dict[str, str]
+    protocol: dict[str, Any]
+    figures: dict[str, Interval]

@@ -1,0 +1,324 @@
+"""Side work of training: moving average, pictures, loss by timestep, throughput.
+
+None of it is known to the stages; each callback asks only for what `Stage` promises.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
+from torch import Tensor
+
+from dalle.data.batch import Batch
+from dalle.data.datamodules import SourceDataModule
+from dalle.data.shapes import Shapes
+from dalle.diffusion.noise import per_sample
+from dalle.images import from_uint8, grid, save_png, to_uint8
+from dalle.metrics.generation import GenerationMetrics
+from dalle.metrics.judge import Judge
+from dalle.ranges import Decay, Depth, File, NonNegativeInt, Place, PositiveInt, Seed
+from dalle.stages.base import Stage
+from dalle.training.loggers import log_picture, log_verdicts
+
+
+class Ema(lightning.Callback):
+    """Exponential moving average of the trained network only; validation, tests and samples use it.
+
+    The decay warms up as min(decay, (1 + n) / (10 + n)) after n updates, so that the first weights are
+    forgotten soon. Integer and boolean buffers are copied. Averages of half weights are in fp32: in 8 bits
+    none would ever move.
+    """
+
+    def __init__(self, decay: Decay = 0.999, every: PositiveInt = 1) -> None:
+        self.decay, self.every = decay, every
+        self.updates = 0
+        self.average: dict[str, Tensor] = {}
+        self.live: dict[str, Tensor] | None = None
+        self.seen = 0
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
+        state = _tensors(pl_module)
+        old = self.average
+        self.average = {
+            k: old.get(k, v).detach().to(v.device, averaged(v.dtype), copy=True) for k, v in state.items()
+        }
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
+        self.seen = trainer.global_step
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Stage, *_: Any) -> None:
+        step = trainer.global_step
+        if step == self.seen or step % self.every:
+            return  # a batch of an accumulated step: the weights have not moved
+        self.seen = step
+        if pl_module.guard.left_out:
+            return
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        state = _tensors(pl_module)
+        floating = [k for k, v in state.items() if v.is_floating_point()]
+        averages = [self.average[k] for k in floating]
+        weights = [state[k].to(averaged(state[k].dtype)) for k in floating]
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+        for key in state.keys() - set(floating):
+            self.average[key].copy_(state[key])
+
+    @torch.no_grad()
+    def swap_in(self, pl_module: Stage) -> None:
+        """Puts the average into the network; the live weights wait in `self.live`."""
+        if self.average and self.live is None:
+            state = _tensors(pl_module)
+            self.live = {k: v.detach().clone() for k, v in state.items()}
+            for key, value in state.items():
+                value.copy_(self.average[key])
+
+    @torch.no_grad()
+    def swap_out(self, pl_module: Stage) -> None:
+        if self.live is not None:
+            for key, value in _tensors(pl_module).items():
+                value.copy_(self.live[key])
+            self.live = None
+
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
+        self.swap_in(pl_module)
+
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
+        self.swap_out(pl_module)
+
+    def on_test_start(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
+        self.swap_in(pl_module)
+
+    def on_test_end(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
+        self.swap_out(pl_module)
+
+    def on_exception(self, trainer: lightning.Trainer, pl_module: Stage, exception: BaseException) -> None:
+        self.swap_out(pl_module)  # stopped inside a validation: the checkpoint must hold the live weights
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"average": self.average, "updates": self.updates}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.average, self.updates = state_dict["average"], state_dict["updates"]
+
+
+def averaged(dtype: torch.dtype) -> torch.dtype:
+    """The type in which tensors of a type are averaged."""
+    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
+
+
+def _tensors(stage: Stage) -> dict[str, Tensor]:
+    return {**dict(stage.net.named_parameters()), **dict(stage.net.named_buffers())}
+
+
+class SampleGrid(lightning.Callback):
+    """Samples the same captions with the same noise every `every` steps, as a labelled grid into
+    ``samples/``.
+
+    Only for stages that make images. The captions and conditions are those of the first validation batch.
+    """
+
+    def __init__(
+        self, directory: Place, every: PositiveInt = 1000, count: PositiveInt = 16, seed: Seed = 0
+    ) -> None:
+        self.directory, self.every, self.count, self.seed = Path(directory), every, count, seed
+        self.batch: Batch | None = None
+        self.due = 0
+
+    def on_validation_batch_start(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: Stage,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self.batch is None and batch_idx == 0:
+            self.batch = take(batch, self.count)
+
+    def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
+        """Here and not at the validation's end: the moving average is still in the network."""
+        if self.batch is None or trainer.global_step < self.due or not pl_module.makes_images:
+            return
+        self.due = (trainer.global_step // self.every + 1) * self.every
+        seeds = [self.seed + i for i in range(len(self.batch["caption"]))]
+        made = pl_module.sample(
+            self.batch, randn=per_sample(seeds, pl_module.device)
+        )  # on all ranks: may be sharded
+        if trainer.is_global_zero:
+            data: SourceDataModule = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+            picture = grid(data.pictures(made), self.batch["caption"])
+            save_png(picture, self.directory / f"step-{trainer.global_step:07d}.png")
+            log_picture(trainer, "samples", picture)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"due": self.due}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.due = state_dict["due"]
+
+
+class GenerationTest(lightning.Callback):
+    """Tests a stage that makes images by what it makes: FID, CLIP score (where the data come with a CLIP)
+    and, on `shapes`, the judge.
+
+    Samples for the first `items` of the test split, with fixed noise, from the conditions in the batch. The
+    first `rows` of them are shown with their captions and verdicts: ``samples/test.png``, and to the loggers.
+
+    Args:
+        items: how many pictures, over all ranks.
+        inception: local weights of the FID Inception; without them (and none in torch's cache) it is
+            `fid_clip`, or nothing without a CLIP.
+    """
+
+    def __init__(
+        self,
+        directory: Place,
+        items: PositiveInt = 256,
+        seed: Seed = 0,
+        inception: File | None = None,
+        rows: NonNegativeInt = 64,
+    ) -> None:
+        self.directory, self.items, self.seed = Path(directory), items, seed
+        self.inception, self.rows = inception, rows
+        self.metrics: GenerationMetrics | None = None
+
+    def on_test_start(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
+        self.shown: list[tuple[str, Tensor]] = []
+        rank, ranks = trainer.global_rank, trainer.world_size
+        self.room = self.items // ranks + (rank < self.items % ranks)  # items that are still to be drawn here
+        if not pl_module.makes_images:
+            return
+        data: SourceDataModule = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        source = data.split("test")
+        self.unseen = source.unseen if isinstance(source, Shapes) else None
+        judge = Judge() if isinstance(source, Shapes) else None
+        clip = data.clip.to(pl_module.device) if data.clip else None
+        self.metrics = GenerationMetrics(clip, judge, self.inception).to(pl_module.device)
+
+    def on_test_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: Stage,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self.room == 0 or self.metrics is None:
+            return
+        batch = take(batch, self.room)
+        items = batch["index"].tolist()
+        self.room -= len(items)
+        made = pl_module.sample(batch, randn=per_sample([self.seed + i for i in items], pl_module.device))
+        images = trainer.datamodule.pictures(made)  # pyright: ignore[reportAttributeAccessIssue]
+        groups = (
+            None if self.unseen is None else ["unseen" if u else "seen" for u in self.unseen(items).tolist()]
+        )
+        self.metrics.update(images, batch["image"], batch["caption"], groups)
+        left = self.rows - len(self.shown)
+        self.shown += zip(batch["caption"][:left], to_uint8(images[:left]).cpu(), strict=True)
+
+    def on_test_epoch_end(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
+        if self.metrics is not None:
+            table = self.metrics.compute()
+            pl_module.log_dict({f"test/{key}": value for key, value in table.items()}, rank_zero_only=True)
+            if self.shown and trainer.is_global_zero:
+                captions, pixels = zip(*self.shown, strict=True)
+                images, judge = from_uint8(torch.stack(pixels)), self.metrics.judge
+                verdicts = judge(images, list(captions)) if judge else {}
+                picture = log_verdicts(trainer, "test/verdicts", captions, images, verdicts)
+                save_png(picture, self.directory / "test.png")
+
+
+def is_logging(trainer: Any) -> bool:
+    """Whether the metrics of this step are written down."""
+    every = trainer.log_every_n_steps
+    return every > 0 and trainer.global_step % every == 0
+
+
+def take(batch: Batch, count: int) -> Batch:
+    """The first `count` samples of a batch."""
+    values: Any = batch
+    return Batch(**{key: value[:count] for key, value in values.items()})
+
+
+class LossByTime(lightning.Callback):
+    """Logs the loss in equal bins of diffusion time: where in the noise a model fails, one number does not
+    say.
+
+    Reads ``per_sample`` (B,) and ``t`` (B,) of the step's output; sums stay on the device until they are
+    logged.
+    """
+
+    def __init__(self, bins: Depth = 4) -> None:
+        self.bins = bins
+        self.sums: Tensor | None = None
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Stage, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        if not isinstance(outputs, dict) or "per_sample" not in outputs:
+            return
+        which = (outputs["t"] * self.bins).long().clamp(0, self.bins - 1)
+        if self.sums is None:
+            self.sums = torch.zeros(2, self.bins)
+        self.sums = self.sums.to(which.device)
+        loss = outputs["per_sample"].float()
+        good = loss.isfinite()
+        self.sums[0].index_add_(0, which, loss.where(good, 0))
+        self.sums[1].index_add_(0, which, good.float())
+        if is_logging(trainer):
+            means = self.sums[0] / self.sums[1]  # nan where no time fell into
+            names = [f"train/loss_t{i / self.bins:.2f}-{(i + 1) / self.bins:.2f}" for i in range(self.bins)]
+            pl_module.log_dict(dict(zip(names, means, strict=True)))
+            self.sums.zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self.sums}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.sums = state_dict["sums"]
+
+
+class Throughput(lightning.Callback):
+    """Logs training samples per second over all ranks, validation and pictures left out; how many processor
+    cores this process keeps busy (those of workers that load data not counted); and on a GPU the most memory
+    that was in use.
+    """
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        self.samples, self.started, self.worked = 0, 0.0, 0.0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if not self.started:
+            self.started, self.worked = time.perf_counter(), time.process_time()
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: Stage, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self.samples += len(batch["caption"]) * trainer.world_size
+        if is_logging(trainer):
+            seconds = time.perf_counter() - self.started
+            pl_module.log("train/samples_per_second", self.samples / seconds)
+            pl_module.log("train/cpu_cores", (time.process_time() - self.worked) / seconds)
+            if pl_module.device.type == "cuda":
+                pl_module.log("train/gpu_memory_gb", torch.cuda.max_memory_allocated() / 1e9)
+            self.forget()
+
+    def on_validation_start(self, *_: Any) -> None:
+        self.forget()
+
+
+class Progress(TQDMProgressBar):
+    """Lightning's bar without the version number, which says nothing."""
+
+    def get_metrics(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> dict[str, Any]:
+        metrics = super().get_metrics(trainer, pl_module)
+        return {k: v for k, v in metrics.items() if k != "v_num"}

@@ -1,0 +1,274 @@
+"""``last.ckpt``: everything needed to go on training, saved between two steps and never but whole.
+
+A checkpoint is of the moment before a batch begins: every callback has seen the step before, its metrics are
+in the file of metrics, and a validation that was due is over. So a run that goes on from it does and records
+what an uninterrupted one would have.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor
+
+from dalle.errors import UserError
+from dalle.files import atomic_path
+from dalle.finite import check_finite
+from dalle.ranges import Place, PositiveInt
+from dalle.stages.base import Stage
+from dalle.stages.nan_guard import Diverged
+from dalle.training.loggers import MetricsCsv
+
+STOP_EVERY = (
+    10  # steps between the questions to all ranks whether one was told to stop: each costs a device sync
+)
+
+
+class DurableIO(TorchCheckpointIO):
+    """Writes checkpoints beside their place, on the same disk. Lightning's own go through the folder of
+    temporary files, which may be on another disk: moving them from there is no rename.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        with atomic_path(path, kept=lambda: kept(Path(path))) as hidden, hidden.open("wb") as file:
+            torch.save(checkpoint, file)
+
+
+def kept(path: Path) -> str:
+    """What is left of a run whose checkpoint cannot be written."""
+    try:
+        step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
+    except Exception:  # whatever it is, it is no checkpoint to go on from
+        return "no checkpoint is there yet; free some space and start again"
+    return f"the one of step {step} is kept: free some space and go on with resume=true"
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps ``last.ckpt`` current: every `every` steps, at the end, and when training is stopped.
+
+    Ctrl-C, SIGTERM and SIGUSR1 (the warning of a cluster that time runs out; under SLURM Lightning answers
+    it) take effect when a step is done, on all ranks at the same one; a second Ctrl-C stops at once.
+
+    Attributes:
+        seconds: of training, in all parts of a run that was resumed.
+        facts: what the run is made from (`dalle.training.resume.facts`), kept in the checkpoint.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
+
+    def __init__(self, directory: Place, every: PositiveInt = 1000) -> None:
+        self.path, self.every = Path(directory) / "last.ckpt", every
+        self.saved_step: int | None = None  # None: training has not begun, there is nothing to save
+        self.asked = self.agreed = False
+        self.handlers: dict[int, Any] = {}
+        self.loops: dict[str, Any] | None = None  # Lightning's counters after a whole step; None amid one
+        self.saving = False
+        self.done = 0  # batches that stepped before the run was resumed
+        self.before, self.started, self.ended = 0.0, 0.0, 0.0
+        self.facts: dict[str, Any] = {}
+
+    @property
+    def seconds(self) -> float:
+        return self.before + (self.ended or time.perf_counter()) - self.started
+
+    def save(self, trainer: lightning.Trainer) -> None:
+        if trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
+            return
+        if self.saved_step is None or self.loops is None or trainer.global_step <= self.saved_step:
+            return
+        trainer.lightning_module.check_worth_keeping()  # pyright: ignore[reportCallIssue]
+        for logger in trainer.loggers:
+            logger.save()
+        self.saving = True
+        try:
+            trainer.save_checkpoint(self.path)
+        finally:
+            self.saving = False
+        self.saved_step = trainer.global_step
+
+    def setup(self, trainer: lightning.Trainer, pl_module: Stage, stage: str) -> None:
+        if stage == "fit":
+            self.started, self.ended = time.perf_counter(), 0.0
+            trainer.strategy.checkpoint_io = DurableIO()
+            return
+        loop: Any = trainer.fit_loop
+        if loop.epoch_loop._batches_that_stepped < self.done:  # resumed at the end: no loop has counted it
+            loop.epoch_loop._batches_that_stepped = self.done
+            loop.epoch_progress.current.completed += 1
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Stage, checkpoint: dict[str, Any]) -> None:
+        """Metrics of steps after the checkpoint are about to be written again."""
+        self.done = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"] + 1
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCsv):
+                logger.rewind(self.done)
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
+        self.saved_step = trainer.global_step
+        if threading.current_thread() is threading.main_thread():
+            taken = [n for n in self.SIGNALS if n in (signal.SIGINT, signal.SIGTERM) or _is_free(n)]
+            self.handlers = {number: signal.signal(number, self.on_signal) for number in taken}
+
+    def on_signal(self, number: int, frame: Any) -> None:
+        if self.asked:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return  # a group and whoever passes signals on are heard twice
+        self.asked = True
+        # print may not be entered twice
+        os.write(2, b"\nstopping after this step; once more stops at once\n")
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        """The last of all callbacks to see a step. Lightning's counters are remembered as they are here,
+        which is where it can go on from.
+        """
+        fit_loop: Any = trainer.fit_loop
+        self.loops = None if fit_loop._should_accumulate() else {"fit_loop": fit_loop.state_dict()}
+        if trainer.world_size == 1:
+            self.agreed = self.asked
+        elif trainer.global_step % STOP_EVERY == 0:
+            self.agreed = trainer.strategy.reduce_boolean_decision(self.asked, all=False)
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
+        """Only now the last step is logged and, where one was due, validated."""
+        if self.loops is None:
+            return
+        if self.agreed or trainer.global_step % self.every == 0:
+            self.save(trainer)
+        if self.agreed:
+            raise KeyboardInterrupt
+        self.loops = None
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Stage, checkpoint: dict[str, Any]) -> None:
+        if self.saving and self.loops is not None:
+            checkpoint["loops"] |= self.loops
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds, "facts": self.facts}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.before = state_dict.get("seconds", 0.0)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
+        self.save(trainer)
+        self.restore_handlers()
+        if self.agreed:
+            raise KeyboardInterrupt
+
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
+        self.ended = time.perf_counter()
+
+    def on_exception(self, trainer: lightning.Trainer, pl_module: Stage, exception: BaseException) -> None:
+        self.restore_handlers()
+        # saving waits for all ranks, which may not come after an error on one of them
+        alone = trainer.world_size == 1 and not isinstance(exception, UserError)
+        if trainer.state.fn == "fit" and (self.agreed or alone):
+            with contextlib.suppress(Diverged):  # the checkpoint that is there stays
+                self.save(trainer)
+        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero and self.path.exists():
+            step = "there" if self.saved_step is None else f"step {self.saved_step}"
+            print(f"\nstopped; the same command with resume=true goes on from {step}", flush=True)
+
+    def restore_handlers(self) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers = {}
+
+
+def _is_free(number: int) -> bool:
+    """Whether nobody answers a signal: Lightning or submitit may, on a cluster."""
+    return signal.getsignal(number) == signal.SIG_DFL
+
+
+# What a checkpoint must be, looked at before anything is begun with it.
+
+
+def _is_list_of(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(isinstance(item, kinds) for item in value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_optimizer(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and isinstance(value.get("state"), dict)
+        and _is_list_of(dict)(value.get("param_groups"))
+        and all(_is_list_of(int)(group.get("params")) for group in value["param_groups"])
+    )
+
+
+def _is_fit_loop(value: Any) -> bool:
+    try:
+        loop = value["fit_loop"]
+        counters = [
+            loop[name][kind][what]
+            for name in ("epoch_progress", "epoch_loop.batch_progress")
+            for kind in ("total", "current")
+            for what in ("ready", "started", "processed", "completed")
+        ]
+        return all(map(_is_count, [*counters, loop["epoch_loop.state_dict"]["_batches_that_stepped"]]))
+    except (KeyError, TypeError):
+        return False
+
+
+FRAME: dict[str, Callable[[Any], bool]] = {
+    "epoch": _is_count,
+    "global_step": _is_count,
+    "pytorch-lightning_version": lambda value: isinstance(value, str),
+    "state_dict": lambda value: (
+        isinstance(value, dict) and all(isinstance(v, Tensor) for v in value.values())
+    ),
+    "loops": _is_fit_loop,
+    "callbacks": lambda value: isinstance(value, dict),
+    "optimizer_states": lambda value: (
+        isinstance(value, list) and bool(value) and all(map(_is_optimizer, value))
+    ),
+    "lr_schedulers": _is_list_of(dict),
+}
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of ours, its tensors still on disk.
+
+    Raises:
+        UserError: it cannot be read, is not one of a training, or holds weights that are no numbers.
+    """
+    ways = "delete it, or start again with overwrite=true"
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} cannot be read ({reason}); {ways}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is no checkpoint of a training; {ways}")
+    for key, fits in FRAME.items():
+        if key not in found:
+            raise UserError(f"{path} is damaged: {key} is missing; {ways}")
+        if not fits(found[key]):
+            raise UserError(f"{path} is damaged: {key} is not what a training leaves; {ways}")
+    check_finite(found["state_dict"], path, ways)
+    return found
+
+
+def check_same_network(path: Path, saved: dict[str, Tensor], stage: Stage) -> None:
+    """Raises UserError where a checkpoint's weights are not those of this network."""
+    own = stage.state_dict()
+    for key in sorted(saved.keys() | own.keys()):
+        there, here = (tuple(s[key].shape) if key in s else None for s in (saved, own))
+        if there != here:
+            raise UserError(
+                f"{path} is of another network ({key} is {there} there, {here} here); resume with the "
+                "settings in config.yaml beside it, or train another with name=other"
+            )

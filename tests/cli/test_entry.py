@@ -1,0 +1,148 @@
+"""A user's mistake is one clear line: on the real exceptions of the installed Hydra."""
+
+import sys
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from tiny import mistake
+
+from dalle.cli import entry
+from dalle.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("model=pirior", "there is no model=pirior; did you mean model=prior?"),
+        ("sampler=zzz", "there is no sampler=zzz; there are ddim, ddpm, dpmpp, heun"),
+        ("logger=[csv,nope]", "there is no logger=nope"),
+        ("modle=prior", "there is no setting modle; did you mean model?"),
+        ("opimizer.lr=1", "there is no setting opimizer; did you mean optimizer?"),
+        ("optimizer.lrr=1", "there is no setting optimizer.lrr; did you mean optimizer.lr?"),
+        ("model.net.widht=3", "there is no setting model.net.widht; did you mean model.net.width?"),
+        ("sampler.zzz=1", "there is no setting sampler.zzz; there are eta, method, spacing, steps"),
+        ("name.x.y=1", "there is no setting name.x"),
+        ("smapler=ddim", "there is no setting smapler; did you mean sampler?"),
+        ("sampler=dd", "there is no sampler=dd; did you mean sampler=ddim or sampler=ddpm?"),
+        ("modl/net=dit", "there is no setting modl/net; did you mean model/net?"),
+        ("model/nte=dit", "there is no setting model/nte; did you mean model/net?"),
+        (
+            "hydra/launcher=basik",
+            "there is no hydra/launcher=basik; did you mean hydra/launcher=basic?; pip install",
+        ),
+        ("steps=3", "there is no setting steps; did you mean sampler.steps?"),
+        ("lr=1", "there is no setting lr; did you mean callbacks.lr or optimizer.lr?"),
+        ("model.width=3", "there is no setting model.width; did you mean model.net.width?"),
+        ("hydra.sweep.drr=1", "there is no setting hydra.sweep.drr; did you mean hydra.sweep.dir?"),
+        ("data=folder", "data.root is needed: give it as data.root=VALUE"),
+        ("model=prior,clip", "model=prior,clip: several values are several jobs; say so with -m"),
+        ("~optimizer.nothing", "Could not delete from config. 'optimizer.nothing' does not exist."),
+    ],
+)
+def test_hydras_errors_in_one_line(override, line):
+    error = mistake(override)
+    assert entry._is_users(error)
+    assert entry.one_line(error).startswith(line)
+    assert "\n" not in entry.one_line(error)
+
+
+@pytest.mark.parametrize("override", ["optimizer.lr=[1", "foo", "a b=c", "prompt='x"])
+def test_what_cannot_be_read_is_quoted(override):
+    line = entry.one_line(mistake(override))
+    assert line.startswith(f"{override!r} cannot be read; write key=value")
+    assert "http" not in line
+
+
+def test_a_network_that_is_not_there():
+    line = entry.one_line(mistake("model=decoder", "model/net=vit"))
+    assert line == "there is no model/net=vit; did you mean model/net=dit?"
+    assert entry.one_line(mistake("model=prior", "model/net=vit")).startswith(
+        "Could not override 'model/net'."
+    )
+
+
+def test_user_errors_lose_their_line_breaks():
+    assert entry.one_line(UserError("wrong:\n  all of it")) == "wrong: all of it"
+
+
+def run_with(monkeypatch, error: BaseException, *arguments: str):
+    def main():
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    entry.run(main)
+
+
+def test_a_users_mistake_ends_with_code_1_and_one_line(monkeypatch):
+    with pytest.raises(SystemExit, match=r"^error: do this$") as ended:
+        run_with(monkeypatch, UserError("do\n this"))
+    assert ended.value.code == "error: do this"  # Python prints it on stderr and exits with 1
+
+
+@pytest.mark.parametrize(
+    "arguments", [["debug=true"], ["debug=traceback"], ["+debug=true"], ["debug=one_batch"]]
+)
+def test_debug_shows_where(monkeypatch, arguments):
+    with pytest.raises(UserError):
+        run_with(monkeypatch, UserError("x"), *arguments)
+
+
+@pytest.mark.parametrize("arguments", [["debug=false"], ["debug=none"], ["name=debug=true"]])
+def test_no_debug_no_traceback(monkeypatch, arguments):
+    with pytest.raises(SystemExit):
+        run_with(monkeypatch, UserError("x"), *arguments)
+
+
+def test_a_bug_is_no_users_mistake(monkeypatch):
+    with pytest.raises(SystemExit) as ended:
+        run_with(monkeypatch, ZeroDivisionError("by zero"))
+    assert str(ended.value.code).startswith(
+        f"error: {entry.BUG}: ZeroDivisionError: by zero (debug=true shows"
+    )
+    with pytest.raises(ZeroDivisionError):
+        run_with(monkeypatch, ZeroDivisionError(), "debug=true")
+
+
+def test_ctrl_c_is_no_traceback(monkeypatch):
+    with pytest.raises(SystemExit, match="stopped"):
+        run_with(monkeypatch, KeyboardInterrupt())
+
+
+def read(argument: str) -> object:
+    """What Hydra and OmegaConf make of an argument."""
+    value = OverridesParser.create().parse_override(entry.quoted(argument)).value()
+    return OmegaConf.to_container(OmegaConf.create({"prompt": value}), resolve=True)["prompt"]
+
+
+@settings(deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1))
+@example("a red circle, a blue square")
+@example("a {red} [circle] = (big) # $x ~ + : / % @ !")
+@example('it\'s a "red" circle')
+@example("'tis red")
+@example("costs ${price}, or $5")
+@example("back\\slash \\' and at the end \\")
+@example("${oc.env:HOME}")
+@example("\\${x} \\\\${y}")
+@example("ein grüner Würfel — 赤い丸 🔴")
+@example("1e3")
+@example("true")
+@example(" ")
+@example("line\nbreak\\\n")
+@example("$${x} \\ \\\\ ${x}\\")
+def test_a_prompt_is_plain_text(text):
+    whole = len(text) > 1 and text[0] + text[-1] in ("[]", "''", '""')
+    if text not in ("null", "???") and not whole:
+        assert read("prompt=" + text) == text
+        assert read("+prompt=" + text) == text
+
+
+def test_lists_quoted_and_empty_prompts_stay_hydras():
+    assert read("prompt=[a red circle, 'b, c']") == ["a red circle", "b, c"]
+    assert read("prompt='a, b'") == read('prompt="a, b"') == "a, b"
+    assert read("prompt=null") is None
+    assert entry.quoted("prompts=a, b") == "prompts=a, b"
+    assert entry.quoted("sampler.prompt=a, b") == "sampler.prompt=a, b"

@@ -1,0 +1,63 @@
+"""EmbedNorm: the paper's scale, and the ways there and back."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dalle.data.embed_norm import EmbedNorm
+from dalle.errors import UserError
+
+# Ramesh et al. 2022: 17.2 at dimension 1024, so 17.2 * sqrt(D / 1024) at D.
+SCALES = {64: 4.3, 128: 6.081118318204309, 512: 12.162236636408618, 768: 14.895636945092344, 1024: 17.2}
+
+
+@pytest.mark.parametrize(("dim", "scale"), SCALES.items())
+def test_the_papers_scale_at_any_dimension(dim, scale):
+    norm = EmbedNorm("unit_times_sqrt_dim")
+    assert norm.scale(dim) == pytest.approx(scale, rel=1e-12)
+    encoded = norm.encode(torch.randn(4, dim) * 9)
+    torch.testing.assert_close(encoded.norm(dim=-1), torch.full((4,), scale))
+
+
+def test_isotropic_embeddings_get_the_std_of_pixels_per_dimension():
+    raw = torch.randn(2000, 512, generator=torch.Generator().manual_seed(0))
+    assert EmbedNorm("unit_times_sqrt_dim").encode(raw).std().item() == pytest.approx(0.5375, abs=1e-3)
+
+
+@given(st.sampled_from(["none", "unit", "unit_times_sqrt_dim", "standardized"]), st.integers(0, 2**31))
+def test_decode_gives_back_the_direction_and_for_two_kinds_the_length(kind, seed):
+    raw = torch.randn(9, 5, generator=torch.Generator().manual_seed(seed)) * 3 + 1
+    norm = EmbedNorm(kind).fit(raw)
+    back = norm.decode(norm.encode(raw))
+    expected = raw if kind in ("none", "standardized") else raw / raw.norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(back, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_standardized_has_zero_mean_and_unit_variance_and_survives_a_constant_dimension():
+    raw = torch.randn(500, 3) * torch.tensor([2.0, 0.1, 0.0]) + torch.tensor([5.0, -1.0, 7.0])
+    encoded = EmbedNorm("standardized").fit(raw).encode(raw)
+    torch.testing.assert_close(encoded.mean(0), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(encoded.std(0, correction=0), torch.tensor([1.0, 1.0, 0.0]), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["none", "unit", "unit_times_sqrt_dim", "standardized"])
+def test_the_state_survives_json_exactly(kind):
+    raw = torch.randn(20, 6)
+    norm = EmbedNorm(kind).fit(raw)
+    again = EmbedNorm.from_dict(json.loads(json.dumps(norm.to_dict())))
+    assert torch.equal(again.encode(raw), norm.encode(raw))
+
+
+def test_an_unknown_kind_names_the_known_ones():
+    with pytest.raises(UserError, match=r"sqrt.*unit_times_sqrt_dim"):
+        EmbedNorm("sqrt")
+
+
+def test_standardized_refuses_to_guess():
+    norm = EmbedNorm("standardized")
+    assert norm.needs_fit
+    with pytest.raises(UserError, match="not fitted"):
+        norm.encode(torch.zeros(1, 2))

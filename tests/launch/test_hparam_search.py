@@ -1,0 +1,159 @@
+"""A search with Optuna whose trials are small scripts: what it proposes, and how it goes on when killed."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import load_script
+
+from dalle.errors import UserError
+from dalle.launch.hparam_search import Search
+
+optuna = pytest.importorskip("optuna")
+
+TRIAL = """
+import json, math, pathlib, sys
+given = dict(word.lstrip("+").split("=", 1) for word in sys.argv[1:])
+run = pathlib.Path(given["paths.run"].strip("'"))
+run.mkdir(parents=True, exist_ok=True)
+(run / "given.json").write_text(json.dumps(given))
+lr, depth = float(given["optimizer.lr"]), int(given["model.net.depth"])
+loss = (math.log10(lr) + 3) ** 2 + {loss}
+metrics = {{"test/loss": loss if math.isfinite(loss) else None}}
+(run / "manifest.json").write_text(json.dumps({{"schema": 1, "metrics": metrics}}))
+(run / "model.safetensors").write_text("")
+"""
+SPACE = {
+    "optimizer.lr": {"low": 1e-5, "high": 1e-1, "log": True},
+    "model.net.depth": {"low": 1, "high": 4},
+    "batch_size": [32, 64],
+    "compile": [True, False],
+}
+
+
+@pytest.fixture
+def search(tmp_path):
+    """Runs a search in tmp_path/logs and gives its exit code and its study."""
+
+    def run(
+        trials: int, loss: str = "depth", overwrite: bool = False, words=(), **options: Any
+    ) -> tuple[int, Any]:
+        script = tmp_path / "trial.py"
+        script.write_text(TRIAL.format(loss=loss))
+        settings = {"metric": "test/loss", "direction": "minimize", "space": SPACE, "seed": 0, **options}
+        made = Search(str(tmp_path / "logs"), trials=trials, **settings)
+        code = made.run(tmp_path / "logs" / "prior", [sys.executable, str(script), *words], overwrite)
+        return code, made.study(str(tmp_path / "logs" / "prior"), overwrite=False)
+
+    return run
+
+
+def given(tmp_path: Path, number: int) -> dict[str, str]:
+    return json.loads((tmp_path / "logs" / "prior" / f"trial-{number:03d}" / "given.json").read_text())
+
+
+def test_it_proposes_within_the_space_and_says_what_was_best(search, tmp_path, capsys):
+    code, study = search(8)
+    assert code == 0
+    values = [trial.value for trial in study.trials]
+    for number in range(8):
+        words = given(tmp_path, number)
+        assert 1e-5 <= float(words["optimizer.lr"]) <= 1e-1
+        assert 1 <= int(words["model.net.depth"]) <= 4
+        assert words["batch_size"] in ("32", "64")
+        assert words["compile"] in ("true", "false")
+        assert words["paths.run"] == f"'{tmp_path}/logs/prior/trial-{number:03d}'"
+    assert len({given(tmp_path, number)["optimizer.lr"] for number in range(8)}) == 8
+    best = values.index(min(values))
+    shown = capsys.readouterr().out
+    assert f"best: test/loss {min(values):.4g} in {tmp_path}/logs/prior/trial-{best:03d}\n" in shown
+    assert (tmp_path / "logs" / "sweep.csv").read_text().count("finished") == 8
+
+
+def test_it_goes_on_where_it_was(search, tmp_path):
+    """Killed amid the third trial: that one is done with the settings it had, then new ones are proposed."""
+    search(2)
+    study = search(2)[1]
+    third = study.ask(Search("x", "m", "minimize", 1, 0, SPACE).space)  # as when it was killed right here
+    first = {number: given(tmp_path, number) for number in range(2)}
+    code, study = search(5)
+    assert code == 0
+    assert {number: given(tmp_path, number) for number in range(2)} == first
+    assert float(given(tmp_path, 2)["optimizer.lr"]) == third.params["optimizer.lr"]
+    rates = {given(tmp_path, number)["optimizer.lr"] for number in range(5)}
+    assert len(rates) == len(study.trials) == 5
+    assert len(search(5)[1].trials) == 5
+
+
+def test_a_trial_that_fails_stops_no_other(search, tmp_path, capsys):
+    code, study = search(6, loss="(depth if depth < 3 else 1 / 0)", seed=1)
+    states = [trial.state.name for trial in study.trials]
+    assert set(states) == {"COMPLETE", "FAIL"}
+    assert code == 0
+    shown = capsys.readouterr().out
+    assert shown.count("ended with code 1") == states.count("FAIL")
+    code, study = search(1, loss="math.nan", overwrite=True)
+    assert (code, [trial.state.name for trial in study.trials]) == (1, ["FAIL"])
+    assert "test/loss is no number" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"metric": "test/los"}, "there is no search.metric=test/los; there are test/loss"),
+        ({"space": {}}, "search.space is empty"),
+        ({"space": {"optimizer.lr": 3}}, "search.space.optimizer.lr=3 is neither a list nor low and high"),
+        ({"space": {"optimizer.lr": {"low": 2, "high": 1}}}, "neither a list nor low and high"),
+        ({"space": {"optimizer.lr": {"low": 1, "high": 2, "lag": True}}}, "neither a list nor low and high"),
+    ],
+)
+def test_mistakes(search, options, line):
+    with pytest.raises(UserError, match=line):
+        search(1, **options)
+
+
+def test_another_space_is_another_search(search):
+    search(1)
+    with pytest.raises(UserError, match=r"search.space has changed since .*study.db was begun"):
+        search(2, space={**SPACE, "batch_size": [16]})
+
+
+@pytest.mark.parametrize("other", [{"direction": "maximize"}, {"metric": "test/other"}])
+def test_another_goal_is_another_search(search, other):
+    search(1)
+    with pytest.raises(UserError, match=r"study.db was begun to minimize test/loss, not to "):
+        search(2, **other)
+
+
+def test_a_trial_hears_nothing_of_the_search(search, tmp_path):
+    search(
+        1,
+        words=(
+            "hparams_search=optuna",
+            "search.trials=3",
+            "++search.space={a:[1]}",
+            "paths.run='x'",
+            "seed=4",
+        ),
+    )
+    assert given(tmp_path, 0).keys() == {*SPACE, "seed", "paths.run"}
+    assert given(tmp_path, 0)["paths.run"] == f"'{tmp_path}/logs/prior/trial-000'"
+
+
+def test_train_hands_over(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    script, started = load_script(), []
+    script.__name__ = "__main__"
+    monkeypatch.setattr(Search, "run", lambda self, *given: started.append((self, *given)) or 0)
+    words = ["model=prior", "hparams_search=optuna", "search.trials=3", "search.metric=test/cosine_image"]
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", *words, "seed=4"])
+    with pytest.raises(SystemExit, match="0"):
+        script.main()
+    ((made, run, command, overwrite),) = started
+    assert (made.trials, made.metric, made.seed) == (3, "test/cosine_image", 4)
+    assert run == Path("logs/default/prior")
+    assert command[1].endswith("train.py")
+    assert overwrite is False
