@@ -1,6 +1,7 @@
 """The machine a process runs on: which process it is of several, which device and precision suit it."""
 
 import os
+import sys
 
 import torch
 
@@ -24,6 +25,16 @@ def fast_in_bf16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has had in main memory; 0 where the system does not say (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def pick_device(name: str) -> str:

@@ -302,7 +302,7 @@ class EmbeddingDataModule(SourceDataModule):
         cache_text_gb: NonNegative = 1.0,
     ):
         super().__init__(source, batch_size, num_workers, seed, val_items, test_items, train_items)
-        self.clip: FrozenCLIP = clip
+        self.clip: FrozenCLIP = clip  # pyright: ignore[reportIncompatibleVariableOverride]: never None here
         self.cache_dir = Path(cache_dir)
         self.cache_items, self.text_bytes = cache_items, int(cache_text_gb * 2**30)
         self.norm = EmbedNorm(image_embed_norm)

@@ -158,9 +158,9 @@ class Folder:
             item = self._readable(item)
             if (picture := self._memory.get(item)) is not None:
                 return picture
+            aspect = LONGEST if self.random_crop else 1
+            path = self.root / self.names[item]
             try:
-                aspect = LONGEST if self.random_crop else 1
-                path = self.root / self.names[item]
                 picture = read(path, self.image_size, aspect, self.max_pixels, self.fit)
             except BadPicture as error:
                 self._memory.state[item] = BROKEN

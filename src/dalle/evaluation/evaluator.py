@@ -4,9 +4,7 @@ A picture depends on its number alone, and features are computed one picture at 
 the same for any number of ranks (up to the rounding of batched products).
 """
 
-import resource
 import shutil
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -25,7 +23,7 @@ from dalle.errors import UserError
 from dalle.evaluation.metrics import Distances, Meter, Rows
 from dalle.evaluation.plan import Plan
 from dalle.images import from_uint8, save_png, to_pil, to_uint8
-from dalle.machine import is_main_process
+from dalle.machine import is_main_process, peak_memory
 
 SHOWN = 16  # in the grid
 
@@ -121,11 +119,7 @@ class Rank:
     def __init__(self, looking: Evaluator) -> None:
         merged = {name: {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
                   for name, parts in looking.rows.items()}  # fmt: skip
-        if torch.cuda.is_available():
-            memory = torch.cuda.max_memory_allocated()
-        else:
-            unit = 1 if sys.platform == "darwin" else 1024
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory()
         self.own = {"rows": merged, "seconds": looking.seconds, "shown": looking.shown, "memory": memory}
 
     def pool(self) -> dict[str, Any]:

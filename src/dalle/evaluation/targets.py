@@ -143,7 +143,7 @@ class Tokenizer(Target):
     prefix = "r"
 
     def __init__(self, path: str) -> None:
-        self.module: FrozenTokenizer = load_image_tokenizer(path)
+        self.module: FrozenTokenizer = load_image_tokenizer(path)  # pyright: ignore[reportIncompatibleVariableOverride]: a kind of
         run = Run(Path(path))
         self.home, self.data = run.path.parent, run.source()
         self.image_size = self.module.image_size

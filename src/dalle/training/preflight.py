@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dalle.errors import UserError
 from dalle.instantiate import instantiate
+from dalle.machine import peak_memory
 from dalle.run_dir import Run
 from dalle.stages.base import Stage
 
@@ -248,10 +249,7 @@ def memory(config: dict[str, Any], stage: Stage, datamodule: Any, watched: Watch
     if watched.device.type == "cuda":
         seen = f"seen at most {in_bytes(watched.peak)}"
     else:
-        import resource  # not on every system
-
-        highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        seen = f"seen at most {in_bytes(highest)} of the whole process"
+        seen = f"seen at most {in_bytes(peak_memory())} of the whole process"
     estimate = " + ".join(f"{name} {in_bytes(n)}" for name, n in kinds.items() if n)
     return f"{estimate} = {in_bytes(sum(kinds.values()))} a device; {seen}"
 
