@@ -1,5 +1,6 @@
 """Predictions, losses and weights: known numbers, exact Gaussian data, and properties."""
 
+import cmath
 import json
 import math
 from pathlib import Path
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dalle.diffusion.denoiser import Denoiser, discretized_gaussian, gaussian_kl, vlb_bits
+from dalle.diffusion.denoiser import Denoiser, discretized_gaussian, gaussian_kl, squared_error, vlb_bits
 from dalle.diffusion.schedule import Schedule
 from dalle.errors import UserError
 
@@ -310,3 +311,31 @@ def test_weights_of_the_velocity_where_it_is_held_and_damped():
     for prediction, gain in (("x0", 1.0), ("velocity", t.square())):
         weight = Denoiser(nn.Identity(), flow, prediction, "velocity_damped").weight(t)
         torch.testing.assert_close(weight, gain * damped)
+
+
+@pytest.mark.parametrize("wave", [(1, 0), (0, 3), (2, 2), (4, 4)])
+def test_frequency_weights_are_those_of_first_differences(wave):
+    """Over a whole period; differences leave out the seam, so only their mean over shifts agrees."""
+    n, (a, b) = 8, wave
+    y, x = torch.meshgrid(torch.arange(n), torch.arange(n), indexing="ij")
+    shifts = torch.arange(64).view(-1, 1, 1, 1) * 2 * math.pi / 64
+    error = torch.cos(2 * math.pi * (a * y + b * x) / n + shifts).double()
+    weight = 1 + 0.7 * sum(abs(1 - cmath.exp(2j * math.pi * k / n)) ** 2 for k in wave)
+    assert squared_error(error, 0.7).mean().item() == pytest.approx(weight * error.square().mean().item())
+
+
+def test_frequency_weights_are_for_pictures_only():
+    error = torch.randn(4, 7, dtype=torch.float64)
+    assert torch.equal(squared_error(error, 5.0), squared_error(error))
+
+
+@pytest.mark.parametrize("weight", [0.0, 2.0, 16.0])
+def test_frequency_weights_do_not_move_the_optimum(weight):
+    """Of two pictures that one x_t may mean, the best estimate stays the mean: there the gradient is zero."""
+    pictures = torch.rand(2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    best = pictures.mean(0, keepdim=True).requires_grad_()
+    squared_error(best - pictures, weight).mean().backward()
+    assert best.grad is not None
+    assert best.grad.abs().max() < 1e-15
+    off = squared_error(best.detach() + 0.1 * torch.randn_like(best) - pictures, weight).mean()
+    assert off > squared_error(best.detach() - pictures, weight).mean()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dalle.diffusion.schedule import Schedule, expand, posterior, precise
 from dalle.errors import UserError
-from dalle.ranges import Exponent, Positive
+from dalle.ranges import Exponent, NonNegative, Positive
 
 MIN_SNR_GAMMA = 5.0
 VELOCITY_FLOOR = 0.05  # of what errors are divided by (Li & He 2025)
@@ -29,6 +29,7 @@ class Denoiser(nn.Module):
     `velocity` (flow only). weighting: `none`, `min_snr`, `velocity` (the squared error of the velocity,
     whatever is predicted) or `velocity_damped`: see `weight`. time_sampling: `uniform` or `logit_normal`
     (`logit_mean`, `logit_std`); rounded up to a discrete level where the schedule has them.
+    frequency_weight: how much more than the coarse the fine counts in pictures: see `squared_error`.
     learned_variance: the network emits 2C channels, the second half the variance (eps prediction on a
     variance-preserving schedule only). Raises UserError for combinations that do not exist.
     """
@@ -43,12 +44,14 @@ class Denoiser(nn.Module):
         learned_variance: bool = False,
         logit_mean: Exponent = 0.0,
         logit_std: Positive = 1.0,
+        frequency_weight: NonNegative = 0.0,
     ):
         super().__init__()
         _check(schedule, prediction, weighting, time_sampling, learned_variance)
         self.net, self.schedule, self.prediction = net, schedule, prediction
         self.weighting, self.time_sampling, self.learned_variance = weighting, time_sampling, learned_variance
         self.logit_mean, self.logit_std = logit_mean, logit_std
+        self.frequency_weight = frequency_weight
 
     def forward(self, x_t: Float[Tensor, "B *S"], t: Float[Tensor, "B"], **cond) -> Float[Tensor, "B *S"]:
         """The estimate of x0 from the noised x_t at times t."""
@@ -85,7 +88,7 @@ class Denoiser(nn.Module):
             "v": alpha * noise - sigma * x0,  # Salimans & Ho 2022, sec. 4
             "velocity": noise - x0,  # d x_t / dt of the straight path
         }[self.prediction]
-        loss = (out - target).square().flatten(1).mean(1) * self.weight(t)
+        loss = squared_error(out - target, self.frequency_weight) * self.weight(t)
         if fraction is not None:  # the hybrid loss: Nichol & Dhariwal 2021, eq. 16, rescaled by T/1000
             x0_hat = self.x0_of(x_t, out, t).detach()
             loss = loss + self.schedule.steps / 1000 * vlb_bits(self.schedule, x0, x0_hat, fraction, t)
@@ -157,6 +160,20 @@ class Denoiser(nn.Module):
             return out.to(x_t.dtype), None
         mean, variance = out.to(x_t.dtype).chunk(2, dim=1)
         return mean, (variance + 1) / 2
+
+
+def squared_error(error: Float[Tensor, "B *S"], frequency_weight: float | int = 0.0) -> Float[Tensor, "B"]:
+    """The mean square of each sample's error, and of its first differences along height and width.
+
+    A wave of w radians a pixel counts 1 + frequency_weight |1 - exp(iw)|^2, in each direction: pictures have
+    most of their energy in coarse waves, and what makes a shape in fine ones. Every positive quadratic form
+    of the error is least at the conditional mean, so schedules, samplers and guidance hold as they are.
+    """
+    loss = error.square().flatten(1).mean(1)
+    if frequency_weight and error.ndim == 4:
+        for axis in (2, 3):
+            loss = loss + frequency_weight * error.diff(dim=axis).square().flatten(1).mean(1)
+    return loss
 
 
 def vlb_bits(
