@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms, features
 from torch.utils.data import DataLoader
 
 from dalle.data.folder import Folder
@@ -99,6 +99,71 @@ def test_cmyk(tmp_path):
     put(tmp_path, "a.jpg", picture((0, 255, 255, 0), (32, 32), "CMYK"))
     red = levels(folder(tmp_path)).float().mean((0, 1))
     assert red[0] > 200 > 60 > max(red[1], red[2])
+
+
+def wide_gamut(
+    red=(0.60974, 0.31111, 0.01947), green=(0.20528, 0.62567, 0.06087), blue=(0.14919, 0.06322, 0.74457)
+):
+    """A profile of three primaries (Adobe RGB's, in XYZ under D50) and a gamma of 563/256."""
+
+    def s15(*values):
+        return b"".join(struct.pack(">i", round(v * 65536)) for v in values)
+
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, 563) + bytes(2)
+    tags = {b"wtpt": b"XYZ " + bytes(4) + s15(0.9642, 1.0, 0.8249)}
+    tags |= {k: b"XYZ " + bytes(4) + s15(*v) for k, v in ((b"rXYZ", red), (b"gXYZ", green), (b"bXYZ", blue))}
+    tags |= dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), curve)
+    at, table, body = 128 + 4 + 12 * len(tags), b"", b""
+    for name, content in tags.items():
+        table += name + struct.pack(">II", at + len(body), len(content))
+        body += content
+    size = struct.pack(">I", at + len(body))
+    head = size + bytes(4) + b"\x02\x10\0\0" + b"mntrRGB XYZ " + bytes(12) + b"acsp" + bytes(28)
+    head += s15(0.9642, 1.0, 0.8249)
+    return head.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + body
+
+
+def in_srgb(colour):
+    """What `wide_gamut` means by a colour, in 8 bits of sRGB."""
+    wide = np.array([[0.60974, 0.31111, 0.01947], [0.20528, 0.62567, 0.06087], [0.14919, 0.06322, 0.74457]])
+    srgb = np.array([[0.43607, 0.22249, 0.01392], [0.38515, 0.71687, 0.09708], [0.14307, 0.06061, 0.71410]])
+    linear = (np.array(colour) / 255) ** (563 / 256) @ wide @ np.linalg.inv(srgb)
+    bent = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear.clip(0) ** (1 / 2.4) - 0.055)
+    return (bent.clip(0, 1) * 255).round()
+
+
+@pytest.mark.parametrize("colour", [(100, 180, 100), (200, 120, 60), (128, 128, 128), (255, 255, 255)])
+def test_colours_of_a_wide_gamut_become_those_of_srgb(tmp_path, colour):
+    put(tmp_path, "a.png", picture(colour), icc_profile=wide_gamut())
+    got = levels(folder(tmp_path))[0, 0].numpy().astype(float)
+    assert abs(got - in_srgb(colour)).max() <= 2
+    assert colour[0] == colour[1] or abs(got - colour).max() > 10  # the profile changes it
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "options", "off"),
+    [
+        ("a.jp2", picture((10, 20, 30), (32, 32)), {"irreversible": False}, 0),
+        ("a.avif", picture((10, 120, 30), (32, 32)), {"quality": 100}, 4),
+        ("a.tiff", Image.fromarray(np.full((8, 8), 0.5, np.float32)), {}, 0),
+        ("a.tif", picture((10, 20, 30)).convert("RGB"), {"compression": "tiff_lzw"}, 0),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_rarer_formats(tmp_path, name, image, options, off):
+    if name.endswith("avif") and not features.check("avif"):
+        pytest.skip("this Pillow reads no AVIF")
+    put(tmp_path, name, image, **options)
+    expected = (128, 128, 128) if image.mode == "F" else image.getpixel((0, 0))
+    got = levels(folder(tmp_path)).int()
+    assert (got - torch.tensor(expected)).abs().max() <= off
+
+
+def test_lab(tmp_path):
+    lab = ImageCms.buildTransform(ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), "RGB", "LAB")
+    image = ImageCms.applyTransform(picture((200, 60, 90)), lab)
+    put(tmp_path, "a.tiff", image)
+    assert (levels(folder(tmp_path)).int() - torch.tensor((200, 60, 90))).abs().max() <= 4
 
 
 def test_animations_show_their_first_frame(tmp_path):
@@ -213,6 +278,58 @@ def test_a_named_table_and_tables_in_subfolders(tmp_path):
         assert folder(tmp_path, captions="mine.csv").captions(0) == ["mine"]
     with pytest.warns(UserWarning, match="without"):
         assert folder(tmp_path).captions(0) == ["below"]
+
+
+@pytest.mark.parametrize(
+    ("image", "text"),
+    [
+        ("images/a.png", "captions/a.txt"),
+        ("images/x/a.png", "text/x/a.txt"),
+        ("images/train/a.png", "captions/train/a.TXT"),
+        ("train/images/a.png", "train/captions/a.txt"),
+        ("img/a.png", "txt/a.png.txt"),
+        ("a.png", "captions/a.txt"),
+        ("photos/a.png", "photos/captions/a.txt"),
+    ],
+)
+def test_captions_in_a_folder_of_their_own(tmp_path, image, text):
+    put(tmp_path, image, caption=None)
+    (tmp_path / text).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / text).write_text("a thing\nanother")
+    assert folder(tmp_path).captions(0) == ["a thing", "another"]
+
+
+def test_a_text_that_several_pictures_may_mean_is_nobodys(tmp_path):
+    for name in ("images/a.png", "pictures/a.png", "images/b.png"):
+        put(tmp_path, name, caption=None)
+    (tmp_path / "captions").mkdir()
+    for name in "ab":
+        (tmp_path / "captions" / f"{name}.txt").write_text(f"thing {name}")
+    with pytest.warns(UserWarning, match=r"2 without a readable caption \(images/a.png, pictures/a.png\)"):
+        source = folder(tmp_path)
+    assert source.names == ["images/b.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("train.parquet", "1 parquet files"), ("00000.TAR", "1 WebDataset"), ("all.tar.gz", "1 gzip files")],
+)
+def test_what_is_not_read_yet_is_named(tmp_path, name, said):
+    (tmp_path / name).write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=rf"no usable picture.*{said}.*which are not read yet"):
+        folder(tmp_path)
+
+
+def test_annotations_of_coco_are_named(tmp_path):
+    put(tmp_path, "val2017/000000000001.jpg", caption=None)
+    (tmp_path / "annotations").mkdir()
+    coco = {
+        "images": [{"id": 1, "file_name": "000000000001.jpg"}],
+        "annotations": [{"image_id": 1, "caption": "x"}],
+    }
+    (tmp_path / "annotations" / "captions_val2017.json").write_text(json.dumps(coco))
+    with pytest.raises(UserError, match=r"no usable picture.*captions_val2017\.json is .*COCO"):
+        folder(tmp_path)
 
 
 def test_a_table_and_texts_complete_each_other(tmp_path):

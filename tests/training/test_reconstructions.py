@@ -9,8 +9,10 @@ import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
+from tiny import train
 
 from dalle.data.shapes import Shapes
+from dalle.errors import UserError
 from dalle.images import GAP
 from dalle.metrics.codebook_usage import CodeUse
 from dalle.stages.base import Stage
@@ -126,3 +128,11 @@ def test_a_large_codebook_has_fewer_bins():
     log_histogram(trainer, "codes", torch.ones(8192, dtype=torch.int64))
     given = logger.experiment.add_histogram_raw.call_args.kwargs
     assert given["bucket_counts"] == [32] * 256
+
+
+def test_damaged_inception_weights_are_told_before_anything_is_trained(tmp_path):
+    weights = tmp_path / "inception.pth"
+    weights.write_bytes(b"no weights")
+    with pytest.raises(UserError, match=r"inception\.pth does not hold the FID Inception's weights"):
+        train("vae", tmp_path, f"callbacks.reconstructions.inception={weights}", steps=2)
+    assert not (tmp_path / "default" / "vae" / "metrics.csv").exists()

@@ -23,8 +23,16 @@ TABLES = ("metadata", "captions", "caption", "annotations", "labels", "prompts")
 TEXTS = (".txt", ".caption")
 LARGEST_TEXT = 2**20  # bytes of a picture's text file; what is larger is no caption
 SHOWN = 8  # class names in the first line
-FOREIGN = {".parquet": "parquet", ".arrow": "arrow", ".tar": "WebDataset (tar)", ".zip": "zip", ".tgz": "tar"}
+FOREIGN = {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".tar": "WebDataset (tar)",
+    ".zip": "zip",
+    ".tgz": "tar",
+    ".gz": "gzip",
+}
 GENERIC = re.compile(r"(image|img|picture|photo)s?", re.IGNORECASE)  # folders that name no class
+TEXT_FOLDER = re.compile(r"(caption|text|txt|prompt|description)s?", re.IGNORECASE)  # beside that of pictures
 ARTICLE = re.compile(r"\b(a)n?(?= \{\})", re.IGNORECASE)
 LIKE_YOU = (
     r"eu|ewe|one\b|once\b|ufo|uk|uni[cftv]|us[aeu]|ut[ei]"  # begin with a consonant that is not written
@@ -62,7 +70,7 @@ class CaptionFiles:
     columns: Columns = field(default_factory=Columns)
     first_line: bool = False
 
-    wanted = "captions in a .txt of the same name, in metadata.jsonl or in captions.csv"
+    wanted = "captions in a .txt of the same name, there or in captions/, in metadata.jsonl or captions.csv"
 
     def __call__(self, root: Path, pictures: Sequence[str], files: Mapping[str, int]) -> Found:
         """Captions of each picture that has some. `files`: all names, with their sizes in bytes."""
@@ -74,6 +82,7 @@ class CaptionFiles:
                 raise UserError(f"{self.table} is {error}") from None
             return reader.found(0)
         beside = texts_beside(pictures, files)
+        beside |= texts_across([name for name in pictures if name not in beside], files)
         claimed = set(beside.values())
         kinds: dict[bool, list[str]] = {True: [], False: []}
         for name in sorted(files):
@@ -90,7 +99,9 @@ class CaptionFiles:
         if not any(reader.captions.values()):
             reader.try_all(kinds[False])
         if not any(reader.captions.values()):
-            foreign = Counter(FOREIGN[s] for name in files if (s := PurePosixPath(name).suffix) in FOREIGN)
+            foreign = Counter(
+                FOREIGN[s] for name in files if (s := PurePosixPath(name.lower()).suffix) in FOREIGN
+            )
             reader.unread += [
                 f"{count} {kind} files, which are not read yet" for kind, count in foreign.items()
             ]
@@ -119,6 +130,33 @@ def texts_beside(pictures: Sequence[str], files: Iterable[str]) -> dict[str, str
         if texts := next((found[key] for key in wanted if key in found), None):
             beside[picture] = min(texts, key=lambda text: (not text.startswith(stem), text))
     return beside
+
+
+def texts_across(pictures: Sequence[str], files: Iterable[str]) -> dict[str, str]:
+    """The text file of each picture whose texts have a folder of their own: `captions/a/i.txt` for
+    `images/a/i.jpg`, `train/i.jpg` or `i.jpg`. One that several folders have is nobody's.
+    """
+    found: dict[str, set[str]] = defaultdict(set)
+    for name in files if pictures else ():
+        if name.lower().endswith(TEXTS):
+            for key in _without(posixpath.splitext(name)[0], TEXT_FOLDER):
+                found[key].add(name)
+    across: dict[str, str] = {}
+    for picture in pictures if found else ():
+        stem = posixpath.splitext(picture)[0]
+        keys = [key for name in (stem, picture) for key in (_key(name), *_without(name, GENERIC))]
+        texts = set().union(*(found.get(key, ()) for key in keys))
+        if len(texts) == 1:
+            across[picture] = texts.pop()
+    used = Counter(across.values())
+    return {picture: text for picture, text in across.items() if used[text] == 1}
+
+
+def _without(name: str, folder: re.Pattern[str]) -> list[str]:
+    """The key of a name without a folder that is called so; several where there are several."""
+    *folders, last = PurePosixPath(name).parts
+    places = [i for i, part in enumerate(folders) if folder.fullmatch(part)]
+    return [_key(posixpath.join(*folders[:i], *folders[i + 1 :], last)) for i in places]
 
 
 class _Reader:

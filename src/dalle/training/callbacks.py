@@ -17,6 +17,7 @@ from dalle.data.datamodules import SourceDataModule
 from dalle.data.shapes import Shapes
 from dalle.diffusion.noise import per_sample
 from dalle.images import from_uint8, grid, save_png, to_uint8
+from dalle.metrics.frechet import find_inception
 from dalle.metrics.generation import GenerationMetrics
 from dalle.metrics.judge import Judge
 from dalle.ranges import Decay, Depth, File, NonNegativeInt, Place, PositiveInt, Seed
@@ -185,6 +186,10 @@ class GenerationTest(lightning.Callback):
         self.directory, self.items, self.seed = Path(directory), items, seed
         self.inception, self.rows = inception, rows
         self.metrics: GenerationMetrics | None = None
+
+    def setup(self, trainer: lightning.Trainer, pl_module: Stage, stage: str) -> None:
+        if pl_module.makes_images:
+            find_inception(self.inception)  # damaged weights are told before anything is trained
 
     def on_test_start(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
         self.shown: list[tuple[str, Tensor]] = []

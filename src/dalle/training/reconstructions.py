@@ -18,6 +18,7 @@ from dalle.data.batch import Batch
 from dalle.data.shapes import Shapes
 from dalle.images import grid, save_png
 from dalle.metrics.codebook_usage import CodeUse, code_use, diagnose
+from dalle.metrics.frechet import find_inception
 from dalle.metrics.judge import Judge
 from dalle.metrics.reconstruction import ReconstructionMetrics
 from dalle.ranges import File, Place, PositiveInt
@@ -54,6 +55,9 @@ class Reconstructions(lightning.Callback):
         self.metrics: ReconstructionMetrics | None = None
         self.codes: CodeUse | None = None
         self.shown: tuple[Tensor, Tensor, list[str]] | None = None
+
+    def setup(self, trainer: lightning.Trainer, pl_module: Stage, stage: str) -> None:
+        find_inception(self.inception)  # damaged weights are told before anything is trained
 
     def begin(self, trainer: lightning.Trainer, stage: Stage, split: str, outputs: dict[str, Tensor]) -> None:
         source = trainer.datamodule.split(split)  # pyright: ignore[reportAttributeAccessIssue]
