@@ -1,7 +1,6 @@
 """Stages small enough to train in a test: what the real configuration needs on top to become tiny."""
 
 import csv
-import importlib.util
 import json
 import os
 import struct
@@ -69,7 +68,7 @@ def overrides(model: str, logs: Path, *more: str, net: bool = True) -> list[str]
 
 
 def configure(model: str, logs: Path, *more: str, net: bool = True) -> dict[str, Any]:
-    """The resolved configuration that train.py would hand to `fit.train`."""
+    """The resolved configuration that `dalle train` would hand to `fit.train`."""
     with initialize_config_dir(config_dir=str(ROOT / "conf"), version_base="1.3"):
         config = OmegaConf.to_container(
             compose("train", overrides(model, logs, *more, net=net)), resolve=True
@@ -152,12 +151,3 @@ def mistake(*overrides: str, primary: str = "train") -> Exception:
         except Exception as error:
             return error
     raise AssertionError(f"{overrides} is no mistake")
-
-
-def load_script() -> Any:
-    spec = importlib.util.spec_from_file_location("train_script", ROOT / "train.py")
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script

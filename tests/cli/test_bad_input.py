@@ -310,7 +310,7 @@ def shell(script: str, *arguments: str, cwd: Path) -> subprocess.CompletedProces
 )
 def test_in_a_shell(tmp_path, words):
     """The same from outside: in particular, a job of `-m` that fails says so once."""
-    ended = shell("train.py", *words, cwd=tmp_path)
+    ended = shell(*words, cwd=tmp_path)
     assert ended.returncode == 1
     assert ended.stderr.startswith("error: ")
     assert ended.stderr.count("\n") == 1

@@ -1,7 +1,5 @@
 """A user's mistake is one clear line: on the real exceptions of the installed Hydra."""
 
-import sys
-
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given, settings
@@ -68,47 +66,46 @@ def test_user_errors_lose_their_line_breaks():
     assert entry.one_line(UserError("wrong:\n  all of it")) == "wrong: all of it"
 
 
-def run_with(monkeypatch, error: BaseException, *arguments: str):
-    def main():
+def run_with(error: BaseException, *arguments: str):
+    def main(_):
         raise error
 
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    entry.run(main)
+    entry.run(main, arguments)
 
 
-def test_a_users_mistake_ends_with_code_1_and_one_line(monkeypatch):
+def test_a_users_mistake_ends_with_code_1_and_one_line():
     with pytest.raises(SystemExit, match=r"^error: do this$") as ended:
-        run_with(monkeypatch, UserError("do\n this"))
+        run_with(UserError("do\n this"))
     assert ended.value.code == "error: do this"  # Python prints it on stderr and exits with 1
 
 
 @pytest.mark.parametrize(
     "arguments", [["debug=true"], ["debug=traceback"], ["+debug=true"], ["debug=one_batch"]]
 )
-def test_debug_shows_where(monkeypatch, arguments):
+def test_debug_shows_where(arguments):
     with pytest.raises(UserError):
-        run_with(monkeypatch, UserError("x"), *arguments)
+        run_with(UserError("x"), *arguments)
 
 
 @pytest.mark.parametrize("arguments", [["debug=false"], ["debug=none"], ["name=debug=true"]])
-def test_no_debug_no_traceback(monkeypatch, arguments):
+def test_no_debug_no_traceback(arguments):
     with pytest.raises(SystemExit):
-        run_with(monkeypatch, UserError("x"), *arguments)
+        run_with(UserError("x"), *arguments)
 
 
-def test_a_bug_is_no_users_mistake(monkeypatch):
+def test_a_bug_is_no_users_mistake():
     with pytest.raises(SystemExit) as ended:
-        run_with(monkeypatch, ZeroDivisionError("by zero"))
+        run_with(ZeroDivisionError("by zero"))
     assert str(ended.value.code).startswith(
         f"error: {entry.BUG}: ZeroDivisionError: by zero (debug=true shows"
     )
     with pytest.raises(ZeroDivisionError):
-        run_with(monkeypatch, ZeroDivisionError(), "debug=true")
+        run_with(ZeroDivisionError(), "debug=true")
 
 
-def test_ctrl_c_is_no_traceback(monkeypatch):
+def test_ctrl_c_is_no_traceback():
     with pytest.raises(SystemExit, match="stopped"):
-        run_with(monkeypatch, KeyboardInterrupt())
+        run_with(KeyboardInterrupt())
 
 
 def read(argument: str) -> object:

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import ROOT
 
 from dalle.errors import UserError
 from dalle.evaluation import gate
@@ -69,7 +68,7 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     with pytest.raises(UserError, match=r"no recorded figures at .*; make gate RECORD=1 writes them"):
         main(monkeypatch, "logs/demo", f"--file={file}")
     found = result()
-    monkeypatch.setattr(gate, "measure", lambda folder, script, settings: found)
+    monkeypatch.setattr(gate, "measure", lambda folder, settings: found)
     main(monkeypatch, "logs/demo", f"--file={file}", "--record")
     assert json.loads(file.read_text())["settings"] == list(gate.SETTINGS)
     main(monkeypatch, "logs/demo", f"--file={file}")
@@ -81,7 +80,7 @@ def test_the_command(monkeypatch, tmp_path, capsys):
 
 def test_without_a_run_it_says_what_to_do(tmp_path):
     with pytest.raises(UserError, match=r"holds no finished run to measure; `make demo` trains one"):
-        gate.measure(tmp_path, str(ROOT / "evaluate.py"), [])
+        gate.measure(tmp_path, [])
 
 
 def test_it_measures_afresh_and_leaves_nothing(untrained_stages, tmp_path, monkeypatch):
@@ -95,7 +94,7 @@ def test_it_measures_afresh_and_leaves_nothing(untrained_stages, tmp_path, monke
         "precision=fp32",
     ]
     before = sorted(untrained_stages.rglob("*"))
-    found = gate.measure(untrained_stages / "default", str(ROOT / "evaluate.py"), fast)
+    found = gate.measure(untrained_stages / "default", fast)
     assert "judge/all" in found.figures
     assert sorted(untrained_stages.rglob("*")) == before
     assert list(Path().iterdir()) == []

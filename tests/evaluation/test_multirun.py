@@ -1,4 +1,4 @@
-"""Sweeps and comparisons through evaluate.py, their jobs in this process; two ranks in two processes."""
+"""Sweeps and comparisons through `dalle evaluate`, their jobs in this process; two ranks in two processes."""
 
 import csv
 import json
@@ -46,12 +46,12 @@ def jobs(monkeypatch) -> list[list[str]]:
     started = []
 
     def call(command: list[str], lock: int | None = None, **environment: str) -> int:
-        assert command[:2] == [sys.executable, str(ROOT / "evaluate.py")]
-        started.append(command[2:])
+        assert command[:4] == [sys.executable, "-m", "dalle", "evaluate"]
+        started.append(command[4:])
         try:
             GlobalHydra.instance().clear()
             with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-                config = OmegaConf.to_container(compose("evaluate", command[2:]), resolve=True)
+                config = OmegaConf.to_container(compose("evaluate", command[4:]), resolve=True)
             assert isinstance(config, dict)
             evaluate(config)
         except UserError as error:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import load_script
 
+from dalle.cli import train
 from dalle.errors import UserError
 from dalle.launch.hparam_search import Search
 
@@ -44,7 +44,7 @@ def search(tmp_path):
         script.write_text(TRIAL.format(loss=loss))
         settings = {"metric": "test/loss", "direction": "minimize", "space": SPACE, "seed": 0, **options}
         made = Search(str(tmp_path / "logs"), trials=trials, **settings)
-        code = made.run(tmp_path / "logs" / "prior", [sys.executable, str(script), *words], overwrite)
+        code = made.run(tmp_path / "logs" / "prior", [sys.executable, str(script)], list(words), overwrite)
         return code, made.study(str(tmp_path / "logs" / "prior"), overwrite=False)
 
     return run
@@ -144,16 +144,14 @@ def test_a_trial_hears_nothing_of_the_search(search, tmp_path):
 
 def test_train_hands_over(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    script, started = load_script(), []
-    script.__name__ = "__main__"
+    started = []
     monkeypatch.setattr(Search, "run", lambda self, *given: started.append((self, *given)) or 0)
     words = ["model=prior", "hparams_search=optuna", "search.trials=3", "search.metric=test/cosine_image"]
-    monkeypatch.setattr(sys, "argv", ["train.py", "-m", *words, "seed=4"])
     with pytest.raises(SystemExit, match="0"):
-        script.main()
-    ((made, run, command, overwrite),) = started
+        train.main(["-m", *words, "seed=4"])
+    ((made, run, command, given, overwrite),) = started
     assert (made.trials, made.metric, made.seed) == (3, "test/cosine_image", 4)
     assert run == Path("logs/default/prior")
-    assert command[1].endswith("train.py")
+    assert command == [sys.executable, "-m", "dalle", "train"]
+    assert given == [*words, "seed=4", "paths.run='logs/default/prior'"]
     assert overwrite is False

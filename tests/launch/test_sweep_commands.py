@@ -1,4 +1,4 @@
-"""What train.py does with `-m`: which jobs it starts, in which directories. Nothing is trained here."""
+"""What `dalle train` does with `-m`: which jobs it starts, in which directories. Nothing is trained here."""
 
 import os
 import sys
@@ -8,35 +8,32 @@ import pytest
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf.errors import OmegaConfBaseException
-from tiny import ROOT, load_script
+from tiny import ROOT
 
+from dalle.cli import compose, train
 from dalle.errors import UserError
-from dalle.launch.sweeps import Job
+from dalle.launch.sweeps import Job, perform
 
 
 @pytest.fixture
 def jobs(monkeypatch, tmp_path):
-    """Runs train.py with a command line and gives the jobs' overrides instead of starting them."""
+    """Runs `dalle train` with a command line and gives the jobs' overrides instead of starting them."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
 
     def run(*arguments: str) -> list[list[str]]:
-        script = load_script()
-        script.__name__ = "__main__"  # Hydra then looks for conf/ beside the file
         started: list[list[str]] = []
 
-        def sweep(jobs: list[tuple[dict, list[str]]], launcher: list[str]) -> int:
-            started.extend([*job, *launcher] for _, job in jobs)
+        def sweep(jobs: list[compose.Job], launcher: list[str]) -> int:
+            started.extend([*job.words, *launcher] for job in jobs)
             return 0
 
-        monkeypatch.setattr(script, "run_job", started.append)
-        monkeypatch.setattr(script, "sweep", sweep)
-        monkeypatch.setattr(sys, "argv", [str(ROOT / "train.py"), *arguments])
+        monkeypatch.setattr(train, "run_job", started.append)
+        monkeypatch.setattr(train, "sweep", sweep)
         if {"-m", "hydra=sweep"} <= set(arguments):
             with pytest.raises(SystemExit, match="0"):
-                script.main()
+                train.main([*arguments])
         else:
-            script.main()
+            train.main([*arguments])
         return started
 
     return run
@@ -141,13 +138,18 @@ def test_a_launcher_does_jobs_side_by_side(launcher, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     GlobalHydra.instance().clear()
     (tmp_path / "meets.py").write_text(MEETS)
-    command = [sys.executable, str(tmp_path / "meets.py"), "model=clip"]
+    command = [sys.executable, str(tmp_path / "meets.py")]
     two = [
-        Job(tmp_path / mine, [*command, f"name={tmp_path / other}", f"paths.run='{tmp_path / mine}'"])
+        Job(
+            tmp_path / mine,
+            command,
+            ["model=clip", f"name={tmp_path / other}", f"paths.run='{tmp_path / mine}'"],
+        )
         for mine, other in ("ab", "ba")
     ]
     words = [f"hydra/launcher={launcher}", *(["hydra.launcher.n_jobs=2"] if launcher == "joblib" else [])]
-    assert load_script().launch(two, words) == ["finished", "finished"]
+    states = compose.launch("train", [job.words for job in two], words, lambda k: perform(two[k]))
+    assert states == ["finished", "finished"]
 
 
 def test_wandbs_own_sweeps(jobs, monkeypatch):

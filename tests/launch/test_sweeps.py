@@ -33,9 +33,9 @@ metrics = {"test/loss": 0.25, "test/r1": 0.5}
 FAILS = """
 from dalle.cli import entry
 from dalle.errors import UserError
-def main():
+def main(_):
     raise {error}
-entry.run(main)
+entry.run(main, [])
 """
 
 
@@ -47,7 +47,7 @@ def job(tmp_path):
         path = tmp_path / f"{name}.py"
         path.write_text(script)
         run = tmp_path / "logs" / "prior" / name
-        return Job(run, [sys.executable, str(path), str(run)], **options)
+        return Job(run, [sys.executable, str(path), str(run)], [], **options)
 
     return make
 
@@ -133,7 +133,7 @@ def test_a_job_that_outlives_its_sweep_is_waited_for(job, tmp_path, capsys):
     script = tmp_path / "sweep.py"
     script.write_text(
         "from pathlib import Path; from dalle.launch.sweeps import Job, perform\n"
-        f"perform(Job(Path({str(orphan.run)!r}), {orphan.command}))\n"
+        f"perform(Job(Path({str(orphan.run)!r}), {orphan.command}, []))\n"
     )
     parent = subprocess.Popen([sys.executable, str(script)])
     while not orphan.run.exists():
@@ -160,7 +160,7 @@ def test_other_ranks_of_a_job_on_slurm_wait_for_nobody(job, monkeypatch):
 def test_the_table_has_all_metrics_and_says_what_distinguishes(job, tmp_path, capsys):
     jobs = [job("lr=1"), job("lr=2"), job("bad", FAILS.format(error="UserError('no, or: \"never\"')"))]
     for number, each in enumerate(jobs):
-        each.command.extend(["same=1", f"lr={number}"])
+        each.words.extend(["same=1", f"lr={number}"])
     sweep(jobs, tmp_path / "logs", "test/r1")
     with (tmp_path / "logs" / "sweep.csv").open(newline="") as file:
         rows = {row["job"]: row for row in csv.DictReader(file)}
@@ -203,10 +203,9 @@ def test_names_of_many_settings_fit_a_file_system(tmp_path):
 def test_the_first_reason_counts(monkeypatch, tmp_path):
     """Of several ranks the one that failed first: the others fail because it is gone."""
     monkeypatch.setenv(processes.REASON, str(tmp_path / "reason"))
-    monkeypatch.setattr(sys, "argv", ["train.py"])
     for words in ("no data", "connection closed by peer"):
         with pytest.raises(SystemExit):
-            entry.run(lambda words=words: (_ for _ in ()).throw(UserError(words)))
+            entry.run(lambda _, words=words: (_ for _ in ()).throw(UserError(words)), [])
     assert (tmp_path / "reason").read_text() == "no data"
 
 

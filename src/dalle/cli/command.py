@@ -1,11 +1,18 @@
-"""The command `dalle`: each subcommand is a module with a `main` that reads the rest of the command line."""
+"""The command `dalle`: each subcommand is a module with a `main` that takes the rest of the command line."""
 
 import importlib
+import os
 import sys
+from collections.abc import Sequence
 
-from dalle.cli.entry import run
+from dalle import __version__
+from dalle.cli import entry
+from dalle.errors import instead
 
 COMMANDS = {
+    "train": ("dalle.cli.train", "trains a stage, and first what it needs; -m: several, sweeps, searches"),
+    "sample": ("dalle.cli.sample", "pictures from trained stages, with the recipe that makes them again"),
+    "evaluate": ("dalle.cli.evaluate", "figures of trained stages or of pictures; -m: several in one report"),
     "dashboard": ("dalle.evaluation.dashboard", "one offline page of all runs in a folder"),
     "demo": ("dalle.evaluation.demo", "the table that the demos end with"),
     "gate": ("dalle.evaluation.gate", "compares the demo's figures with recorded ones"),
@@ -15,11 +22,22 @@ COMMANDS = {
 
 def main() -> None:
     """Runs ``dalle COMMAND ...``; without one it lists them."""
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name not in COMMANDS:
+    name, *arguments = sys.argv[1:] or [""]
+    if name in COMMANDS:
+        run(name, arguments)
+    elif name in ("", "-h", "--help"):
         print("usage: dalle COMMAND ...; each COMMAND says more with --help\n")
         for command, (_, line) in COMMANDS.items():
             print(f"  {command:<11}{line}")
-        sys.exit(0 if name in ("", "-h", "--help") else f"\nerror: there is no command {name!r}")
-    del sys.argv[1]
-    run(importlib.import_module(COMMANDS[name][0]).main)
+    elif name == "--version":
+        print(f"dalle {__version__}")
+    else:
+        sys.exit(f"error: there is no command {name!r}{instead(name, COMMANDS, 'dalle ')}")
+
+
+def run(name: str, arguments: Sequence[str]) -> None:
+    """Runs a subcommand."""
+    # The user's own code, in the folder in which they are: last, so that it hides nobody else's
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    entry.run(importlib.import_module(COMMANDS[name][0]).main, arguments)

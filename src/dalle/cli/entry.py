@@ -20,18 +20,12 @@ from dalle.launch.processes import REASON, STOPPED
 BUG = "this is a bug in dalle, not a mistake of yours"
 
 
-def run(main: Callable[[], None]) -> None:
-    """Calls a Hydra main function and turns what a user can fix into one line on stderr."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra's own report is long; this makes it raise instead
-    plain = {"debug=true": "debug=traceback", "debug=false": "debug=none"}  # `debug` is a config group
-    script, *arguments = [plain.get(argument, quoted(argument)) for argument in sys.argv]
-    arguments.sort(key=lambda argument: argument not in ("-m", "--multirun"))  # argparse wants them together
-    sys.argv = [script, *arguments]
-    shown = any(re.match(r"\+?debug=(?!none)", a) for a in sys.argv)
+def run(main: Callable[[list[str]], None], arguments: Sequence[str]) -> None:
+    """Calls a command and turns what a user can fix into one line on stderr."""
+    shown = any(re.match(r"\+?debug=(?!none|false)", argument) for argument in arguments)
     warnings.formatwarning = warning
     try:
-        check_words(arguments, groups(Path(script).resolve().parent / "conf"))
-        main()
+        main(list(arguments))
     except KeyboardInterrupt:
         _leave(STOPPED)
         sys.exit(f"\n{STOPPED}")
@@ -62,12 +56,13 @@ def said(error: Exception) -> str:
     return f"{BUG}: {text} (debug=true shows where); please report it with the command"
 
 
-def groups(conf: Path) -> dict[str, list[str]]:
-    """The config groups and the choices of each."""
-    found: dict[str, list[str]] = {}
-    for path in sorted(conf.glob("*/**/*.yaml")):
-        found.setdefault(path.parent.relative_to(conf).as_posix(), []).append(path.stem)
-    return found
+def groups(*folders: Path) -> dict[str, list[str]]:
+    """The config groups in one or several trees, and the choices of each."""
+    found: dict[str, set[str]] = {}
+    for folder in folders:
+        for path in folder.glob("*/**/*.yaml"):
+            found.setdefault(path.parent.relative_to(folder).as_posix(), set()).add(path.stem)
+    return {group: sorted(names) for group, names in sorted(found.items())}
 
 
 def check_words(arguments: Sequence[str], choices: Mapping[str, list[str]]) -> None:
@@ -93,6 +88,13 @@ def _leave(reason: str) -> None:
     if path := os.environ.get(REASON):
         with contextlib.suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:
             file.write(reason)
+
+
+def escaped(arguments: Sequence[str]) -> list[str]:
+    """A command line as Hydra is to read it: once more, it stays as it is."""
+    plain = {"debug=true": "debug=traceback", "debug=false": "debug=none"}  # `debug` is a config group
+    words = [plain.get(argument, quoted(argument)) for argument in arguments]
+    return sorted(words, key=lambda word: word not in ("-m", "--multirun"))  # argparse wants them together
 
 
 def quoted(argument: str) -> str:

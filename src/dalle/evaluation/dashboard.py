@@ -140,7 +140,7 @@ def tested(name: str, table: Table) -> list[str]:
     return [summary] if numbers else []
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="dalle dashboard", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", type=Path, help="a folder of runs, such as logs/demo")
-    print(printable(str(make(parser.parse_args().runs))))
+    print(printable(str(make(parser.parse_args(arguments).runs))))

@@ -8,6 +8,7 @@ of the others are right. Choose settings with `--split val`, whose unseen pairs 
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -115,7 +116,7 @@ def shares(table: dict[str, float]) -> list[str]:
     return lines
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="dalle demo", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", type=Path, help="folder with the runs of the stages, e.g. logs/demo")
     parser.add_argument("--pipeline", choices=["unclip", "dalle"], default="unclip")
@@ -123,7 +124,7 @@ def main() -> None:
     parser.add_argument("--split", choices=["val", "test"], default="test", help="val: to choose by")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=64)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     for option, hint in {"n": PositiveInt, "seed": Seed, "batch_size": PositiveInt}.items():
         if not fits(value := getattr(args, option), hint):
             raise UserError(f"--{option.replace('_', '-')} must be {describe(hint)}, got {value}")

@@ -5,9 +5,8 @@ records anew. What the figures were made of is in the file beside them.
 """
 
 import argparse
-import subprocess
-import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from dalle.errors import UserError
 from dalle.evaluation.report import number
 from dalle.evaluation.results import Result, figure_of, flat
 from dalle.files import write_json
+from dalle.launch.processes import call, child_command
 from dalle.reading import read_json
 from dalle.run_dir import Run
 
@@ -30,14 +30,14 @@ SETTINGS: tuple[str, ...] = (
 OTHER = ("machine", "processes", "time", "memory")  # of the protocol: of no matter to these figures
 
 
-def measure(folder: Path, script: str, settings: list[str]) -> Result:
+def measure(folder: Path, settings: list[str]) -> Result:
     """A fresh evaluation, whatever was evaluated before. Raises UserError where it fails."""
     if not Run(folder / "decoder").finished:
         raise UserError(f"{folder} holds no finished run to measure; `make demo` trains one in a few minutes")
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, script, f"name='{folder.name}'", f"paths.logs='{folder.parent}'"]
-        command += [*settings, "overwrite=true", f"out='{scratch}/out'", f"note='{scratch}/note'"]
-        if subprocess.run(command, check=False).returncode:
+        words = [f"name='{folder.name}'", f"paths.logs='{folder.parent}'"]
+        words += [*settings, "overwrite=true", f"out='{scratch}/out'", f"note='{scratch}/note'"]
+        if call([*child_command("evaluate"), *words]):
             raise UserError("the evaluation failed, see above")
         return Result.read(Path(scratch, "note").read_text(encoding="utf-8").strip())
 
@@ -83,23 +83,24 @@ def compare(result: Result, recorded: dict[str, Any]) -> list[str]:
     return left
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="dalle gate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", type=Path, help="folder with clip, prior and decoder, e.g. logs/demo")
     parser.add_argument("--file", type=Path, default=Path("benchmarks/gate.json"))
-    parser.add_argument("--script", default="evaluate.py")
     parser.add_argument("--record", action="store_true", help="write the file instead of comparing with it")
-    parser.add_argument("settings", nargs="*", help="of evaluate.py, when recording; else those of the file")
-    args = parser.parse_args()
+    parser.add_argument(
+        "settings", nargs="*", help="of dalle evaluate, when recording; else those of the file"
+    )
+    args = parser.parse_args(arguments)
     if args.record:
         settings: list[str] = args.settings or list(SETTINGS)
-        record(measure(args.runs, args.script, settings), settings, args.file)
+        record(measure(args.runs, settings), settings, args.file)
         print(f"recorded in {args.file}")
         return
     if not args.file.is_file():
         raise UserError(f"there are no recorded figures at {args.file}; make gate RECORD=1 writes them")
     recorded: Any = read_json(args.file, schemas.Gate, "make gate RECORD=1 writes it anew")
-    result = measure(args.runs, args.script, recorded["settings"])
+    result = measure(args.runs, recorded["settings"])
     left = compare(result, recorded)
     retrained = result.target["weights"] != recorded["weights"]
     if retrained:

@@ -4,7 +4,6 @@ A process of its own gives each its own peak memory, and nothing that DDP leaves
 done: started again, finished evaluations are found and not repeated.
 """
 
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from dalle.evaluation.results import FILE, Result
 from dalle.evaluation.run import evaluate
 from dalle.evaluation.stability import stability
 from dalle.evaluation.targets import MAIN
-from dalle.launch.processes import REASON, STOPPED, call
+from dalle.launch.processes import REASON, STOPPED, call, child_command
 from dalle.pipelines.sampling import REQUESTS, next_folder
 from dalle.run_dir import Run
 
@@ -28,16 +27,16 @@ def one(config: dict[str, Any]) -> None:
         print(f"\nprotocol and figures: {folder / FILE}")
 
 
-def sweep(script: str, configs: Sequence[dict[str, Any]], overrides: Sequence[list[str]]) -> None:
+def sweep(configs: Sequence[dict[str, Any]], overrides: Sequence[list[str]]) -> None:
     """All jobs of `-m`, then a table and a report of them."""
     if configs[0]["compare"]:
         raise UserError("compare= measures several pipelines by itself; leave out -m")
-    results, failed = run_all(script, overrides)
+    results, failed = run_all(overrides)
     home = Path(configs[0]["paths"]["logs"], configs[0]["name"], "reports")
     conclude(results, failed, home, " ".join(dict.fromkeys(word for words in overrides for word in words)))
 
 
-def compare(script: str, config: dict[str, Any], overrides: Sequence[str]) -> None:
+def compare(config: dict[str, Any], overrides: Sequence[str]) -> None:
     """All pipelines in the folders of `compare`, measured alike, in one table with what their training was
     like.
     """
@@ -55,7 +54,7 @@ def compare(script: str, config: dict[str, Any], overrides: Sequence[str]) -> No
     ]
     results, failed = [], []
     for job, (kind, folders) in zip(jobs, families, strict=True):
-        found, missing = run_all(script, [job])
+        found, missing = run_all([job])
         for result in found:
             stages = [Path(path).name for path in result.target["paths"].values()]
             result.figures |= stability(folders, MAIN.get(kind, kind), stages)
@@ -83,7 +82,7 @@ def families_of(entry: str) -> list[tuple[str, list[Path]]]:
     return [(kind, folders) for kind in kinds]
 
 
-def run_all(script: str, jobs: Sequence[Sequence[str]]) -> tuple[list[Result], list[str]]:
+def run_all(jobs: Sequence[Sequence[str]]) -> tuple[list[Result], list[str]]:
     """The results of the jobs that ended well, and a line for each that did not.
 
     Raises:
@@ -94,7 +93,9 @@ def run_all(script: str, jobs: Sequence[Sequence[str]]) -> tuple[list[Result], l
         for k, overrides in enumerate(jobs):
             print(f"[{k + 1}/{len(jobs)}] {' '.join(overrides)}", flush=True)
             note, reason = Path(scratch, f"{k}.note"), Path(scratch, f"{k}.reason")
-            code = call([sys.executable, script, *overrides, f"note='{note}'"], None, **{REASON: str(reason)})
+            code = call(
+                [*child_command("evaluate"), *overrides, f"note='{note}'"], None, **{REASON: str(reason)}
+            )
             why = reason.read_text(encoding="utf-8") if reason.exists() else f"ended with code {code}"
             if code and why == STOPPED:
                 raise KeyboardInterrupt
@@ -108,7 +109,7 @@ def run_all(script: str, jobs: Sequence[Sequence[str]]) -> tuple[list[Result], l
 def conclude(results: list[Result], failed: list[str], home: Path, command: str) -> None:
     """Leaves the report and shows its table."""
     if results:
-        folder = write_report(results, next_folder(home), f"evaluate.py {command}", failed)
+        folder = write_report(results, next_folder(home), f"dalle evaluate {command}", failed)
         print((folder / "table.md").read_text(encoding="utf-8"))
         print(f"report: {folder / 'report.html'}, figures: {folder / 'figures.csv'}")
     if failed:

@@ -1,4 +1,4 @@
-"""A search for good settings with Optuna: `train.py -m hparams_search=optuna`.
+"""A search for good settings with Optuna: `dalle train -m hparams_search=optuna`.
 
 Trials are jobs as those of a sweep (dalle.launch.sweeps), one after another, with what Optuna's TPE sampler
 proposes after those before (Bergstra et al. 2011). The study is a file, `study.db`: started again, the
@@ -54,10 +54,11 @@ class Search:
         self.space = {key: self._distribution(optuna, key, values) for key, values in space.items()}
         self.optuna = optuna
 
-    def run(self, run: Path, command: list[str], overwrite: bool) -> int:
-        """Does all trials of `command`, in directories below `run`, and shows what came of them.
+    def run(self, run: Path, command: list[str], words: list[str], overwrite: bool) -> int:
+        """Does all trials, in directories below `run`, and shows what came of them.
 
-        What the command says of the search and of directories is not for the trials.
+        Each is `command` with `words` and settings of its own; what the words say of the search and of
+        directories is not for the trials.
 
         Returns: an exit code: 0 when all trials have been made.
 
@@ -65,17 +66,16 @@ class Search:
             UserError: the finished trials have no such metric, or the study was made with another space.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        command = [
-            w for w in command if not w.lstrip("+~").startswith(("hparams_search", "search.", "paths.run"))
-        ]
+        kept = [w for w in words if not w.lstrip("+~").startswith(("hparams_search", "search.", "paths.run"))]
         with only_one(self.folder / "study"):
             study = self.study(str(run), overwrite)
             stopped = False
             for number, settings in self.proposals(study):
                 place = run / f"trial-{number:03d}"
-                words = [f"{key}={written(value)}" for key, value in settings.items()]
-                print(f"trial {number}: {' '.join(words)}", flush=True)
-                job = Job(place, [*command, *words, f"paths.run={quote(str(place))}"], overwrite=overwrite)
+                own = [f"{key}={written(value)}" for key, value in settings.items()]
+                print(f"trial {number}: {' '.join(own)}", flush=True)
+                given = [*kept, *own, f"paths.run={quote(str(place))}"]
+                job = Job(place, command, given, overwrite=overwrite)
                 if (state := perform(job)) == STOPPED:
                     stopped = True
                     break

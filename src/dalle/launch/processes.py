@@ -4,12 +4,18 @@ import hashlib
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 REASON = "DALLE_REASON"  # in the environment: the file in which a process leaves why it has failed
 STOPPED = "stopped"
+
+
+def child_command(command: str) -> list[str]:
+    """What starts a command of ours in a process of its own, from any folder."""
+    return [sys.executable, "-m", "dalle", command]
 
 
 def safe_path(run: str) -> Path:
@@ -29,7 +35,9 @@ def call(command: Sequence[str], lock: int | None = None, **environment: str) ->
     leaks into the next one.
     """
     kept = () if not lock else (lock,)
-    process = subprocess.Popen(command, pass_fds=kept, env={**os.environ, **environment})
+    # or `python -m` would take modules of the folder it is started in for Python's own
+    safe = {"PYTHONSAFEPATH": "1"}
+    process = subprocess.Popen(command, pass_fds=kept, env={**os.environ, **safe, **environment})
     handlers: dict[Any, Any] = {
         signal.SIGINT: lambda *_: None,  # Ctrl-C reaches the process itself: wait till it has saved
         signal.SIGTERM: lambda *_: process.terminate(),

@@ -32,15 +32,17 @@ COLUMNS = ("job", "state", "reason", "seconds", "overrides")
 
 @dataclass(frozen=True)
 class Job:
-    """A run to be made by `command`.
+    """A run to be made.
 
     Args:
+        command: what starts it, without its words.
         again: try it although it has failed before.
         overwrite: begin from nothing although it may be finished.
     """
 
     run: Path
     command: list[str]
+    words: list[str]
     again: bool = False
     overwrite: bool = False
 
@@ -53,7 +55,7 @@ class Job:
             "state": state,
             "reason": reason,
             "seconds": round(seconds, 1),
-            "overrides": self.command[2:],
+            "overrides": self.words,
         }
         write_json(self.notes, record)
         return state
@@ -83,7 +85,7 @@ def perform(job: Job) -> str:
     Returns: finished, stopped or failed.
     """
     if not is_main_process():  # of several that SLURM has started for one job: its other ranks
-        return "failed" if call(job.command) else "finished"
+        return "failed" if call([*job.command, *job.words]) else "finished"
     with only_one(job.run) as lock:
         if (state := job.settled) is not None:
             return state
@@ -92,7 +94,8 @@ def perform(job: Job) -> str:
         job.note("running")
         going_on = Run(job.run).occupied and not job.overwrite
         started = time.perf_counter()
-        code = call([*job.command, *(["resume=true"] if going_on else [])], lock, **{REASON: str(reason)})
+        words = [*job.words, *(["resume=true"] if going_on else [])]
+        code = call([*job.command, *words], lock, **{REASON: str(reason)})
         seconds = time.perf_counter() - started
         why = reason.read_text(encoding="utf-8") if reason.exists() else ended(code)
         reason.unlink(missing_ok=True)

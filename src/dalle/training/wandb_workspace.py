@@ -6,7 +6,7 @@ said to use the weights that its configuration names.
 """
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dalle.errors import UserError
@@ -69,10 +69,10 @@ def complete_lineage(api: Any, project: str, runs: Iterable[Any]) -> None:
                 print(f"{run.name} was made from {name}, which is not in {project} ({error})")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="dalle workspace", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("project", help="ENTITY/PROJECT at W&B")
-    path = parser.parse_args().project
+    path = parser.parse_args(arguments).project
     entity, _, project = path.partition("/")
     if not entity or not project:
         raise UserError(f"{path}: give a project at W&B as ENTITY/PROJECT")

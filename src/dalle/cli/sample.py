@@ -1,0 +1,10 @@
+"""Pictures from trained stages: `dalle sample prompt="a small red circle" sampler=ddim steps=25`."""
+
+from dalle.cli.compose import compose
+
+
+def main(arguments: list[str]) -> None:
+    for job in compose("sample", arguments):
+        from dalle.pipelines.sampling import sample  # torch: only once the configuration is right
+
+        sample(job.config)
