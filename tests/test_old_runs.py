@@ -18,7 +18,7 @@ from dalle.evaluation.report import write_report
 from dalle.evaluation.results import Result
 from dalle.pipelines.load import load_dalle, load_unclip
 from dalle.run_dir import Run, load_stage
-from dalle.training.checkpoints import read_checkpoint
+from dalle.training.checkpoints import DurableIO, read_checkpoint
 
 MONTHS = sorted(path.name for path in (ROOT / "tests" / "old_runs").iterdir())
 STAGES = ("clip", "prior", "decoder", "dvae", "dalle")
@@ -82,3 +82,12 @@ def test_a_result_is_read_beside_todays(old, tmp_path):
     assert then.figures["judge/all"].value == 0
     folder = write_report([then, then], tmp_path / "report", "a comparison")
     assert "unclip" in (folder / "table.md").read_text()
+
+
+def test_the_average_in_an_old_checkpoint_is_found_under_todays_names(old):
+    stage, _ = load_stage(old / "decoder")
+    loaded = DurableIO(stage).load_checkpoint(old / "decoder" / "last.ckpt", weights_only=True)
+    assert loaded["state_dict"].keys() == stage.state_dict().keys()
+    average = loaded["callbacks"]["Ema"]["average"]
+    assert "net.conv_in.weight" in average
+    assert average.keys() <= stage.state_dict().keys()

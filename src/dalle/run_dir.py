@@ -36,6 +36,7 @@ from dalle.reading import read_json, read_text, read_yaml, shaped
 from dalle.schemas import Manifest, RunConfig
 from dalle.stages.base import Stage
 from dalle.trust import listed, renamed
+from dalle.weight_names import as_today
 
 SCHEMA = 1
 ADVICE = "restore it or train the stage again"
@@ -193,7 +194,7 @@ def load_stage(path: str | Path, *expected: str) -> tuple[Stage, dict[str, Any]]
     run.manifest(*NEEDS.get(manifest.get("stage", ""), ()))
     stage = build_stage(run)
     try:
-        stage.net.load_state_dict(run.weights(), strict=True)
+        stage.net.load_state_dict(as_today(run.weights(), stage.net), strict=True)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{run.path}: model.safetensors does not fit config.yaml: {reason}") from None

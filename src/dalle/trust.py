@@ -57,6 +57,7 @@ MOVED = {  # names in files of earlier versions -> what is called so today; modu
     "dalle.stages.muon": "dalle.optim.muon",
     "dalle.stages.optim.Recipe": "dalle.optim.factory.OptimizerFactory",
 }
+ARGUMENTS = {"dalle.nets.dvae.DVAE": {"inlet": "code_dim"}}  # the same of arguments, by today's class
 
 LONGEST = 200  # letters of a name
 
@@ -117,7 +118,11 @@ def renamed(node: Any) -> Any:
         return [renamed(item) for item in node]
     if not isinstance(node, dict):
         return node
-    return {k: current(v) if k == "_target_" and isinstance(v, str) else renamed(v) for k, v in node.items()}
+    if not isinstance(target := node.get("_target_"), str):
+        return {key: renamed(value) for key, value in node.items()}
+    target = current(target)
+    arguments = ARGUMENTS.get(target, {})
+    return {arguments.get(k, k): target if k == "_target_" else renamed(v) for k, v in node.items()}
 
 
 def _parts(target: Any) -> list[str]:

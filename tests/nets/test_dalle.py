@@ -356,7 +356,7 @@ class TestPeers:
             "attention.qkv": "attn.c_attn",
             "attention.out": "attn.c_proj",
         }
-        names |= {"mlp.inlet": "mlp.c_fc", "mlp.out": "mlp.c_proj"}
+        names |= {"mlp.proj_in": "mlp.c_fc", "mlp.out": "mlp.c_proj"}
         for i, layer in enumerate(net.layers):
             for ours, theirs in names.items():
                 module = layer.get_submodule(ours)
@@ -382,7 +382,7 @@ class TestPeers:
         state = {"norm.weight": net.norm.weight, "embed_tokens.weight": torch.zeros(2, 32)}
         for i, layer in enumerate(net.layers):
             q, k, v = layer.attention.qkv.weight.chunk(3)
-            gate, up = layer.mlp.inlet.weight.chunk(2)
+            gate, up = layer.mlp.proj_in.weight.chunk(2)
             weights = {
                 "self_attn.q_proj": q, "self_attn.k_proj": k, "self_attn.v_proj": v,
                 "self_attn.o_proj": layer.attention.out.weight, "mlp.gate_proj": gate, "mlp.up_proj": up,

@@ -99,7 +99,7 @@ def test_patches_go_back_where_they_came_from():
     x, t, cond = inputs(net)
     net.position.zero_()
     net.norm = nn.Identity()
-    for layer in (net.inlet, net.outlet):
+    for layer in (net.proj_in, net.proj_out):
         nn.init.eye_(layer.weight)
     torch.testing.assert_close(net(x, t, **cond), x)
 

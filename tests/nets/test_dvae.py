@@ -6,7 +6,7 @@ import torch
 from dalle.errors import UserError
 from dalle.nets.dvae import DVAE
 
-SMALL = {"image_size": 16, "vocab_size": 12, "factor": 4, "width": 8, "inlet": 8, "groups": 2, "blocks": 1}
+SMALL = {"image_size": 16, "vocab_size": 12, "factor": 4, "width": 8, "code_dim": 8, "groups": 2, "blocks": 1}
 
 
 def make(**options) -> DVAE:
@@ -22,7 +22,7 @@ class TestReleased:
     @pytest.fixture(scope="class")
     def net(self) -> DVAE:
         with torch.device("meta"):
-            return DVAE(256, 8192, factor=8, width=256, inlet=128, groups=4, blocks=2)
+            return DVAE(256, 8192, factor=8, width=256, code_dim=128, groups=4, blocks=2)
 
     def test_parameters(self, net):
         assert sum(p.numel() for p in net.encoder.parameters()) == 53_786_240
@@ -54,7 +54,7 @@ class TestReleased:
 
 
 def test_initialisation():
-    net = make(width=64, inlet=64)
+    net = make(width=64, code_dim=64)
     kernel = net.encoder.blocks.group_1.block_1.res_path.conv_1.w
     assert kernel.std().item() == pytest.approx((64 * 9) ** -0.5, rel=0.05)
     assert all((p == 0).all() for name, p in net.named_parameters() if name.endswith(".b"))

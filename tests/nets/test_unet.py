@@ -255,9 +255,9 @@ def test_compiles_to_one_graph(kind):
     x, t, cond = inputs(net)
     keep = {"keep_image": torch.tensor([True, False, True]), "keep_text": torch.tensor([True, True, False])}
     expected = net(x, t, **cond, **keep)
-    grad = torch.autograd.grad(expected.square().mean(), net.inlet.weight)[0]
+    grad = torch.autograd.grad(expected.square().mean(), net.conv_in.weight)[0]
     out = torch.compile(net, fullgraph=True, backend="aot_eager")(x, t, **cond, **keep)
     torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(
-        torch.autograd.grad(out.square().mean(), net.inlet.weight)[0], grad, rtol=1e-3, atol=1e-4
+        torch.autograd.grad(out.square().mean(), net.conv_in.weight)[0], grad, rtol=1e-3, atol=1e-4
     )

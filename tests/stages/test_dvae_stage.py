@@ -12,7 +12,7 @@ from dalle.stages.dvae import DVAEStage, Ramp, kl_to_uniform, logit_laplace, log
 
 def make_stage(temperature: float = 1.0, beta: float = 0.0, seed: int = 0, **options) -> DVAEStage:
     torch.manual_seed(seed)
-    net = DVAE(image_size=16, vocab_size=12, factor=4, width=8, inlet=8, groups=2, blocks=1)
+    net = DVAE(image_size=16, vocab_size=12, factor=4, width=8, code_dim=8, groups=2, blocks=1)
     return DVAEStage(net, Ramp(temperature, temperature, 0), Ramp(beta, beta, 0), **options)
 
 
@@ -110,7 +110,7 @@ class TestStep:
 
     def test_the_kl_weight_of_the_paper_is_one_192nd_of_beta(self):
         stage = make_stage(beta=6.6).train()
-        stage.net = DVAE(image_size=32, vocab_size=12, factor=8, width=4, inlet=4, groups=3, blocks=1)
+        stage.net = DVAE(image_size=32, vocab_size=12, factor=8, width=4, code_dim=4, groups=3, blocks=1)
         out = stage.step({"image": torch.zeros(1, 3, 32, 32)})
         torch.testing.assert_close(out["loss"] - out["nll"], 6.6 / 192 * out["kl"])
 

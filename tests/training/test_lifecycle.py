@@ -280,7 +280,7 @@ def test_a_kill_during_a_save_leaves_the_checkpoint_before(tmp_path, monkeypatch
         assert path.read_bytes() == b"old"
 
     monkeypatch.setattr(torch, "save", save)
-    checkpoints.DurableIO().save_checkpoint({"global_step": 3}, path)
+    checkpoints.DurableIO(torch.nn.Module()).save_checkpoint({"global_step": 3}, path)
     assert places == [tmp_path]
     assert torch.load(path)["global_step"] == 3
     assert os.listdir(tmp_path) == ["last.ckpt"]

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 
 from dalle.data.tokenizers import TextTokenizer
+from dalle.weight_names import first_name
 
 
 class Frozen(nn.Module):
@@ -100,14 +101,14 @@ class FrozenTokenizer(Frozen):
 
 
 def weights_hash(module: nn.Module) -> str:
-    """16 hex digits of the SHA-256 over names, types, shapes and bytes of all saved tensors."""
+    """16 hex digits of the SHA-256 over first names, types, shapes and bytes of all saved tensors."""
     return tensors_hash(module.state_dict())
 
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     """The same of tensors by name."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+    for name, tensor in sorted(tensors.items(), key=lambda item: first_name(item[0])):
+        digest.update(f"{first_name(name)} {tensor.dtype} {tuple(tensor.shape)};".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

@@ -214,12 +214,12 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, expand: int = 4, dropout: float | int = 0.0):
         super().__init__()
-        self.inlet = nn.Linear(width, expand * width)
+        self.proj_in = nn.Linear(width, expand * width)
         self.dropout = nn.Dropout(dropout)
         self.out = nn.Linear(expand * width, width)
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        return self.out(self.dropout(F.gelu(self.inlet(x), approximate="tanh")))
+        return self.out(self.dropout(F.gelu(self.proj_in(x), approximate="tanh")))
 
 
 class TimeMLP(nn.Module):

@@ -188,11 +188,11 @@ class MLP(nn.Module):
         super().__init__()
         hidden = 64 * math.ceil(width / 24) if gated else 4 * width
         self.gated = gated
-        self.inlet = nn.Linear(width, (1 + gated) * hidden, bias)
+        self.proj_in = nn.Linear(width, (1 + gated) * hidden, bias)
         self.out = nn.Linear(hidden, width, bias)
 
     def forward(self, x: Float[Tensor, "B M D"]) -> Float[Tensor, "B M D"]:
-        x = self.inlet(x)
+        x = self.proj_in(x)
         if not self.gated:
             return self.out(F.gelu(x))
         gate, x = x.chunk(2, dim=2)

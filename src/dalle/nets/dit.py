@@ -87,14 +87,14 @@ class DiT(nn.Module):
         self.embed_dim, self.text_width = embed_dim, text_width
         self.patch, self.width, self.checkpoint = patch, width, checkpoint
         self.conditioning = Conditioning(width, width, embed_dim, text_width, image_tokens)
-        self.inlet = nn.Linear(channels * patch**2, width)
+        self.proj_in = nn.Linear(channels * patch**2, width)
         (self.side,) = map_sides(image_size, patch, 1)
         self.register_buffer("position", positions(self.side, width), persistent=False)
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
         self.modulation = nn.Linear(width, (6 * depth + 2) * width)
         self.context = nn.Linear(width, 2 * depth * width)
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.outlet = nn.Linear(width, out_channels * patch**2)
+        self.proj_out = nn.Linear(width, out_channels * patch**2)
         self.init_weights()
 
     @staticmethod
@@ -110,7 +110,7 @@ class DiT(nn.Module):
                 nn.init.zeros_(module.bias)
         self.conditioning.init_weights()
         nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.outlet.weight)
+        nn.init.zeros_(self.proj_out.weight)
 
     def forward(
         self,
@@ -132,12 +132,12 @@ class DiT(nn.Module):
 
         k, size = self.patch, x.shape[-1]
         x = rearrange(padded(x, k), "b c (h p) (w q) -> b (h w) (p q c)", p=k, q=k)
-        x = self.inlet(x) + self.position
+        x = self.proj_in(x) + self.position
         for block, modulation, keys in zip(self.blocks, modulations, contexts, strict=True):
             if self.checkpoint and self.training:
                 x = checkpoint(block, x, modulation, keys, use_reentrant=False)
             else:
                 x = block(x, modulation, keys)
-        x = self.outlet(modulate(self.norm(x), *last.chunk(2, dim=1)))
+        x = self.proj_out(modulate(self.norm(x), *last.chunk(2, dim=1)))
         x = rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.side, p=k, q=k)
         return cut(x, size)

@@ -141,7 +141,7 @@ class DVAE(nn.Module):
         vocab_size: K, how many codes there are.
         factor: side of a code's patch, a power of two; the grid has image_size / factor codes on a side.
         width: channels of the first group of blocks; each next group is twice as wide.
-        inlet: channels of the codebook's vectors.
+        code_dim: channels of the codebook's vectors.
         groups: of residual blocks, in the encoder and again in the decoder.
         blocks: residual blocks in a group.
         gain: of the residual branches; None: 1 / (groups * blocks)^2, as released.
@@ -160,7 +160,7 @@ class DVAE(nn.Module):
         vocab_size: Vocabulary,
         factor: Side,
         width: Width,
-        inlet: Width,
+        code_dim: Width,
         groups: Depth,
         blocks: Depth,
         gain: NonNegative | None = None,
@@ -183,7 +183,7 @@ class DVAE(nn.Module):
         sizes = Sizes(patch, halvings, blocks, gain, logit_gain)
         widths = [width << g for g in range(groups)]
         self.encoder = Encoder([width, *widths], vocab_size, sizes)
-        self.decoder = Decoder([inlet, *reversed(widths)], vocab_size, sizes)
+        self.decoder = Decoder([code_dim, *reversed(widths)], vocab_size, sizes)
 
     @staticmethod
     def suited(image_size: int, given: Mapping[str, Any]) -> dict[str, Any]:

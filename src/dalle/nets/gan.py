@@ -129,8 +129,8 @@ class Generator(nn.Module):
             for c, side in zip(widths, sides, strict=True)
         )
         self.grow = nn.ModuleList(nn.Conv2d(c, d, 1) for c, d in pairwise(widths))
-        self.outlet_norm = GroupNorm(widths[-1], affine=False)
-        self.outlet = nn.Conv2d(widths[-1], 3, 3, padding=1)
+        self.conv_norm_out = GroupNorm(widths[-1], affine=False)
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
         made = [m for m in self.modules() if isinstance(m, GeneratorBlock)]
         self.modulations = [4 * b.channels for b in made] + [2 * widths[-1]]
         self.keys = [2 * b.channels for b in made if b.attention is not None]
@@ -177,8 +177,8 @@ class Generator(nn.Module):
             for block in blocks.children():
                 x = block(x, next(modulation), None if block.attention is None else next(context))
         scale, shift = next(modulation).chunk(2, dim=1)
-        x = enlarge(self.outlet_norm(x, 1 + scale, shift), self.patch)
-        return cut(self.outlet(x), self.image_size).float().tanh()
+        x = enlarge(self.conv_norm_out(x, 1 + scale, shift), self.patch)
+        return cut(self.conv_out(x), self.image_size).float().tanh()
 
 
 def enlarge(x: Float[Tensor, "B C h w"], factor: int) -> Float[Tensor, "B C H W"]:
@@ -191,13 +191,13 @@ class DiscriminatorBlock(nn.Module):
     def __init__(self, channels: int, out_channels: int, shrink: bool):
         super().__init__()
         self.conv1, self.conv2 = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
-        self.outlet = nn.Conv2d(channels, out_channels, 1) if shrink else nn.Identity()
+        self.conv_out = nn.Conv2d(channels, out_channels, 1) if shrink else nn.Identity()
         self.shrink = shrink
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
         h = self.conv2(F.leaky_relu(self.conv1(F.leaky_relu(x, SLOPE)), SLOPE))
         x = (x + h) * 0.5**0.5
-        return self.outlet(F.avg_pool2d(x, 2) if self.shrink else x)
+        return self.conv_out(F.avg_pool2d(x, 2) if self.shrink else x)
 
 
 class Discriminator(nn.Module):
@@ -224,7 +224,7 @@ class Discriminator(nn.Module):
         widths = [width * m for m in multipliers]
         side = map_sides(image_size, patch, len(widths))[-1]
         self.patch, self.factor = patch, patch << len(widths) - 1
-        self.inlet = nn.Conv2d(3 * patch**2, widths[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(3 * patch**2, widths[0], 3, padding=1)
         self.blocks = nn.Sequential(
             *(DiscriminatorBlock(c, d, True) for c, d in pairwise(widths)),
             DiscriminatorBlock(widths[-1], widths[-1], False),
@@ -253,7 +253,7 @@ class Discriminator(nn.Module):
         """f(x)."""
         x = F.pixel_unshuffle(padded(image, self.factor), self.patch)
         x = x.contiguous(memory_format=torch.channels_last)
-        x = F.leaky_relu(self.blocks(self.inlet(x)), SLOPE)
+        x = F.leaky_relu(self.blocks(self.conv_in(x)), SLOPE)
         return F.leaky_relu(self.dense(x.flatten(1)), SLOPE)
 
     def caption(

@@ -104,7 +104,7 @@ class SmallUNet(nn.Module):
             return nn.ModuleList(Block(widths[i], heads, dropout) for _ in range(blocks[i]))
 
         lowest = len(widths) - 1
-        self.inlet = nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)
         self.positions = nn.ParameterList(
             nn.Parameter(torch.zeros(1, c, side, side)) for c, side in zip(widths, sides, strict=True)
         )
@@ -116,8 +116,8 @@ class SmallUNet(nn.Module):
         self.middle = level(lowest)
         self.grow = nn.ModuleList(nn.Conv2d(widths[i + 1], widths[i], 1) for i in reversed(range(lowest)))
         self.up = nn.ModuleList(level(i) for i in reversed(range(lowest)))
-        self.outlet_norm = GroupNorm(widths[0], affine=False)
-        self.outlet = nn.Conv2d(widths[0], out_channels * patch**2, 3, padding=1)
+        self.conv_norm_out = GroupNorm(widths[0], affine=False)
+        self.conv_out = nn.Conv2d(widths[0], out_channels * patch**2, 3, padding=1)
 
         made = [m for m in self.modules() if isinstance(m, Block)]
         self.modulations = [4 * b.channels for b in made] + [2 * widths[0]]
@@ -142,7 +142,7 @@ class SmallUNet(nn.Module):
     def init_weights(self) -> None:
         """PyTorch's defaults, but each residual branch and the output begin at zero: net(x) == 0 at birth."""
         self.conditioning.init_weights()
-        last: list[nn.Conv2d | nn.Linear] = [self.outlet]
+        last: list[nn.Conv2d | nn.Linear] = [self.conv_out]
         last += [m.conv2 for m in self.modules() if isinstance(m, Block)]
         last += [m.out for m in self.modules() if isinstance(m, Attention)]
         for layer in last:
@@ -178,7 +178,7 @@ class SmallUNet(nn.Module):
         given = iter(modulation), iter(self.context(context).split(self.keys, dim=2))
 
         size = x.shape[-1]
-        x = self.inlet(F.pixel_unshuffle(padded(x, self.factor), self.patch))
+        x = self.conv_in(F.pixel_unshuffle(padded(x, self.factor), self.patch))
         x = x + self.positions[0].to(x.dtype)
         skips = []
         for blocks, shrink, positions in zip(self.down, self.shrink, self.positions[1:], strict=True):
@@ -192,5 +192,5 @@ class SmallUNet(nn.Module):
             x = F.interpolate(grow(x), scale_factor=2.0, mode="nearest") + skips.pop()
             x = self.run(blocks, x, *given)
         scale, shift = modulation[-1].chunk(2, dim=1)
-        x = self.outlet(self.outlet_norm(x, 1 + scale, shift))
+        x = self.conv_out(self.conv_norm_out(x, 1 + scale, shift))
         return cut(F.pixel_shuffle(x, self.patch), size)

@@ -134,7 +134,7 @@ class UNet(nn.Module):
         widths = [width * m for m in multipliers]
         heads = [head_dim if s in attention else 0 for s in sides]
 
-        self.inlet = nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)
+        self.conv_in = nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)
         self.positions = nn.Parameter(torch.zeros(1, widths[0], sides[0], sides[0])) if positions else None
         skips = [widths[0]]
         self.down = nn.ModuleList()
@@ -158,8 +158,8 @@ class UNet(nn.Module):
                 c = widths[level]
             if level:
                 self.up.append(Upsample(c) if resample == "conv" else Block(c, c, 0, dropout, "up"))
-        self.outlet_norm = GroupNorm(c)
-        self.outlet = nn.Conv2d(c, out_channels * patch**2, 3, padding=1)
+        self.conv_norm_out = GroupNorm(c)
+        self.conv_out = nn.Conv2d(c, out_channels * patch**2, 3, padding=1)
 
         made = [m for m in self.modules() if isinstance(m, Block)]
         self.scales = [b.residual.out_channels for b in made]
@@ -182,7 +182,7 @@ class UNet(nn.Module):
     def init_weights(self) -> None:
         """PyTorch's defaults, but each residual branch and the output begin at zero: net(x) == 0 at birth."""
         self.conditioning.init_weights()
-        last: list[nn.Conv2d | nn.Linear] = [self.outlet]
+        last: list[nn.Conv2d | nn.Linear] = [self.conv_out]
         last += [m.conv2 for m in self.modules() if isinstance(m, ResBlock)]
         last += [m.out for m in self.modules() if isinstance(m, Attention)]
         for layer in last:
@@ -220,7 +220,7 @@ class UNet(nn.Module):
         given = iter(scales), iter(shifts), iter(contexts)
 
         size = x.shape[-1]
-        x = self.inlet(F.pixel_unshuffle(padded(x, self.factor), self.patch))
+        x = self.conv_in(F.pixel_unshuffle(padded(x, self.factor), self.patch))
         x = x if self.positions is None else x + self.positions.to(x.dtype)
         skips = [x]
         for layer in self.down:
@@ -231,7 +231,7 @@ class UNet(nn.Module):
         for layer in self.up:
             x = torch.cat((x, skips.pop()), dim=1) if needs_skip(layer) else x
             x = self.run(layer, x, *given)
-        return cut(F.pixel_shuffle(self.outlet(self.outlet_norm(x)), self.patch), size)
+        return cut(F.pixel_shuffle(self.conv_out(self.conv_norm_out(x)), self.patch), size)
 
 
 def needs_skip(layer: nn.Module) -> bool:

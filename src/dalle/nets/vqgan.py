@@ -43,20 +43,20 @@ class PatchMLP(nn.Module):
 
     def __init__(self, n_in: int, width: int, n_out: int, blocks: int):
         super().__init__()
-        self.inlet = nn.Linear(n_in, width)
+        self.proj_in = nn.Linear(n_in, width)
         self.blocks = nn.ModuleList(
             nn.Sequential(
                 nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
             )
             for _ in range(blocks)
         )
-        self.outlet = nn.Linear(width, n_out)
+        self.proj_out = nn.Linear(width, n_out)
 
     def forward(self, x: Float[Tensor, "B I h w"]) -> Float[Tensor, "B O h w"]:
-        x = self.inlet(x.permute(0, 2, 3, 1))
+        x = self.proj_in(x.permute(0, 2, 3, 1))
         for block in self.blocks:
             x = x + block(x)
-        return self.outlet(x).permute(0, 3, 1, 2)
+        return self.proj_out(x).permute(0, 3, 1, 2)
 
 
 class PatchEncoder(nn.Module):
@@ -196,7 +196,7 @@ class VQGAN(nn.Module):
             if level:
                 up += [nn.Upsample(scale_factor=2.0), nn.Conv2d(n, widths[level - 1], 3, padding=1)]
         self.decoder = nn.Sequential(*up, GroupNorm(widths[0]))
-        self.outlet = nn.Conv2d(widths[0], pixels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[0], pixels, 3, padding=1)
 
     @staticmethod
     def suited(image_size: int, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,7 +236,7 @@ class VQGAN(nn.Module):
         return self.encoder(image).float()
 
     def draw(self, z: Float[Tensor, "B D h w"]) -> Float[Tensor, "B 3 H W"]:
-        image = F.pixel_shuffle(self.outlet(self.decoder(z)).float(), self.patch)
+        image = F.pixel_shuffle(self.conv_out(self.decoder(z)).float(), self.patch)
         return cut(image, self.image_size)
 
     def forward(

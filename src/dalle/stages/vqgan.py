@@ -103,7 +103,7 @@ class VQGANStage(Stage):
         joined = self.global_step >= self.disc_start and self.adversarial_weight > 0
         if joined:
             out["adversarial"] = -self.discriminator(made).mean()
-            out["adaptive_weight"] = adaptive_weight(out["nll"], out["adversarial"], self.net.outlet.weight)
+            out["adaptive_weight"] = adaptive_weight(out["nll"], out["adversarial"], self.net.conv_out.weight)
             loss = loss + self.adversarial_weight * out["adaptive_weight"] * out["adversarial"]
         out["grad_norm"] = self.manual_step(loss, self.net, AUTOENCODER)
         if joined:

@@ -18,7 +18,7 @@ import lightning
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
-from torch import Tensor
+from torch import Tensor, nn
 
 from dalle.errors import UserError
 from dalle.files import atomic_path
@@ -27,6 +27,7 @@ from dalle.ranges import Place, PositiveInt
 from dalle.stages.base import Stage
 from dalle.stages.nan_guard import Diverged
 from dalle.training.loggers import MetricsCsv
+from dalle.weight_names import as_today
 
 STOP_EVERY = (
     10  # steps between the questions to all ranks whether one was told to stop: each costs a device sync
@@ -36,11 +37,26 @@ STOP_EVERY = (
 class DurableIO(TorchCheckpointIO):
     """Writes checkpoints beside their place, on the same disk. Lightning's own go through the folder of
     temporary files, which may be on another disk: moving them from there is no rename.
+
+    Args:
+        stage: what checkpoints are of; those of earlier versions are given with its names of weights.
     """
+
+    def __init__(self, stage: nn.Module) -> None:
+        super().__init__()
+        self.stage = stage
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         with atomic_path(path, kept=lambda: kept(Path(path))) as hidden, hidden.open("wb") as file:
             torch.save(checkpoint, file)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, **options: Any) -> dict[str, Any]:
+        checkpoint = super().load_checkpoint(path, map_location or "cpu", **options)
+        checkpoint["state_dict"] = as_today(checkpoint["state_dict"], self.stage)
+        for state in checkpoint["callbacks"].values():
+            if "average" in state:  # of `dalle.training.callbacks.Ema`
+                state["average"] = as_today(state["average"], self.stage)
+        return checkpoint
 
 
 def kept(path: Path) -> str:
@@ -98,7 +114,7 @@ class LastCheckpoint(Checkpoint):
     def setup(self, trainer: lightning.Trainer, pl_module: Stage, stage: str) -> None:
         if stage == "fit":
             self.started, self.ended = time.perf_counter(), 0.0
-            trainer.strategy.checkpoint_io = DurableIO()
+            trainer.strategy.checkpoint_io = DurableIO(pl_module)
             return
         loop: Any = trainer.fit_loop
         if loop.epoch_loop._batches_that_stepped < self.done:  # resumed at the end: no loop has counted it
@@ -264,7 +280,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def check_same_network(path: Path, saved: dict[str, Tensor], stage: Stage) -> None:
     """Raises UserError where a checkpoint's weights are not those of this network."""
-    own = stage.state_dict()
+    saved, own = as_today(saved, stage), stage.state_dict()
     for key in sorted(saved.keys() | own.keys()):
         there, here = (tuple(s[key].shape) if key in s else None for s in (saved, own))
         if there != here:

@@ -5,6 +5,7 @@ the way may change, and is noted with the step from which on it holds (`resumed`
 manifest.json). Whatever else differs is refused: it would be another run.
 """
 
+import inspect
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from dalle.run_dir import Run
 from dalle.stages.base import Stage
 from dalle.training.checkpoints import check_same_network, read_checkpoint
 from dalle.training.loggers import MetricsCsv
+from dalle.trust import composed
 
 Config = dict[str, Any]
 WHERE = re.compile(  # places and what is done, which say nothing of the training
@@ -105,13 +107,29 @@ def differences(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def one_sided(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
-    """Settings that only one has: of another version, or added on the command line."""
-    old, new = flat(before), flat(now)
-    return {
-        k: (old.get(k), new.get(k))
+    """Settings that only one has: of another version, or added on the command line. What is not said is what
+    the signature says.
+    """
+    old, new, usual = flat(before), flat(now), defaults(now)
+    pairs = {
+        k: (old.get(k, usual.get(k)), new.get(k, usual.get(k)))
         for k in sorted(old.keys() ^ new.keys())
-        if not WHERE.fullmatch(k) and (old.get(k), new.get(k)) != (None, None)
+        if not WHERE.fullmatch(k)
     }
+    return {k: (then, now) for k, (then, now) in pairs.items() if then != now}
+
+
+def defaults(node: Any, prefix: str = "") -> dict[str, Any]:
+    """What everything in a configuration that is built takes where nothing is said, by dotted names."""
+    if not isinstance(node, Mapping):
+        return {}
+    place, found = f"{prefix}." if prefix else "", {}
+    if "_target_" in node:
+        parameters = inspect.signature(composed(node["_target_"])).parameters.values()
+        found = {f"{place}{p.name}": p.default for p in parameters if p.default is not p.empty}
+    for key, value in node.items():
+        found |= defaults(value, f"{place}{key}")
+    return found
 
 
 def without_copies(changed: dict[str, Any]) -> dict[str, Any]:
