@@ -22,6 +22,7 @@ from dalle.evaluation.run import alone
 from dalle.machine import is_main_process
 from dalle.run_dir import Run
 from dalle.run_lock import MARKER, claimed, locked, only_one
+from dalle.stages.base import Stage
 from dalle.training import checkpoints
 from dalle.training import fit as training
 from dalle.training.checkpoints import read_checkpoint
@@ -280,7 +281,7 @@ def test_a_kill_during_a_save_leaves_the_checkpoint_before(tmp_path, monkeypatch
         assert path.read_bytes() == b"old"
 
     monkeypatch.setattr(torch, "save", save)
-    checkpoints.DurableIO(torch.nn.Module()).save_checkpoint({"global_step": 3}, path)
+    checkpoints.DurableIO(Stage()).save_checkpoint({"global_step": 3}, path)
     assert places == [tmp_path]
     assert torch.load(path)["global_step"] == 3
     assert os.listdir(tmp_path) == ["last.ckpt"]

@@ -18,7 +18,7 @@ import lightning
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
-from torch import Tensor, nn
+from torch import Tensor
 
 from dalle.errors import UserError
 from dalle.files import atomic_path
@@ -42,7 +42,7 @@ class DurableIO(TorchCheckpointIO):
         stage: what checkpoints are of; those of earlier versions are given with its names of weights.
     """
 
-    def __init__(self, stage: nn.Module) -> None:
+    def __init__(self, stage: Stage) -> None:
         super().__init__()
         self.stage = stage
 
@@ -55,7 +55,7 @@ class DurableIO(TorchCheckpointIO):
         checkpoint["state_dict"] = as_today(checkpoint["state_dict"], self.stage)
         for state in checkpoint["callbacks"].values():
             if "average" in state:  # of `dalle.training.callbacks.Ema`
-                state["average"] = as_today(state["average"], self.stage)
+                state["average"] = as_today(state["average"], self.stage.net)
         return checkpoint
 
 
