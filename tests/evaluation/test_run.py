@@ -21,7 +21,7 @@ from dalle.evaluation.results import Result
 from dalle.evaluation.targets import Pipeline
 from dalle.images import from_uint8
 from dalle.metrics.clip_score import CLIPScore
-from dalle.metrics.features import random_features
+from dalle.metrics.features import effnet_features, random_features
 from dalle.metrics.frechet import FrechetDistance
 from dalle.metrics.judge import Judge
 from dalle.metrics.perceptual import RandomFeatures
@@ -166,6 +166,14 @@ def test_the_protocol_is_beside_the_figures(measure, out, untrained_stages):
     assert set(target["weights"]) == {"clip", "prior", "decoder"}
     assert target["precision"] == "fp32"
     assert {"torch", "torch-fidelity", "dalle"} <= facts["environment"].keys()
+
+
+def test_features_of_imagenet_are_stamped_as_such(measure):
+    result = measure("features=effnet", "metrics=[fid,kid]")
+    assert {"fid_effnet_biased", "kid_effnet"} <= set(result.figures)
+    facts = result.protocol["features"]
+    assert (facts["network"], facts["dimension"]) == ("effnet", 1280)
+    assert facts["weights"] == effnet_features().facts["weights"]
 
 
 def test_the_batch_size_changes_no_picture(measure, out):

@@ -7,10 +7,11 @@ import torch
 from torchmetrics.functional.image.lpips import _NoTrainLpips
 
 from dalle.errors import UserError
+from dalle.metrics.effnet import EffNetFeatures
 from dalle.metrics.perceptual import (
     LPIPS,
     VGG_FILE,
-    RandomDistance,
+    FeatureDistance,
     RandomFeatures,
     perceptual_distance,
     unit,
@@ -66,14 +67,28 @@ def test_a_file_that_is_not_there(tmp_path):
 def test_without_weights_it_says_what_it_is(monkeypatch, tmp_path, caplog):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with caplog.at_level(logging.INFO):
-        assert isinstance(perceptual_distance(), RandomDistance)
+        assert isinstance(perceptual_distance().features, RandomFeatures)
     (record,) = caplog.records
     assert "a fixed random network's, not LPIPS" in record.message
 
 
+def test_features_are_chosen_by_name(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    assert isinstance(perceptual_distance(features="effnet").features, EffNetFeatures)
+    assert isinstance(perceptual_distance(features="random").features, RandomFeatures)
+    with pytest.raises(UserError, match=r"no VGG16 weights at .*features=effnet"):
+        perceptual_distance(features="vgg")
+    with pytest.raises(UserError, match="are VGG16's, but features=effnet"):
+        perceptual_distance(str(tmp_path / "vgg.pth"), features="effnet")
+
+
+def random_distance() -> FeatureDistance:
+    return FeatureDistance(RandomFeatures())
+
+
 class TestRandomDistance:
     def test_is_a_distance_with_gradients(self, pictures):
-        net = RandomDistance()
+        net = random_distance()
         a, b = pictures[:2], pictures[2:].requires_grad_()
         d = net(a, b)
         torch.testing.assert_close(d, net(b, a))
@@ -85,7 +100,7 @@ class TestRandomDistance:
 
     def test_by_its_formula(self, pictures):
         a, b = pictures[:1], pictures[1:2]
-        net = RandomDistance()
+        net = random_distance()
         parts = []
         for x, y in zip(net.features.maps(a), net.features.maps(b), strict=True):
             cosine = torch.nn.functional.cosine_similarity(x, y, dim=1)
@@ -98,9 +113,9 @@ class TestRandomDistance:
 
     def test_is_the_same_everywhere_and_trains_nothing(self, pictures):
         torch.manual_seed(1)
-        one = RandomDistance()
+        one = random_distance()
         torch.manual_seed(2)
-        two = RandomDistance()
+        two = random_distance()
         assert torch.equal(one(pictures, pictures.flip(0)), two(pictures, pictures.flip(0)))
         assert not list(one.parameters())
 
@@ -111,7 +126,7 @@ class TestRandomDistance:
         blurred = image.clone()
         blurred[..., 15:17] = 0
         error = (blurred - image).square().mean().sqrt()
-        assert RandomDistance()(image, blurred) > 2 * RandomDistance()(image, image + error)
+        assert random_distance()(image, blurred) > 2 * random_distance()(image, image + error)
 
 
 def test_features():

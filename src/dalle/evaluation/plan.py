@@ -25,7 +25,13 @@ from dalle.metrics.distances import (
     SUBSETS,
     enough_for_infinity,
 )
-from dalle.metrics.features import FeatureNet, clip_features, inception_features, random_features
+from dalle.metrics.features import (
+    FeatureNet,
+    clip_features,
+    effnet_features,
+    inception_features,
+    random_features,
+)
 from dalle.metrics.intervals import RESAMPLES
 from dalle.pipelines.load import PUBLIC, load_any_clip
 from dalle.ranges import PositiveInt, Seed, Side, Text
@@ -155,7 +161,8 @@ class Plan:
         network = self.features(config) if distances else None
         if network is None:
             reason = (
-                "there is no feature network: give inception=FILE, scorer=RUN or features=open_clip/NAME/TAG"
+                "there is no feature network: give inception=FILE, scorer=RUN, features=effnet or "
+                "features=open_clip/NAME/TAG"
             )
             lacking |= dict.fromkeys(distances, reason)
         else:
@@ -202,8 +209,8 @@ class Plan:
                         "give inception=FILE, or download=true"
                     )
                 return found
-        if name == "random":
-            return random_features()
+        if name in ("random", "effnet"):
+            return random_features() if name == "random" else effnet_features()
         if name in (None, "clip"):
             if name and not self.scorer:
                 raise UserError("features=clip, but there is no CLIP beside the runs; give scorer=RUN")

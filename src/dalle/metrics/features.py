@@ -11,6 +11,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from dalle.data.frozen import weights_hash
+from dalle.metrics.effnet import ARCHITECTURE, SIDE, EffNetFeatures
 from dalle.metrics.frechet import CLIPFeatures, find_inception
 from dalle.metrics.perceptual import RandomFeatures
 
@@ -60,6 +61,12 @@ def clip_features(clip: Any, name: str = "clip") -> FeatureNet:
     """Image embeddings of a `FrozenCLIP`, not normalised."""
     resize = f"to {clip.image_size} px inside, as the CLIP does it"
     return FeatureNet(CLIPFeatures(clip), name, resize, owner=clip.net)
+
+
+def effnet_features() -> FeatureNet:
+    """ImageNet's EfficientNet-Lite0 of an installed package. Raises as `EffNetFeatures`."""
+    resize = f"to {SIDE} px inside, bicubic with antialiasing, no crop; {ARCHITECTURE}"
+    return FeatureNet(EffNetFeatures(), "effnet", resize)
 
 
 def random_features() -> FeatureNet:

@@ -1,14 +1,16 @@
-"""Distances between pictures as a network sees them: LPIPS, or a fixed random network where its weights lack.
+"""Distances between pictures as a network sees them: LPIPS, or of its form where its weights lack.
 
 LPIPS (Zhang et al. 2018) needs VGG16's ImageNet weights (torchvision's `vgg16-397923af.pth`); nothing is
-downloaded here. The stand-in keeps its form (features of several depths, of unit length over channels,
-squared differences, means over places) on random kernels that are the same on every machine: it sees edges
-where pixel errors see brightness, but knows nothing of pictures. Figures of the two do not compare.
+downloaded here. `FeatureDistance` keeps its form (features of several depths, of unit length over channels,
+squared differences, means over places) with no learned weights of channels: on EfficientNet-Lite0, whose
+ImageNet weights come as a package (`effnet`), or on random kernels that are the same on every machine and see
+edges where pixel errors see brightness, but know nothing of pictures. Figures of the three do not compare.
 """
 
 import logging
 import math
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from torchmetrics.functional.image.lpips import _NoTrainLpips
 from dalle.errors import UserError
 from dalle.finite import check_finite
 from dalle.images import from_uint8
+from dalle.metrics.effnet import EffNetFeatures
 from dalle.ranges import File
 
 log = logging.getLogger(__name__)
@@ -54,12 +57,12 @@ class RandomFeatures(nn.Module):
         return torch.cat([x.mean((2, 3)) for x in self.maps(from_uint8(image))], dim=1)
 
 
-class RandomDistance(nn.Module):
-    """The stand-in for LPIPS: (B, 3, H, W) twice, in [-1, 1] -> (B,)."""
+class FeatureDistance(nn.Module):
+    """LPIPS without learned weights: (B, 3, H, W) twice, in [-1, 1] -> (B,). `features` has `maps`."""
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, features: Any) -> None:
         super().__init__()
-        self.features = RandomFeatures(seed)
+        self.features = features
 
     def forward(self, a: Float[Tensor, "B 3 H W"], b: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B"]:
         maps = zip(self.features.maps(a), self.features.maps(b), strict=True)
@@ -96,19 +99,29 @@ class LPIPS(nn.Module):
         return self.net(a, b).flatten()
 
 
-def perceptual_distance(weights: File | None = None) -> nn.Module:
-    """LPIPS where VGG16's weights are given or in torch's cache, else the fixed random distance, said once.
+def perceptual_distance(
+    weights: File | None = None, features: Literal["vgg", "effnet", "random"] | None = None
+) -> nn.Module:
+    """The distance on the features that are named; of none, LPIPS where VGG16's weights are given or in
+    torch's cache, else that of the random network, said once.
 
     Raises:
-        UserError: the file given is missing or not VGG16.
+        UserError: the file given is missing or not VGG16, or the features asked for cannot be had.
     """
+    if features in ("effnet", "random"):
+        if weights:
+            raise UserError(f"weights={weights} are VGG16's, but features={features}; leave one of them out")
+        return FeatureDistance(EffNetFeatures() if features == "effnet" else RandomFeatures())
     path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / VGG_FILE)
     if path.is_file():
         return LPIPS(path)
-    if weights:
-        raise UserError(f"no VGG16 weights at {weights}; give torchvision's {VGG_FILE}, or null")
-    _say(f"no {VGG_FILE} in torch's cache: the perceptual loss is a fixed random network's, not LPIPS")
-    return RandomDistance()
+    if weights or features:
+        raise UserError(f"no VGG16 weights at {path}; give torchvision's {VGG_FILE}, or features=effnet")
+    _say(
+        f"no {VGG_FILE} in torch's cache: the perceptual loss is a fixed random network's, not LPIPS; "
+        "model.perceptual.features=effnet has one of ImageNet"
+    )
+    return FeatureDistance(RandomFeatures())
 
 
 @rank_zero_only
