@@ -55,7 +55,7 @@ def test_a_recipe_makes_its_pictures_again(old, number, command):
     made = old / "samples" / number
     ended = command("sample.py", f"recipe={made / 'recipe.yaml'}", "out=again")
     assert ended.code == 0, ended.err
-    names: dict[str, str] = {}
+    names = {"previews.png": "progress_strip.png"}  # then and now
     for picture in made.glob("*.png"):
         again = Path("again", names.get(picture.name, picture.name))
         then, now = (np.asarray(Image.open(path), dtype=int) for path in (picture, again))

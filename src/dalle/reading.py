@@ -9,6 +9,7 @@ import json
 import math
 import os
 import stat
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from dalle.errors import UserError
 from dalle.ranges import shown
 
 Shape = TypeVar("Shape")
+Facts = dict[str, Any]
 
 LARGEST = 2**26  # bytes
 DEEPEST = 64
@@ -81,6 +83,21 @@ def shaped(content: Any, shape: type[Shape], path: str | Path, advice: str) -> S
         raise UserError(f"{path} is damaged ({_said(error)}); {advice}") from None
     except ValueError as error:
         raise UserError(f"{path} is damaged ({_reason(error)}); {advice}") from None
+
+
+def migrated(content: Facts, steps: Sequence[Callable[[Facts], Facts]]) -> Facts | None:
+    """What a file of an earlier schema would say today; None where its schema is none that is known.
+
+    Args:
+        content: with a `schema`, counted from 1.
+        steps: the first makes schema 2 of 1, the next 3 of 2 ...
+    """
+    found, schema = dict(content), content["schema"]
+    if type(schema) is not int or not 1 <= schema <= len(steps) + 1:
+        return None
+    for step in steps[schema - 1 :]:
+        found = step(found)
+    return {**found, "schema": len(steps) + 1}
 
 
 @functools.cache

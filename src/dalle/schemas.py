@@ -127,7 +127,7 @@ class SampleRecipe(TypedDict):
     device: Literal["cpu", "cuda"]
     pipeline: NotRequired[Text]
     truncate: NotRequired[bool]
-    previews: NotRequired[bool]
+    progress_strip: NotRequired[bool]
     made_with: NotRequired[dict[str, Any]]
     schema: int
 

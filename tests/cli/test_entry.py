@@ -1,11 +1,12 @@
 """A user's mistake is one clear line: on the real exceptions of the installed Hydra."""
 
 import pytest
+from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from tiny import mistake
+from tiny import ROOT, mistake
 
 from dalle.cli import entry
 from dalle.errors import UserError
@@ -143,3 +144,25 @@ def test_lists_quoted_and_empty_prompts_stay_hydras():
     assert read("prompt=null") is None
     assert entry.quoted("prompts=a, b") == "prompts=a, b"
     assert entry.quoted("sampler.prompt=a, b") == "sampler.prompt=a, b"
+
+
+def test_settings_of_earlier_versions_are_understood(capsys):
+    assert entry.escaped(["prime=cat.png", "+prime_rows=2", "n=2"]) == [
+        "init_image=cat.png",
+        "+init_rows=2",
+        "n=2",
+    ]
+    assert capsys.readouterr().err.splitlines() == [
+        "note: prime is called init_image now",
+        "note: prime_rows is called init_rows now",
+    ]
+
+
+@pytest.mark.parametrize(("old", "new"), entry.RENAMED.items())
+def test_a_name_that_was_replaced_has_a_successor(old, new):
+    primary, choice = ("train", "model=dvae") if new.startswith("model.") else ("sample", "pipeline=dalle")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        config = compose(primary, [choice])
+    assert OmegaConf.select(config, old) is None
+    inside, _, name = new.rpartition(".")
+    assert name in (OmegaConf.select(config, inside) if inside else config)

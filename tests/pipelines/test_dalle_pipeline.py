@@ -1,4 +1,4 @@
-"""DALL-E's pipeline around fakes: noise of each picture's own, candidates, completion, previews."""
+"""DALL-E's pipeline around fakes: noise of each picture's own, candidates, completion, progress."""
 
 import logging
 
@@ -129,19 +129,19 @@ def test_candidates_ask_for_a_clip():
 def test_first_rows_are_kept():
     made = pipeline()
     picture = made.sample(["a"], seed=3)
-    prefix = made.prime(picture, 2)
+    prefix = made.init_codes(picture, 2)
     assert prefix == made.image_tokenizer.encode(picture)[0, : 2 * GRID].tolist()
     images = made.sample(CAPTIONS, n=2, prefix=prefix)
     top = 2 * CELL
     assert torch.equal(images[:, :, :top], picture[:, :, :top].expand(6, -1, -1, -1))
     assert images[:, :, top:].unique(dim=0).shape[0] == 6
-    assert len(made.prime(picture)) == 2 * GRID  # 7 of 16, rounded
+    assert len(made.init_codes(picture)) == 2 * GRID  # 7 of 16, rounded
 
 
 @pytest.mark.parametrize("rows", [0, GRID, -1])
 def test_rows_that_leave_nothing_to_keep_or_to_draw(rows):
-    with pytest.raises(UserError, match=rf"prime_rows={rows}: a picture has 4 rows of codes; give 1 to 3"):
-        pipeline().prime(torch.zeros(1, 3, 8, 8), rows)
+    with pytest.raises(UserError, match=rf"init_rows={rows}: a picture has 4 rows of codes; give 1 to 3"):
+        pipeline().init_codes(torch.zeros(1, 3, 8, 8), rows)
 
 
 def test_frames_show_a_picture_as_it_comes_about():

@@ -72,8 +72,8 @@ def test_pictures_a_grid_and_a_recipe(make, capsys):
     [
         ["n=2", "precision=bf16", "guidance=3"],
         ["n=3", "batch_size=2", "temperature=0.7", "top_p=0.9"],
-        ["candidates=4", "n=2", "previews=true", "batch_size=3"],
-        ["prime=PICTURE", "prime_rows=2", "previews=true"],
+        ["candidates=4", "n=2", "progress_strip=true", "batch_size=3"],
+        ["init_image=PICTURE", "init_rows=2", "progress_strip=true"],
     ],
     ids=" ".join,
 )
@@ -96,8 +96,8 @@ def test_every_setting_changes_the_pictures(make, picture):
         "top_p": ["top_p=0.2"],
         "guidance": ["guidance=9"],
         "candidates": ["candidates=8"],
-        "prime": [f"prime='{picture}'"],
-        "rows": [f"prime='{picture}'", "prime_rows=3"],
+        "init_image": [f"init_image='{picture}'"],
+        "rows": [f"init_image='{picture}'", "init_rows=3"],
         "prompt": ["prompt=a yellow ring in the corner"],
     }
     made = {name: pngs(make(name, PROMPT, "n=4", *more))["grid.png"] for name, more in settings.items()}
@@ -105,14 +105,14 @@ def test_every_setting_changes_the_pictures(make, picture):
 
 
 def test_previews_are_a_strip_of_each_picture(make):
-    out = make("strips", PROMPT, "n=2", "previews=true")
-    strip, sheet = (Image.open(out / name).size for name in ("previews.png", "grid.png"))
+    out = make("strips", PROMPT, "n=2", "progress_strip=true")
+    strip, sheet = (Image.open(out / name).size for name in ("progress_strip.png", "grid.png"))
     assert strip[0] > 1.5 * sheet[0]  # four times in a row, not twice
     assert (out / "000-00.png").read_bytes() == (make("plain", PROMPT, "n=2") / "000-00.png").read_bytes()
 
 
 def test_completed_pictures_begin_as_the_picture_does(make, untrained_stages, picture):
-    out = make("done", PROMPT, "n=2", f"prime='{picture}'", "prime_rows=2")
+    out = make("done", PROMPT, "n=2", f"init_image='{picture}'", "init_rows=2")
     prefix = yaml.safe_load((out / "recipe.yaml").read_text())["options"]["image_tokenizer"]["prefix"]
     assert len(prefix) == 2 * 4
     assert set(prefix) <= set(range(32))
@@ -181,13 +181,13 @@ def test_another_image_tokenizer_is_refused(make, untrained_stages, tmp_path):
         ([PROMPT, "temperature=-1"], r"temperature.*-1"),
         ([PROMPT, "candidates=0"], "candidates must be a whole number of at least 1, got 0"),
         ([PROMPT, "candidates=many"], "candidates must be a whole number of at least 1, got 'many'"),
-        ([PROMPT, "previews=4"], "previews must be true or false, got 4"),
-        ([PROMPT, "prime=nowhere.png"], "there is no picture prime=nowhere.png"),
+        ([PROMPT, "progress_strip=4"], "progress_strip must be true or false, got 4"),
+        ([PROMPT, "init_image=nowhere.png"], "there is no picture init_image=nowhere.png"),
         (
-            [PROMPT, "prime=PICTURE", "prime_rows=4"],
-            "prime_rows=4: a picture has 4 rows of codes; give 1 to 3",
+            [PROMPT, "init_image=PICTURE", "init_rows=4"],
+            "init_rows=4: a picture has 4 rows of codes; give 1 to 3",
         ),
-        ([PROMPT, "prime=TEXT"], r"prime=.*text.png is broken; give a picture"),
+        ([PROMPT, "init_image=TEXT"], r"init_image=.*text.png is broken; give a picture"),
         ([PROMPT, "name=nobody"], "nobody.dalle holds no finished run"),
         (["prompt=[]"], "the prompt is empty"),
     ],

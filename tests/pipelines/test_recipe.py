@@ -78,8 +78,13 @@ def test_a_recipe_that_does_not_fit_is_refused_by_name(tmp_path, keys, message):
 
 def test_recipes_of_the_first_schema_are_still_read(tmp_path):
     """They were of unclip alone, with the options of its stages as keys."""
-    old = {"schema": 1, **RECIPE.options, "options": "DROP", "previews": "DROP"}
+    old = {"schema": 1, **RECIPE.options, "options": "DROP", "progress_strip": "DROP"}
     assert SampleRecipe.read(changed(tmp_path, **old)) == RECIPE
+
+
+def test_recipes_of_the_second_schema_are_still_read(tmp_path):
+    old = {"schema": 2, "previews": True, "progress_strip": "DROP"}
+    assert SampleRecipe.read(changed(tmp_path, **old)) == replace(RECIPE, progress_strip=True)
 
 
 def test_optional_keys_may_be_missing(tmp_path):

@@ -17,6 +17,12 @@ from dalle.errors import UserError, instead, nearest, printable
 from dalle.launch.overrides import quote
 from dalle.launch.processes import REASON, STOPPED
 
+RENAMED = {  # settings of earlier versions
+    "model.net.inlet": "model.net.code_dim",
+    "previews": "progress_strip",
+    "prime": "init_image",
+    "prime_rows": "init_rows",
+}
 BUG = "this is a bug in dalle, not a mistake of yours"
 
 
@@ -93,8 +99,18 @@ def _leave(reason: str) -> None:
 def escaped(arguments: Sequence[str]) -> list[str]:
     """A command line as Hydra is to read it: once more, it stays as it is."""
     plain = {"debug=true": "debug=traceback", "debug=false": "debug=none"}  # `debug` is a config group
-    words = [plain.get(argument, quoted(argument)) for argument in arguments]
+    words = [plain.get(argument, quoted(today(argument))) for argument in arguments]
     return sorted(words, key=lambda word: word not in ("-m", "--multirun"))  # argparse wants them together
+
+
+def today(argument: str) -> str:
+    """A setting by its name of today; one of an earlier version is said to be one."""
+    key, equals, value = argument.partition("=")
+    name = key.lstrip("+~")
+    if name not in RENAMED:
+        return argument
+    print(printable(f"note: {name} is called {RENAMED[name]} now"), file=sys.stderr)
+    return f"{key.removesuffix(name)}{RENAMED[name]}{equals}{value}"
 
 
 def quoted(argument: str) -> str:

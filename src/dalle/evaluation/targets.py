@@ -100,7 +100,7 @@ class Pipeline(Target):
 
     def __init__(self, config: dict[str, Any]) -> None:
         kind = config["pipeline"].get("kind")
-        for setting in ("prime", "previews"):
+        for setting in ("init_image", "progress_strip"):
             if config.get(setting):
                 raise UserError(f"{setting} is for sample.py; evaluate.py draws whole pictures from captions")
         unused = {"prompt": None, "prompts": None, "n": 1, "device": "auto", "out": None, "recipe": None}

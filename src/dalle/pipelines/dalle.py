@@ -25,7 +25,7 @@ from dalle.metrics.generation import Embedder
 
 log = logging.getLogger(__name__)
 
-PRIMED = 7 / 16  # of the rows are kept of a picture to be completed, where nobody says how many
+KEPT = 7 / 16  # of the rows are kept of a picture to be completed, where nobody says how many
 
 
 class DallePipeline(nn.Module):
@@ -88,7 +88,7 @@ class DallePipeline(nn.Module):
             precision: bf16 runs the transformer under autocast.
             dalle: further arguments of the stage's `sample` (temperature, top_k, top_p, guidance).
             candidates: pictures drawn for each one that is kept.
-            prefix: the first codes, which all pictures keep (`prime`).
+            prefix: the first codes, which all pictures keep (`init_codes`).
             numbers: of the captions, for their noise, where they are part of a longer list (then whoever has
                 the list shows the progress); None counts from 0.
 
@@ -151,16 +151,16 @@ class DallePipeline(nn.Module):
         text = self.clip.embed_captions(captions)["text_embed"]
         return F.cosine_similarity(self.clip.embed_image(images), text).tolist()
 
-    def prime(self, image: Float[Tensor, "1 3 H W"], rows: int | None = None) -> list[int]:
+    def init_codes(self, image: Float[Tensor, "1 3 H W"], rows: int | None = None) -> list[int]:
         """The codes of the first `rows` rows of a picture, for `prefix`; None: 7 of 16.
 
         Raises:
             UserError: rows that leave nothing to keep or to draw.
         """
         grid = self.image_tokenizer.grid
-        rows = round(grid * PRIMED) if rows is None else rows
+        rows = round(grid * KEPT) if rows is None else rows
         if not 0 < rows < grid:
-            raise UserError(f"prime_rows={rows}: a picture has {grid} rows of codes; give 1 to {grid - 1}")
+            raise UserError(f"init_rows={rows}: a picture has {grid} rows of codes; give 1 to {grid - 1}")
         return self.image_tokenizer.encode(image.to(self.device))[0, : rows * grid].tolist()
 
     def check(self, captions: Sequence[str], n: int, batch_size: int, candidates: int) -> None:

@@ -17,10 +17,22 @@ from dalle import schemas
 from dalle.errors import UserError
 from dalle.files import write_text
 from dalle.ranges import shown
-from dalle.reading import read_yaml, shaped
+from dalle.reading import Facts, migrated, read_yaml, shaped
 from dalle.run_dir import Run
 
-SCHEMA = 2
+
+def _options_of_stages(facts: Facts) -> Facts:
+    """Of unclip alone, whose options were keys of the recipe."""
+    options = {name: facts.pop(name, {}) for name in ("prior", "decoder")}
+    return {**facts, "options": options}
+
+
+def _progress_strip(facts: Facts) -> Facts:
+    return {"progress_strip" if key == "previews" else key: value for key, value in facts.items()}
+
+
+MIGRATIONS = (_options_of_stages, _progress_strip)  # from schema 1 to 2, from 2 to 3
+SCHEMA = len(MIGRATIONS) + 1
 
 
 def environment() -> dict[str, str | int]:
@@ -45,8 +57,8 @@ class SampleRecipe:
         options: by the same names, what each stage was told: sampler, steps, guidance ...
         batch_size: pictures drawn at once; it moves the last bits of a product, nothing visible.
         precision: fp32 or bf16. `device`: cpu or cuda.
-        pipeline: what put the stages together. `truncate`: whether long prompts were cut. `previews`: whether
-            pictures were also shown half done.
+        pipeline: what put the stages together. `truncate`: whether long prompts were cut.
+        progress_strip: whether pictures were also shown half done.
         made_with: the `environment` at the time.
     """
 
@@ -60,7 +72,7 @@ class SampleRecipe:
     device: str
     pipeline: str = "unclip"
     truncate: bool = False
-    previews: bool = False
+    progress_strip: bool = False
     made_with: dict[str, Any] = field(default_factory=environment)
     schema: int = SCHEMA
 
@@ -87,15 +99,12 @@ class SampleRecipe:
         content = read_yaml(path, dict, advice)
         if "schema" not in content:
             raise UserError(f"{path} is no recipe (it has no `schema`); {advice}")
-        if content["schema"] == 1:  # of unclip alone, whose options were keys of the recipe
-            content["options"] = {name: content.pop(name, {}) for name in ("prior", "decoder")}
-            content["schema"] = SCHEMA
-        if content["schema"] != SCHEMA:
+        if (found := migrated(content, MIGRATIONS)) is None:
             raise UserError(
                 f"{path} is a recipe of schema {shown(content['schema'])}, this version reads {SCHEMA}; "
                 "sample anew"
             )
-        facts: Any = shaped(content, schemas.SampleRecipe, path, advice)
+        facts: Any = shaped(found, schemas.SampleRecipe, path, advice)
         return cls(**facts)
 
     def find_runs(self, recipe: Path, folder: Path, given: Mapping[str, str | None]) -> dict[str, str]:

@@ -171,9 +171,9 @@ class DalleSamplingConfig(SamplingConfig):
     top_k: PositiveInt | None
     top_p: Share | None
     candidates: PositiveInt
-    prime: Text | None
-    prime_rows: PositiveInt | None
-    previews: bool
+    init_image: Text | None
+    init_rows: PositiveInt | None
+    progress_strip: bool
 
     main = "dalle"
     takes: ClassVar = {
@@ -201,16 +201,16 @@ class DalleSamplingConfig(SamplingConfig):
 
     def complete(self, recipe: SampleRecipe, loaded: Loaded) -> SampleRecipe:
         """The first codes of the picture to be completed: the recipe then does without the picture."""
-        if self.prime is None:
+        if self.init_image is None:
             return recipe
-        path, size = Path(self.prime), loaded.pipeline.image_tokenizer.image_size
+        path, size = Path(self.init_image), loaded.pipeline.image_tokenizer.image_size
         try:
             pixels = torch.from_numpy(read(path, size, 1, MAX_PIXELS).copy()) if path.is_file() else None
         except BadPicture as error:
-            raise UserError(f"prime={path} is {error}; give a picture") from None
+            raise UserError(f"init_image={path} is {error}; give a picture") from None
         if pixels is None:
-            raise UserError(f"there is no picture prime={path}")
-        prefix = loaded.pipeline.prime(from_uint8(pixels.permute(2, 0, 1))[None], self.prime_rows)
+            raise UserError(f"there is no picture init_image={path}")
+        prefix = loaded.pipeline.init_codes(from_uint8(pixels.permute(2, 0, 1))[None], self.init_rows)
         return replace(recipe, options={**recipe.options, "image_tokenizer": {"prefix": prefix}})
 
     @staticmethod
@@ -230,7 +230,7 @@ class DalleSamplingConfig(SamplingConfig):
             batch_size=recipe.batch_size,
             precision=recipe.precision,
             dalle=options["dalle"],
-            frames=4 if recipe.previews else 1,
+            frames=4 if recipe.progress_strip else 1,
             **options["clip"],
             **options.get("image_tokenizer", {}),
             **more,
@@ -365,9 +365,9 @@ def write(frames: Float[Tensor, "N F 3 H W"], recipe: SampleRecipe, out: Path) -
     for i, image in enumerate(images):
         save_png(to_pil(image), out / f"{i // recipe.n:03d}-{i % recipe.n:02d}.png")
     save_png(grid(images, recipe.prompts), out / "grid.png")
-    if recipe.previews:
+    if recipe.progress_strip:
         captions = [prompt for prompt in recipe.prompts for _ in range(recipe.n)]
-        save_png(grid(frames.flatten(0, 1), captions), out / "previews.png")
+        save_png(grid(frames.flatten(0, 1), captions), out / "progress_strip.png")
     recipe.write(out / "recipe.yaml")
     print(f"{len(images)} pictures in {out}, all of them in {out / 'grid.png'}")
     print(f"make them again: python sample.py recipe={out / 'recipe.yaml'}")
@@ -416,7 +416,7 @@ def make_recipe(request: SamplingConfig, prompts: list[str]) -> SampleRecipe:
         device=pick_device(request.device),
         pipeline=request.pipeline["kind"],
         truncate=request.truncate,
-        previews=getattr(request, "previews", False),
+        progress_strip=getattr(request, "progress_strip", False),
     )
 
 
