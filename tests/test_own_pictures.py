@@ -1,4 +1,4 @@
-"""Pictures of one's own: the README's lines as they stand, on a handful of them; and what follows them."""
+"""Pictures of one's own: the lines of the README and of its page as they stand, on a handful of them."""
 
 import re
 import runpy
@@ -18,8 +18,12 @@ from dalle.training import fit
 from dalle.training.defaults import fill_lengths
 
 PICTURES = 20
-SECTION = re.search(r"## Your own pictures\n(.*?)\n## ", (ROOT / "README.md").read_text(), re.DOTALL)
-BLOCKS = re.findall(r"```bash\n(.*?)```", SECTION[1] if SECTION else "", re.DOTALL)
+README, PAGE = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/own_data.md"))
+SECTIONS = (
+    README.partition("## Your own pictures\n")[2].partition("\n## ")[0],
+    PAGE.partition("## Real pictures")[0],
+)
+BLOCKS = sorted({block for text in SECTIONS for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)})
 LADDERS = [
     [
         "train.py -m model=clip,prior,decoder,gan,vae {} name=mine",
@@ -87,9 +91,13 @@ def shell(command, monkeypatch):
     return run
 
 
+def test_there_are_blocks():
+    assert len(BLOCKS) == 2  # the three lines, which both show, and class folders
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_the_readmes_lines_work_as_they_stand(block, shell, folders):
+def test_the_lines_work_as_they_stand(block, shell, folders):
     lines = [line.split(" #")[0] for line in block.splitlines() if line.startswith("python ")]
     assert lines
     for line in lines:

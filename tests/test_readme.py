@@ -1,4 +1,4 @@
-"""The command lines of the README are real ones."""
+"""The command lines of the README and of the documentation are real ones."""
 
 import re
 import shlex
@@ -11,7 +11,8 @@ from tiny import ROOT
 
 from dalle.cli import entry
 
-FILES = [ROOT / "README.md", ROOT / "Makefile", *sorted((ROOT / "conf").rglob("*.yaml"))]
+PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+FILES = [*PAGES, ROOT / "Makefile", *sorted((ROOT / "conf").rglob("*.yaml"))]
 TEXT = "\n".join(path.read_text(encoding="utf-8") for path in FILES)
 FOUND = set(re.findall(r"(?:python|\$\(PY\)) ((?:train|sample|evaluate)\.py\b[^`\n|]*)", TEXT))
 COMMANDS = sorted(line for line in FOUND if "..." not in line)
