@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo demo-dalle test check bench gate torture clean
+.PHONY: demo demo-dalle test check bench gate torture docs docs-serve clean
 
 demo: .venv/demo      ## train CLIP, prior and decoder on the CPU, sample a grid, print a table
 	$(PY) train.py -m model=clip,prior,decoder name=demo resume=true
@@ -37,6 +37,10 @@ check: .venv/dev      ## lint, format, types
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $@ .venv/demo
 
+.venv/docs: .venv/bin/python pyproject.toml constraints.txt
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	@touch $@ .venv/demo
+
 bench: .venv/dev      ## speed beside diffusers and open_clip; see benchmarks/README.md
 	$(PY) benchmarks/speed.py
 
@@ -45,6 +49,12 @@ gate: .venv/demo      ## measure the demo's run again; fails when a figure has l
 
 torture: .venv/dev    ## try to lose work and to break commands: kills, full disks, signals, NaN, damaged files, mistakes
 	PYTHONPATH=tests $(PY) -m torture
+
+docs: .venv/docs      ## the documentation as a site in site/; a broken link fails
+	$(PY) -m mkdocs build --strict
+
+docs-serve: .venv/docs    ## the same at localhost, built anew whenever a page changes
+	$(PY) -m mkdocs serve
 
 clean:                ## remove the environment; runs in logs/ stay
 	rm -rf .venv
