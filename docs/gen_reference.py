@@ -34,6 +34,7 @@ GROUPS = {  # in the order of the site; what is not here follows
     "logger": "Loggers", "pipeline": "Pipelines", "experiment": "Experiments", "debug": "Finding mistakes",
     "hparams_search": "Hyperparameter search", "paths": "Paths", "hydra": "Hydra",
 }  # fmt: skip
+GIVEN = ("self", "split", "denoise", "x", "levels", "randn", "on_step")  # by code, not by configurations
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\(?P<kind>[(\[])(?P<tex>.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -218,6 +219,8 @@ def below(node: yaml.MappingNode, lines: list[str], place: str) -> Iterator[tupl
     keys = {key.value: (key, value) for key, value in node.value}
     target = keys["_target_"][1].value if "_target_" in keys else None
     signature = arguments(target) if target else {}
+    if target == "dalle.diffusion.samplers.Sampler":  # its options are those of its method
+        signature |= arguments(f"dalle.diffusion.samplers.{keys['method'][1].value}")
     told = args_of_docstring(target) if target else {}
     for name, (key, value) in keys.items():
         if name in ("_target_", "_partial_") or (name == "defaults" and not place):
@@ -276,7 +279,7 @@ def arguments(target: str) -> dict[str, inspect.Parameter]:
     return {
         name: parameter.replace(annotation=hints.get(name, inspect.Parameter.empty))
         for name, parameter in found.items()
-        if parameter.kind in kept and name not in ("split", "randn", "on_step", "self")
+        if parameter.kind in kept and name not in GIVEN
     }
 
 

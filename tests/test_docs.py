@@ -30,7 +30,7 @@ def test_the_site_builds_strictly(tmp_path):
     assert "<math" in clip  # formulas are drawn, not left as TeX
     assert "arithmatex" not in clip
     samplers = (site / "configuration" / "sampler.html").read_text(encoding="utf-8")
-    assert re.search(r"eta</code></td>\s*<td><code>0.0</code></td>\s*<td>a number in \[0, 1\]", samplers)
+    assert re.search(r"eta</code></td>\s*<td><code>0.0</code></td>\s*<td>a number from 0 to 1", samplers)
     for page in site.rglob("*.html"):  # it must be readable without a network
         loaded = re.findall(
             r'<(?:script|img|link rel="(?:stylesheet|icon)")[^>]*(?:src|href)="(https?://[^"]*)',
