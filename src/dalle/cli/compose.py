@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra._internal.callbacks import Callbacks
@@ -56,9 +56,14 @@ class OurConf(SearchPathPlugin):
             search_path.append("dalle", ours)
 
 
+class Options(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --hydra-help says more")
+
+
 def sources(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """What of a command line says where configurations are, for children in any folder; and the rest."""
-    parser = argparse.ArgumentParser(prog=Path(sys.argv[0]).name, add_help=False)
+    parser = Options(add_help=False)
     for long, short in (("path", "cp"), ("name", "cn"), ("dir", "cd")):
         parser.add_argument(f"--config-{long}", f"-{short}")
     shown = [parser.add_argument("--cfg", "-c"), parser.add_argument("--package", "-p")]
@@ -102,7 +107,7 @@ def compose(
     Plugins.instance().register(OurConf)
     main = hydra.main(version_base=VERSION, config_path=str(conf_dir()), config_name=command)(collect)
     before = sys.argv
-    program = before[0] if before[0].endswith(".py") else f"dalle {command}"
+    program = before[0] if Path(before[0]).name == f"{command}.py" else f"dalle {command}"
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra's own report is long; this makes it raise instead
     sys.argv = [program, *given, *rest]
     try:
