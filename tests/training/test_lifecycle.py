@@ -367,14 +367,29 @@ def test_leftovers_and_times_of_a_resumed_run(fit, at, tmp_path):
     assert not left.exists()
 
 
+@pytest.fixture(scope="module")
+def stopped_once(tmp_path_factory) -> Path:
+    home = tmp_path_factory.mktemp("stopped")
+    made = training.make_trainer
+
+    def make_trainer(config, run):
+        trainer = made(config, run)
+        trainer.callbacks.insert(0, At(1, stop(signal.SIGTERM)))
+        return trainer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "make_trainer", make_trainer)
+        with pytest.raises(SystemExit):
+            train(
+                "clip", home / "logs", f"paths.run='{home / 'run'}'", "trainer.val_check_interval=2", steps=6
+            )
+    return home / "run"
+
+
 @pytest.fixture
-def stopped(fit, at, tmp_path) -> Run:
+def stopped(stopped_once, tmp_path) -> Run:
     """A run that was stopped after two of six steps."""
-    at(At(1, stop(signal.SIGTERM)))
-    with pytest.raises(SystemExit):
-        fit()
-    at(None)
-    return Run(tmp_path / "run")
+    return Run(shutil.copytree(stopped_once, tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
@@ -433,6 +448,21 @@ def put(key, value):
     return lambda state: state.update({key: value})
 
 
+def within(place, *value):
+    """Puts a value at a place (keys with dots between; a slash is a dot in a key), or takes what is there."""
+
+    def damage(state):
+        *way, last = [int(k) if k.isdigit() else k.replace("/", ".") for k in place.split(".")]
+        for key in way:
+            state = state[key]
+        if value:
+            state[last] = value[0]
+        else:
+            del state[last]
+
+    return damage
+
+
 DAMAGE = {
     "empty": lambda state: state.clear(),
     "weights only": remove("optimizer_states", "lr_schedulers", "loops", "callbacks"),
@@ -447,6 +477,49 @@ DAMAGE = {
     "weights a list": put("state_dict", []),
     "weights of words": put("state_dict", {"net.a": "b"}),
     "callbacks a list": put("callbacks", []),
+    "callbacks of words": put("callbacks", {"Ema": "on"}),
+    "a tensor of another shape": within("optimizer_states.0.state.0.exp_avg", torch.zeros(3)),
+    "a step counter of another shape": within("optimizer_states.0.state.0.step", torch.zeros(3)),
+    "a tensor of whole numbers": lambda state: within(
+        "optimizer_states.0.state.0.exp_avg", state["optimizer_states"][0]["state"][0]["exp_avg"].long()
+    )(state),
+    "a tensor that is none": within("optimizer_states.0.state.0.exp_avg", 5),
+    "a tensor without numbers": lambda state: state["optimizer_states"][0]["state"][0]["exp_avg"].fill_(
+        float("nan")
+    ),
+    "a tensor missing": within("optimizer_states.0.state.0.exp_avg_sq"),
+    "the state of a weight that is not there": within("optimizer_states.0.state.999", {}),
+    "the state of a weight a list": within("optimizer_states.0.state.0", []),
+    "a group too few": within("optimizer_states.0.param_groups.1"),
+    "a group without a rate": within("optimizer_states.0.param_groups.0.lr"),
+    "a group with a word for a rate": within("optimizer_states.0.param_groups.0.lr", "high"),
+    "a group of fewer weights": within("optimizer_states.0.param_groups.0.params", [0]),
+    "an optimizer too many": lambda state: state["optimizer_states"].append(state["optimizer_states"][0]),
+    "a schedule too many": lambda state: state["lr_schedulers"].append({}),
+    "a schedule without its step": within("lr_schedulers.0.last_epoch"),
+    "a schedule of words": within("lr_schedulers.0.base_lrs", ["a", "b"]),
+    "a schedule without its factors": within("lr_schedulers.0.lr_lambdas"),
+    "steps of the optimizer a word": within(
+        "loops.fit_loop.epoch_loop/automatic_optimization/optim_progress.optimizer.step.total.completed", "a"
+    ),
+    "without steps of the optimizer": within(
+        "loops.fit_loop.epoch_loop/automatic_optimization/optim_progress"
+    ),
+    "loaders of words": within("loops.fit_loop.state_dict.combined_loader", "all"),
+    "an average of another network": within("callbacks.Ema.average", {"a": torch.zeros(1)}),
+    "an average of another shape": within("callbacks.Ema.average.text_projection/weight", torch.zeros(1)),
+    "an average a list": within("callbacks.Ema.average", []),
+    "no average": within("callbacks.Ema.average"),
+    "updates a word": within("callbacks.Ema.updates", "two"),
+    "a grid due at a word": within("callbacks.SampleGrid.due", "soon"),
+    "a grid without its time": within("callbacks.SampleGrid.due"),
+    "losses of other bins": within("callbacks.LossByTime.sums", torch.zeros(3)),
+    "losses a word": within("callbacks.LossByTime.sums", "none"),
+    "seconds a word": within("callbacks.LastCheckpoint.seconds", "long"),
+    "facts a list": within("callbacks.LastCheckpoint.facts", []),
+    "guard a list": put("guard", []),
+    "guard of words": within("guard.skipped", "none"),
+    "guard without limits": within("guard.limits"),
 }
 
 

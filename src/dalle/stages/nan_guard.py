@@ -76,6 +76,16 @@ class Guard:
     def state_dict(self) -> dict[str, Any]:
         return {"skipped": self.skipped, "in_a_row": self.in_a_row, "limits": dict(self.limits)}
 
+    @staticmethod
+    def fits(state: Any) -> bool:
+        """Whether it is what `state_dict` gives."""
+        return (
+            isinstance(state, dict)
+            and all(type(state.get(key)) is int and state[key] >= 0 for key in ("skipped", "in_a_row"))
+            and isinstance(state.get("limits"), dict)
+            and all(type(k) is int and type(v) is float for k, v in state["limits"].items())
+        )
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.skipped, self.in_a_row, self.limits = state["skipped"], state["in_a_row"], dict(state["limits"])
 

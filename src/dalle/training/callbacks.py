@@ -23,6 +23,7 @@ from dalle.metrics.judge import Judge
 from dalle.ranges import Decay, Depth, File, NonNegativeInt, Place, PositiveInt, Seed
 from dalle.stages.base import Stage
 from dalle.training.loggers import log_picture, log_verdicts
+from dalle.training.restorable import alike_tensors
 
 
 class Ema(lightning.Callback):
@@ -101,6 +102,11 @@ class Ema(lightning.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         return {"average": self.average, "updates": self.updates}
+
+    def fits(self, state: dict[str, Any], pl_module: Stage) -> bool:
+        """Whether a saved state is that of an average of this stage."""
+        average, own = state["average"], _tensors(pl_module)
+        return average.keys() == own.keys() and all(alike_tensors(average[k], own[k]) for k in own)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.average, self.updates = state_dict["average"], state_dict["updates"]
@@ -284,6 +290,10 @@ class LossByTime(lightning.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         return {"sums": self.sums}
+
+    def fits(self, state: dict[str, Any], pl_module: Stage) -> bool:
+        """Whether a saved state has as many bins."""
+        return state["sums"] is None or alike_tensors(state["sums"], torch.zeros(2, self.bins))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.sums = state_dict["sums"]

@@ -28,6 +28,7 @@ from dalle.stages.base import Stage
 from dalle.stages.nan_guard import Diverged
 from dalle.training.loggers import MetricsCsv
 from dalle.weight_names import as_today
+from dalle.training.restorable import WAYS
 
 STOP_EVERY = (
     10  # steps between the questions to all ranks whether one was told to stop: each costs a device sync
@@ -234,8 +235,10 @@ def _is_fit_loop(value: Any) -> bool:
             for kind in ("total", "current")
             for what in ("ready", "started", "processed", "completed")
         ]
-        return all(map(_is_count, [*counters, loop["epoch_loop.state_dict"]["_batches_that_stepped"]]))
-    except (KeyError, TypeError):
+        counters.append(loop["epoch_loop.state_dict"]["_batches_that_stepped"])
+        loaders = loop.get("state_dict", {}).get("combined_loader", [])
+        return all(map(_is_count, counters)) and _is_list_of(dict)(loaders)
+    except (KeyError, TypeError, AttributeError):
         return False
 
 
@@ -247,7 +250,9 @@ FRAME: dict[str, Callable[[Any], bool]] = {
         isinstance(value, dict) and all(isinstance(v, Tensor) for v in value.values())
     ),
     "loops": _is_fit_loop,
-    "callbacks": lambda value: isinstance(value, dict),
+    "callbacks": lambda value: (
+        isinstance(value, dict) and all(isinstance(state, dict) for state in value.values())
+    ),
     "optimizer_states": lambda value: (
         isinstance(value, list) and bool(value) and all(map(_is_optimizer, value))
     ),
@@ -261,20 +266,19 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, is not one of a training, or holds weights that are no numbers.
     """
-    ways = "delete it, or start again with overwrite=true"
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} cannot be read ({reason}); {ways}") from None
+        raise UserError(f"{path} cannot be read ({reason}); {WAYS}") from None
     if not isinstance(found, dict):
-        raise UserError(f"{path} is no checkpoint of a training; {ways}")
+        raise UserError(f"{path} is no checkpoint of a training; {WAYS}")
     for key, fits in FRAME.items():
         if key not in found:
-            raise UserError(f"{path} is damaged: {key} is missing; {ways}")
+            raise UserError(f"{path} is damaged: {key} is missing; {WAYS}")
         if not fits(found[key]):
-            raise UserError(f"{path} is damaged: {key} is not what a training leaves; {ways}")
-    check_finite(found["state_dict"], path, ways)
+            raise UserError(f"{path} is damaged: {key} is not what a training leaves; {WAYS}")
+    check_finite(found["state_dict"], path, WAYS)
     return found
 
 

@@ -73,7 +73,7 @@ def train(config: Config) -> dict[str, float]:
     (saver, *_) = [c for c in trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint)]
     saver.facts = resume.facts(described["facts"], trainer.world_size)
     if resuming:
-        resume.check(run, config, stage, saver.facts)
+        resume.check(run, config, stage, trainer, saver.facts)
     if not is_main_process():
         return fit_and_test(config, run, trainer, stage, datamodule, saver, resuming)
     print(preflight.outline(config, stage, datamodule, trainer.world_size), flush=True)

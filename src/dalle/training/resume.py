@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import lightning
 import yaml
 
 from dalle.errors import UserError
@@ -19,6 +20,7 @@ from dalle.stages.base import Stage
 from dalle.training.checkpoints import check_same_network, read_checkpoint
 from dalle.training.loggers import MetricsCsv
 from dalle.trust import composed
+from dalle.training.restorable import check_restorable
 
 Config = dict[str, Any]
 WHERE = re.compile(  # places and what is done, which say nothing of the training
@@ -47,11 +49,14 @@ def facts(described: Mapping[str, Any], world_size: int) -> dict[str, Any]:
     }
 
 
-def check(run: Run, config: Config, stage: Stage, made_from: Mapping[str, Any]) -> None:
+def check(
+    run: Run, config: Config, stage: Stage, trainer: lightning.Trainer, made_from: Mapping[str, Any]
+) -> None:
     """Refuses to go on with a run that would become another one, and notes in `config` what changes.
 
     Args:
         config: as resolved now; its ``resumed`` is filled.
+        trainer: that will go on with it.
         made_from: see `facts`.
 
     Raises:
@@ -76,6 +81,7 @@ def check(run: Run, config: Config, stage: Stage, made_from: Mapping[str, Any]) 
             f"{run} cannot go on with other settings: {listed}; resume it with those in "
             f"{run.path / 'config.yaml'}, or train another with name=other"
         )
+    check_restorable(run.checkpoint, checkpoint, stage, trainer)
     config["resumed"] = history
     if noted := without_copies(noted):
         told = ", ".join(f"{key}={now} (was {was})" for key, (was, now) in noted.items())
