@@ -14,6 +14,7 @@ from dalle import run_dir
 from dalle.data.frozen import weights_hash
 from dalle.errors import UserError
 from dalle.files import hidden_name, write_text
+from dalle.pipelines.load import load_dalle
 from dalle.run_dir import Run, load_clip, load_stage
 
 
@@ -175,9 +176,47 @@ def test_a_config_that_names_foreign_code_is_refused(run):
         load_stage(run.path)
 
 
-def test_a_tokenizer_of_another_clip_is_refused(untrained_stages, tmp_path):
+@pytest.mark.parametrize(
+    ("length", "message"),
+    [
+        (5, r"tokenizer\.json does not fit the \S+ beside it"),
+        (10**30, r"tokenizer\.json is damaged \(context_length"),
+        (2**40, r"tokenizer\.json is damaged \(context_length"),
+    ],
+)
+@pytest.mark.parametrize(("stage", "load"), [("clip", load_clip), ("dalle", load_dalle)])
+def test_a_tokenizer_of_another_network_is_refused(untrained_stages, tmp_path, stage, load, length, message):
+    logs = Path(shutil.copytree(untrained_stages / "default", tmp_path / "default"))
+    tokenizer = logs / stage / "tokenizer.json"
+    tokenizer.write_text(json.dumps({**json.loads(tokenizer.read_text()), "context_length": length}))
+    with pytest.raises(UserError, match=message):
+        load(logs / stage)
+
+
+def test_a_tokenizer_whose_ids_are_not_its_own_is_refused(untrained_stages, tmp_path):
     run = Run(shutil.copytree(untrained_stages / "default" / "clip", tmp_path / "clip"))
     facts = json.loads(run.tokenizer.read_text())
-    run.tokenizer.write_text(json.dumps({**facts, "context_length": 5}))
-    with pytest.raises(UserError, match=r"tokenizer\.json does not fit the CLIP beside it"):
+    bpe = json.loads(facts["bpe"])
+    bpe["model"]["vocab"]["a"] = 2**31
+    run.tokenizer.write_text(json.dumps({**facts, "bpe": json.dumps(bpe)}))
+    with pytest.raises(UserError, match=r"tokenizer\.json is damaged"):
         load_clip(run.path)
+
+
+@pytest.mark.parametrize(
+    ("stage", "place"),
+    [
+        ("prior", ("clip", "embed_dim")),
+        ("dalle", ("image_tokenizer", "vocab_size")),
+        ("dalle", ("image_tokenizer", "grid")),
+        ("dalle", ("tokenizer", "context_length")),
+        ("dalle", ("tokenizer", "vocab_size")),
+    ],
+)
+def test_sizes_that_nothing_has_are_damage(untrained_stages, tmp_path, stage, place):
+    run = Run(shutil.copytree(untrained_stages / "default" / stage, tmp_path / stage))
+    facts = json.loads((run.path / "manifest.json").read_text())
+    facts[place[0]][place[1]] = 10**30
+    (run.path / "manifest.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match=rf"manifest\.json is damaged \({'.'.join(place)}"):
+        load_stage(run.path)

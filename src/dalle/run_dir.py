@@ -161,6 +161,16 @@ class Run:
         """The run's text tokenizer. Raises UserError when it cannot be read."""
         return load_tokenizer(self.tokenizer)
 
+    def load_tokenizer_of(self, network: str, length: int, vocab_size: int) -> CaptionTokenizer | ClipBPE:
+        """The text tokenizer of the run's network, which reads `length` ids of `vocab_size`."""
+        tokenizer = self.load_tokenizer()
+        if tokenizer.context_length != length or tokenizer.vocab_size > vocab_size:
+            raise UserError(
+                f"{self.tokenizer} does not fit the {network} beside it, which reads {length} tokens of "
+                f"{vocab_size}; {ADVICE}"
+            )
+        return tokenizer
+
     def weights(self) -> dict[str, torch.Tensor]:
         """The trained network's weights.
 
@@ -225,13 +235,8 @@ def load_clip(path: Place) -> FrozenCLIP:
     """The CLIP of a finished `model=clip` run, frozen, with its tokenizer."""
     stage, _ = load_stage(path, "clip")
     run = Run(Path(path))
-    net, tokenizer = stage.net, run.load_tokenizer()
-    if tokenizer.context_length != net.context_length or tokenizer.vocab_size > net.vocab_size:
-        raise UserError(
-            f"{run.tokenizer} does not fit the CLIP beside it, which reads {net.context_length} tokens of "
-            f"{net.vocab_size}; restore it or train the stage again"
-        )
-    return FrozenCLIP(net, tokenizer)
+    net = stage.net
+    return FrozenCLIP(net, run.load_tokenizer_of("CLIP", net.context_length, net.vocab_size))
 
 
 def load_image_tokenizer(path: Place) -> FrozenTokenizer:

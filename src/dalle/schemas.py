@@ -6,19 +6,20 @@ needs one asks for it (`Run.manifest("steps")`). Recipes and results are classes
 
 from typing import Annotated, Any, Literal, NotRequired
 
-from annotated_types import Ge, Lt, MinLen
+from annotated_types import Ge, Le, Lt, MinLen
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
-from dalle.ranges import NonNegative, NonNegativeInt, PositiveInt, Side, Text
+from dalle.ranges import Length, NonNegative, NonNegativeInt, Side, Text, Vocabulary, Width
 
+Many = Annotated[int, Ge(1), Le(2**20)]  # pictures
 LOOSE = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
 
 
 @with_config(LOOSE)
 class ClipFacts(TypedDict):
     weights: Text
-    embed_dim: PositiveInt
+    embed_dim: Width
 
 
 @with_config(LOOSE)
@@ -26,14 +27,14 @@ class CodesFacts(TypedDict):
     """Of an image tokenizer."""
 
     weights: Text
-    vocab_size: PositiveInt
-    grid: PositiveInt
+    vocab_size: Vocabulary
+    grid: Side
 
 
 @with_config(LOOSE)
 class TokenizerFacts(TypedDict):
-    vocab_size: PositiveInt
-    context_length: PositiveInt
+    vocab_size: Vocabulary
+    context_length: Length
     hash: Text
 
 
@@ -101,7 +102,7 @@ class TokenizerFile(TypedDict):
     """tokenizer.json; `bpe` is, for a BPE of one's own captions, the file of the package `tokenizers`."""
 
     kind: Literal["captions", "clip"]
-    context_length: PositiveInt
+    context_length: Length
     bpe: NotRequired[Text]
 
 
@@ -118,11 +119,11 @@ class SampleRecipe(TypedDict):
     """recipe.yaml beside sampled pictures: see `dalle.pipelines.recipe`."""
 
     prompts: Annotated[list[str], MinLen(1)]
-    n: PositiveInt
+    n: Many
     seed: Annotated[int, Ge(-(2**63)), Lt(2**63)]
     stages: dict[str, StageFacts]
     options: dict[str, dict[str, Any]]
-    batch_size: PositiveInt
+    batch_size: Many
     precision: Literal["fp32", "bf16"]
     device: Literal["cpu", "cuda"]
     pipeline: NotRequired[Text]

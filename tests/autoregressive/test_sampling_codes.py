@@ -174,6 +174,7 @@ def test_a_whole_picture_as_prefix_comes_back():
         ({"temperature": -1}, "temperature is 0 .* or more, not -1"),
         ({"temperature": float("nan")}, "temperature is 0 .* or more, not nan"),
         ({"prefix": torch.zeros(3, 10, dtype=torch.int64)}, "prefix: 10 codes, but a picture has 9"),
+        ({"prefix": torch.full((3, 1), 11)}, "prefix: codes go from 0 to 10, and one is 11"),
     ],
 )
 def test_mistakes_are_one_line(options, message):

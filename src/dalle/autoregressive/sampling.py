@@ -52,6 +52,8 @@ def generate(
     given = 0 if prefix is None else prefix.shape[1]
     if given > net.codes:
         raise UserError(f"prefix: {given} codes, but a picture has {net.codes}.")
+    if prefix is not None and given and not 0 <= int(prefix.max()) < net.image_vocab:
+        raise UserError(f"prefix: codes go from 0 to {net.image_vocab - 1}, and one is {int(prefix.max())}.")
     codes = text.new_zeros(len(text), net.codes)
     if prefix is not None:
         codes[:, :given] = prefix

@@ -160,7 +160,10 @@ class CaptionTokenizer:
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> "CaptionTokenizer":
-        return cls(Tokenizer.from_str(state["bpe"]), state["context_length"])
+        bpe = Tokenizer.from_str(state["bpe"])
+        if sorted(bpe.get_vocab().values()) != list(range(bpe.get_vocab_size())):
+            raise ValueError("its ids are not those from 0 on, each once")
+        return cls(bpe, state["context_length"])
 
 
 class ClipBPE:

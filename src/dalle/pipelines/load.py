@@ -74,7 +74,8 @@ def load_dalle(
     facts = {"weights": frozen.weights_hash, "vocab_size": frozen.vocab_size, "grid": frozen.grid}
     check_fit({Run(where).manifest()["stage"]: {"image_tokenizer": facts}, "dalle": manifest})
     chooser = load_any_clip(str(clip)) if clip else None
-    pipeline = DallePipeline(stage, frozen, Run(Path(dalle)).load_tokenizer(), chooser)
+    tokenizer = Run(Path(dalle)).load_tokenizer_of("DALL-E", stage.net.text_length, stage.net.text_vocab)
+    pipeline = DallePipeline(stage, frozen, tokenizer, chooser)
     paths = {"image_tokenizer": str(where), "dalle": str(dalle), "clip": str(clip)}
     return _loaded(pipeline, paths, {"image_tokenizer": frozen, "dalle": stage, "clip": chooser})
 
