@@ -516,7 +516,7 @@ DAMAGE = {
     "losses of other bins": within("callbacks.LossByTime.sums", torch.zeros(3)),
     "losses a word": within("callbacks.LossByTime.sums", "none"),
     "seconds a word": within("callbacks.LastCheckpoint.seconds", "long"),
-    "facts a list": within("callbacks.LastCheckpoint.facts", []),
+    "facts a number": within("callbacks.LastCheckpoint.facts", 5),
     "guard a list": put("guard", []),
     "guard of words": within("guard.skipped", "none"),
     "guard without limits": within("guard.limits"),

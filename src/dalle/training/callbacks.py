@@ -24,6 +24,7 @@ from dalle.ranges import Decay, Depth, File, NonNegativeInt, Place, PositiveInt,
 from dalle.stages.base import Stage
 from dalle.training.loggers import log_picture, log_verdicts
 from dalle.training.restorable import alike_tensors
+from dalle.weight_names import as_today
 
 
 class Ema(lightning.Callback):
@@ -105,7 +106,7 @@ class Ema(lightning.Callback):
 
     def fits(self, state: dict[str, Any], pl_module: Stage) -> bool:
         """Whether a saved state is that of an average of this stage."""
-        average, own = state["average"], _tensors(pl_module)
+        average, own = as_today(state["average"], pl_module.net), _tensors(pl_module)
         return average.keys() == own.keys() and all(alike_tensors(average[k], own[k]) for k in own)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -19,8 +19,8 @@ from dalle.run_dir import Run
 from dalle.stages.base import Stage
 from dalle.training.checkpoints import check_same_network, read_checkpoint
 from dalle.training.loggers import MetricsCsv
-from dalle.trust import composed
 from dalle.training.restorable import check_restorable
+from dalle.trust import composed
 
 Config = dict[str, Any]
 WHERE = re.compile(  # places and what is done, which say nothing of the training
@@ -72,7 +72,8 @@ def check(
         raise UserError(f"{run.path / 'config.yaml'} is damaged (resumed); restore it or train it again")
     added = one_sided(before, config)
     changed = differences(before, config) | added
-    then = checkpoint["callbacks"].get("LastCheckpoint", {}).get("facts", {})
+    then = checkpoint["callbacks"].get("LastCheckpoint", {}).get("facts")
+    then = then if isinstance(then, dict) else {}  # of another kind: refused below
     changed |= {k: (then[k], v) for k, v in made_from.items() if k in then and then[k] != v}
     noted = {k: v for k, v in changed.items() if FREE.fullmatch(k) or k == "world_size" or k in added}
     if refused := without_copies({k: v for k, v in changed.items() if k not in noted}):
