@@ -14,7 +14,8 @@ from tiny import ROOT
 
 from dalle.cli import entry
 from dalle.errors import UserError
-from dalle.pipelines.sampling import next_folder, sample
+from dalle.pipelines import sampling
+from dalle.pipelines.sampling import new_folder, next_folder, sample
 
 FAST = ("steps=2", "pipeline.prior_sampler.steps=2", "precision=fp32")
 PROMPT = "prompt=a small red circle, above a blue square"
@@ -112,6 +113,28 @@ def test_folders_are_numbered(make, untrained_stages, tmp_path):
     place = (f"paths.logs='{tmp_path}'", "name=mine")
     out = make("unused", PROMPT, "out=null", *place, decoder, "pipeline.prior=null")
     assert out == tmp_path / "mine" / "samples" / "001"
+
+
+def test_processes_that_choose_a_folder_at_once_get_one_each(tmp_path, monkeypatch):
+    """Two have seen the same last number."""
+    seen, home = sampling.next_folder, tmp_path / "samples"
+    stale = iter([home / "001", home / "001"])
+    monkeypatch.setattr(sampling, "next_folder", lambda parent: next(stale, None) or seen(parent))
+    assert [new_folder(home).name for _ in range(3)] == ["001", "002", "003"]
+
+
+def test_pictures_that_were_overtaken_get_another_folder(make, untrained_stages, tmp_path, monkeypatch):
+    samples, drawn = tmp_path / "mine" / "samples", sampling.UnclipSamplingConfig.draw
+
+    def draw(*given, **more):
+        (samples / "001").mkdir(parents=True)
+        return drawn(*given, **more)
+
+    monkeypatch.setattr(sampling.UnclipSamplingConfig, "draw", staticmethod(draw))
+    decoder = f"pipeline.decoder='{untrained_stages}/default/decoder'"
+    place = (f"paths.logs='{tmp_path}'", "name=mine", decoder, "pipeline.prior=null")
+    assert make("unused", PROMPT, "out=null", *place) == samples / "002"
+    assert list((samples / "001").iterdir()) == []
 
 
 def test_an_occupied_folder_stays_as_it_is(make, tmp_path):

@@ -16,7 +16,7 @@ from dalle.evaluation.run import evaluate
 from dalle.evaluation.stability import stability
 from dalle.evaluation.targets import MAIN
 from dalle.launch.processes import REASON, STOPPED, call, child_command
-from dalle.pipelines.sampling import REQUESTS, next_folder
+from dalle.pipelines.sampling import REQUESTS, new_folder
 from dalle.run_dir import Run
 
 
@@ -109,7 +109,7 @@ def run_all(jobs: Sequence[Sequence[str]]) -> tuple[list[Result], list[str]]:
 def conclude(results: list[Result], failed: list[str], home: Path, command: str) -> None:
     """Leaves the report and shows its table."""
     if results:
-        folder = write_report(results, next_folder(home), f"dalle evaluate {command}", failed)
+        folder = write_report(results, new_folder(home), f"dalle evaluate {command}", failed)
         print((folder / "table.md").read_text(encoding="utf-8"))
         print(f"report: {folder / 'report.html'}, figures: {folder / 'figures.csv'}")
     if failed:

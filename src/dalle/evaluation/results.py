@@ -8,7 +8,6 @@
 Figures compare only within one protocol: `marks` finds what does not, and says what is different.
 """
 
-import contextlib
 import hashlib
 import json
 import math
@@ -28,7 +27,7 @@ from dalle import schemas
 from dalle.errors import UserError
 from dalle.files import explained, to_json
 from dalle.metrics.intervals import Figure
-from dalle.pipelines.sampling import next_folder
+from dalle.pipelines.sampling import new_folder
 from dalle.reading import read_json, shaped
 
 SCHEMA = 1
@@ -119,14 +118,7 @@ def workplace(home: Path, result: Result) -> Path:
 
 def publish(work: Path, home: Path, taken: Path | None) -> Path:
     """Gives a finished evaluation its number, or that of the one it replaces."""
-    if taken is None:
-        while True:
-            final = next_folder(home)
-            with contextlib.suppress(FileExistsError):  # another evaluation was as quick
-                final.mkdir()
-                break
-    else:
-        final = taken
+    final = new_folder(home) if taken is None else taken
     with explained(final):
         for name in (FILE, *OWN):  # only what is of an evaluation; the result is gone first, and comes last
             path = final / name

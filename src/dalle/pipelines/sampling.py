@@ -4,6 +4,7 @@ Every pipeline has a class of requests: what it can be told, how that becomes a 
 carried out.
 """
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from dalle.data.image_files import BadPicture, read
 from dalle.errors import UserError
-from dalle.files import check_writable
+from dalle.files import check_writable, explained
 from dalle.images import from_uint8, grid, save_png, to_pil
 from dalle.instantiate import check_arguments, instantiate
 from dalle.machine import fast_in_bf16, pick_device
@@ -314,7 +315,7 @@ def sample(config: dict[str, Any]) -> Path:
         arguments(node, stage)  # refuses what is wrong before anything is loaded
     check_name(request.name, "name")
     usual = Path(request.paths["logs"], request.name, "samples")
-    out = Path(request.out) if request.out else next_folder(usual)
+    out = Path(request.out) if request.out else next_folder(usual)  # another process may take it meanwhile
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty; give another folder with out=")
     check_writable(out, "folder with out=")
@@ -334,6 +335,7 @@ def sample(config: dict[str, Any]) -> Path:
 
     options = {stage: arguments(node, stage) for stage, node in recipe.options.items()}
     frames = kind.draw(loaded.pipeline.to(recipe.device), recipe, options)
+    out = out if request.out else new_folder(usual)
     write(frames, recipe, out)
     return out
 
@@ -444,3 +446,17 @@ def next_folder(parent: Path) -> Path:
     """parent/001, or the number after the last one there."""
     taken = [int(p.name) for p in parent.glob("[0-9]*") if p.name.isdigit()]
     return parent / f"{max(taken, default=0) + 1:03d}"
+
+
+def new_folder(parent: Path) -> Path:
+    """Makes `next_folder`, or a later one where other processes do the same.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    while True:
+        folder = next_folder(parent)
+        with explained(folder), contextlib.suppress(FileExistsError):  # another process was as quick
+            parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+            return folder
