@@ -165,6 +165,19 @@ def to_json(facts: Any, indent: int | None = 2) -> str:
     return json.dumps(finite(facts), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def as_cell(value: Any) -> Any:
+    """A value for a CSV that people open as a spreadsheet: text that would be taken for a formula there gets
+    an apostrophe (OWASP, "CSV injection"). Numbers, also written ones, stay.
+    """
+    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return value
+    try:
+        float(value)
+    except ValueError:
+        return f"'{value}"
+    return value
+
+
 def finite(facts: Any) -> Any:
     """The same plain data with None for every number that is not finite."""
     if isinstance(facts, dict):

@@ -1,6 +1,7 @@
 """Sweeps that are killed, that fail in the middle, and are started again. Most jobs are small scripts."""
 
 import csv
+import io
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from dalle.cli import entry
 from dalle.errors import UserError
 from dalle.launch import processes
 from dalle.launch.processes import safe_path
-from dalle.launch.sweeps import Job, perform, sweep
+from dalle.launch.sweeps import Job, as_csv, perform, sweep
 from dalle.run_dir import Run
 from dalle.run_lock import only_one
 
@@ -171,6 +172,16 @@ def test_the_table_has_all_metrics_and_says_what_distinguishes(job, tmp_path, ca
     shown = capsys.readouterr().out
     assert "lr=1  finished  0.5" in shown
     assert "same=1" not in shown
+
+
+def test_no_cell_of_the_table_is_a_formula(tmp_path):
+    """Of a name, a setting or a reason that begins as one, if the table is opened as a spreadsheet."""
+    texts = ["=HYPERLINK(1)", "+a", "-b", "@c", "\td", "\re", "plain", "'", "-1.5", "+1e-3", "-inf"]
+    rows = [{"job": text, "state": "", "reason": text, "seconds": -1.5, "overrides": text} for text in texts]
+    read = list(csv.DictReader(io.StringIO(as_csv(rows), newline="")))
+    for key in ("job", "reason", "overrides"):
+        assert [row[key] for row in read] == [f"'{text}" for text in texts[:6]] + texts[6:]
+    assert {row["seconds"] for row in read} == {"-1.5"}
 
 
 def test_a_way_to_launch_gets_only_what_is_left(job, tmp_path):

@@ -16,7 +16,7 @@ from typing import Any
 
 from dalle.evaluation.plots import draw_plots
 from dalle.evaluation.results import Result, flat, marks
-from dalle.files import write_text
+from dalle.files import as_cell, write_text
 from dalle.metrics.intervals import Figure
 
 MAIN_FIGURES = (  # of the table, in this order; a prefix takes all that begin so
@@ -152,7 +152,7 @@ def as_csv(results: Sequence[Result], names: Sequence[str]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: as_cell(value) for key, value in row.items()} for row in rows)
     return text.getvalue()
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from dalle import schemas
 from dalle.errors import UserError
-from dalle.files import write_json, write_text
+from dalle.files import as_cell, write_json, write_text
 from dalle.launch.processes import REASON, STOPPED, call
 from dalle.machine import is_main_process
 from dalle.reading import read_json
@@ -169,7 +169,7 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
     metrics = sorted({key for row in rows for key in row} - set(COLUMNS))
     writer = csv.DictWriter(text, [*COLUMNS, *metrics])
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: as_cell(value) for key, value in row.items()} for row in rows)
     return text.getvalue()
 
 
