@@ -3,7 +3,8 @@
 training/spikes        per thousand logged steps: losses above the median of the twenty before by more
                        than six times their median absolute deviation
 training/not_finite    logged steps whose loss is no number
-training/skipped       steps that fp16 left out because its gradients overflowed, where it was used
+training/skipped       steps whose loss or gradient was no number and that were left out, in any precision
+                       (train/skipped, the count of `dalle.stages.nan_guard`)
 training/grad_spread   95th percentile of the gradient norm over its median, where it is logged
 training/seconds       of all stages together
 """
