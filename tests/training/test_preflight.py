@@ -14,6 +14,7 @@ from tiny import NETS, column, configure, overrides, train
 from torch import nn
 from torch.utils.data import DataLoader
 
+from dalle.errors import UserError
 from dalle.optim.factory import OptimizerFactory
 from dalle.stages.base import Stage
 from dalle.training import preflight
@@ -98,6 +99,38 @@ def test_steps_by_epochs_and_without_an_end(tmp_path):
         config["trainer"] |= {"max_steps": steps, "max_epochs": epochs}
         assert preflight.total_steps(config, data, world=2) == expected
     assert preflight.outline(config, Toy(4, 4, 4), data, 2).endswith("steps of 16 without an end")
+
+
+@pytest.mark.parametrize(
+    ("limit", "batches"), [(None, 9), (3, 3), (4, 3), (5, 3), (100, 9), (1.0, 9), (0.5, 3), (0.7, 6)]
+)
+def test_epochs_that_are_cut_short_are_of_whole_steps(tmp_path, limit, batches):
+    assert preflight.whole_batches(11, limit, accumulated=3) == batches
+    config, data = configure("clip", tmp_path), ToyData(1, 4)
+    data.items = lambda split: 11
+    config["trainer"] |= {"max_steps": -1, "max_epochs": 4, "limit_train_batches": limit}
+    config["trainer"]["accumulate_grad_batches"] = 3
+    config["batch_size"] = 1
+    assert preflight.total_steps(config, data, world=1) == 4 * batches // 3
+
+
+def test_training_takes_as_many_steps_as_was_said(tmp_path, capsys):
+    more = ("trainer.accumulate_grad_batches=2", "trainer.limit_train_batches=3", "trainer.max_epochs=3")
+    run = train("vae", tmp_path, *more, steps=-1)
+    assert run.manifest()["steps"] == 3
+    assert "3 steps of 16" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("limit", [1, 2, 0.2])
+def test_an_epoch_of_less_than_a_step_is_refused(tmp_path, limit):
+    with pytest.raises(UserError, match=rf"limit_train_batches={limit} .*no whole step .*accumulate.*=3"):
+        preflight.whole_batches(11, limit, accumulated=3)
+
+
+def test_batches_that_teach_nothing_are_refused_as_in_training(command, tmp_path):
+    words = (*overrides("clip", Path("logs")), "batch_size=1")
+    for more in ((), ("preflight=true",)):
+        assert "needs batch_size=2 or more" in command("train.py", *words, *more).error
 
 
 def test_a_resumed_run_has_less_to_do(command, tmp_path, monkeypatch):

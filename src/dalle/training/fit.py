@@ -55,6 +55,7 @@ def train(config: Config) -> dict[str, float]:
         print(line, flush=True)
     stage = build_stage(config["model"])
     stage.patience = config["stop_after_skipped"]
+    check_least_batch(config, stage)
     if config["preflight"]:
         behind = resume.steps_behind(run, stage) if resuming else 0
         preflight.report(config, stage, datamodule, behind)
@@ -63,12 +64,9 @@ def train(config: Config) -> dict[str, float]:
         stage.net.compile()
     trainer = make_trainer(config, run)
     stage.check_trainer(trainer)
-    if config["batch_size"] * trainer.world_size < stage.least_batch:
-        raise UserError(
-            f"stage={config['stage']} needs batch_size={stage.least_batch} or more to learn at all"
-        )
     datamodule.trainer = trainer
-    datamodule.train_dataloader()  # refuses a batch larger than the data, while nothing has been touched
+    # refuses a batch larger than the data, while nothing has been touched
+    keep_whole_steps(trainer, len(datamodule.train_dataloader()))
     described = origins(stage, datamodule)
     (saver, *_) = [c for c in trainer.checkpoint_callbacks if isinstance(c, LastCheckpoint)]
     saver.facts = resume.facts(described["facts"], trainer.world_size)
@@ -129,6 +127,24 @@ def ranks_together(trainer: lightning.Trainer, run: Run) -> Iterator[None]:
             raise
         left = "go on with resume=true" if run.checkpoint.exists() else "there is no checkpoint yet"
         raise UserError(f"another process of this run has ended, so this one does; {left}") from error
+
+
+def check_least_batch(config: Config, stage: Stage) -> None:
+    """Refuses batches, over all processes, of which the stage would learn nothing."""
+    if stage.least_batch > 1 and config["batch_size"] * ranks(config) < stage.least_batch:
+        raise UserError(
+            f"stage={config['stage']} needs batch_size={stage.least_batch} or more to learn at all"
+        )
+
+
+def keep_whole_steps(trainer: lightning.Trainer, batches: int) -> None:
+    """Lets an epoch that `limit_train_batches` cuts short end with a whole accumulated step."""
+    limit: Any = trainer.limit_train_batches
+    debug = trainer.fast_dev_run or trainer.overfit_batches  # pyright: ignore[reportAttributeAccessIssue]
+    everything = isinstance(limit, float) and limit == 1.0
+    if trainer.accumulate_grad_batches > 1 and not everything and not debug:
+        whole = preflight.whole_batches(batches, limit, trainer.accumulate_grad_batches)
+        trainer.limit_train_batches = whole
 
 
 def quiet() -> None:

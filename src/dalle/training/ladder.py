@@ -10,7 +10,7 @@ import torch
 from dalle.data.frozen import Frozen, FrozenCLIP, FrozenTokenizer
 from dalle.run_dir import IMAGE_TOKENIZERS, Run
 from dalle.training.checks import build_stage, check_config
-from dalle.training.fit import check_machine, prepare, ranks
+from dalle.training.fit import check_least_batch, check_machine, prepare, ranks
 
 Config = dict[str, Any]
 
@@ -42,6 +42,7 @@ def check(configs: Sequence[Config]) -> None:
         datamodule.check_batch(ranks(config))
         with torch.device("meta"):
             stage = build_stage(config["model"])
+        check_least_batch(config, stage)
         if config["stage"] == "clip":
             made[run.path] = FrozenCLIP(stage.net, datamodule.tokenizer)
         elif config["stage"] in IMAGE_TOKENIZERS:

@@ -49,9 +49,34 @@ def outline(config: dict[str, Any], stage: Stage, datamodule: Any, world: int) -
 
 def total_steps(config: dict[str, Any], datamodule: Any, world: int) -> int | None:
     trainer = config["trainer"]
-    per_epoch = datamodule.items("train") // samples_per_step(config, world)
+    batches = datamodule.items("train") // (config["batch_size"] * world)
+    accumulated = trainer["accumulate_grad_batches"]
+    per_epoch = whole_batches(batches, trainer.get("limit_train_batches"), accumulated) // accumulated
     limits = (trainer["max_steps"], (trainer["max_epochs"] or -1) * per_epoch)
     return min((steps for steps in limits if steps >= 0), default=None)
+
+
+def whole_batches(batches: int, limit: float | int | None, accumulated: int) -> int:
+    """Batches of an epoch that make up whole steps of `accumulated` ones; Lightning would take a step of
+    however many are left over.
+
+    Args:
+        batches: those there are.
+        limit: trainer.limit_train_batches: how many to take, which share, or None: all.
+
+    Raises:
+        UserError: the limit leaves not one step.
+    """
+    batches -= batches % accumulated
+    if limit is None:
+        return batches
+    limited = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    if batches and limited < accumulated:
+        raise UserError(
+            f"trainer.limit_train_batches={limit} of {batches} batches leaves no whole step of "
+            f"trainer.accumulate_grad_batches={accumulated}; raise the one, or lower the other"
+        )
+    return limited - limited % accumulated
 
 
 def samples_per_step(config: dict[str, Any], world: int) -> int:
