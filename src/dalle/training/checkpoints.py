@@ -27,8 +27,8 @@ from dalle.ranges import Place, PositiveInt
 from dalle.stages.base import Stage
 from dalle.stages.nan_guard import Diverged
 from dalle.training.loggers import MetricsCsv
-from dalle.weight_names import as_today
 from dalle.training.restorable import WAYS
+from dalle.weight_names import as_today
 
 STOP_EVERY = (
     10  # steps between the questions to all ranks whether one was told to stop: each costs a device sync
