@@ -24,6 +24,11 @@ CONF = ROOT / "conf"
 FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*.yaml"))
 
 
+USES_DATA = {  # batches -> a model that trains on them
+    "images": "dvae", "text_images": "clip", "codes": "dalle", "embeddings": "prior", "image_embeddings": "gan",
+}  # fmt: skip
+
+
 def files_of(group: str) -> list[str]:
     return [name.rsplit("/", 1)[1] for name in FILES if name.rsplit("/", 1)[0] == group]
 
@@ -59,6 +64,8 @@ def command_of(file: str) -> tuple[str, list[str]]:
         return "train", [f"hparams_search={search}", f"model={model}"]
     if group == "model/net":
         return "train", [f"model={model_of(name)}", f"model/net={name}"]
+    if group == "model/datamodule":
+        return "train", [f"model={USES_DATA[name]}"]
     if group in ("pipeline", "paths", "debug"):
         return "sample", [f"{group}={name}"]
     return "train", [f"{group}={name}"]
