@@ -25,7 +25,8 @@ FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CON
 
 
 USES_DATA = {  # batches -> a model that trains on them
-    "images": "dvae", "text_images": "clip", "codes": "dalle", "embeddings": "prior", "image_embeddings": "gan",
+    "images": "dvae", "text_images": "clip", "codes": "dalle", "embeddings": "prior",
+    "image_embeddings": "gan",
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from tiny import ROOT, mistake
 
 from dalle.cli import entry
+from dalle.cli.compose import compose as compose_jobs
 from dalle.errors import UserError
 
 
@@ -166,3 +167,22 @@ def test_a_name_that_was_replaced_has_a_successor(old, new):
     assert OmegaConf.select(config, old) is None
     inside, _, name = new.rpartition(".")
     assert name in (OmegaConf.select(config, inside) if inside else config)
+
+
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [
+        (["experiment=shapes_laptop", "model=decoder"], ""),
+        (["experiment=shapes_laptop", "model=vae"], "shapes_laptop_vae"),
+        (["model=vae"], ""),
+        (["experiment=mine", "model=clip"], ""),
+        (["experiment=mine", "model=vae"], "mine_vae"),
+    ],
+)
+def test_an_experiment_that_says_nothing_of_a_stage_is_known(tmp_path, words, missing):
+    for name in ("mine", "stage/mine_clip"):
+        path = tmp_path / "experiment" / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("# @package _global_\nseed: 1\n")
+    (job,) = compose_jobs("train", [f"--config-dir={tmp_path}", *words])
+    assert job.missing == missing

@@ -36,6 +36,9 @@ class Job:
     config: dict[str, Any]
     words: list[str]
     multirun: bool = False
+    missing: str = (
+        ""  # the file in which the chosen experiment would speak of this stage, where there is none
+    )
 
 
 def conf_dir() -> Path:
@@ -92,14 +95,19 @@ def compose(
     folders = [Path(word.partition("=")[2]) for word in given if not word.startswith("--config-name")]
     check_words(rest, groups(conf_dir(), *folders))
     given_too = [word for word in rest if word.startswith("hydra.searchpath=")]
-    composed: list[tuple[DictConfig, list[str], bool]] = []
+    composed: list[tuple[DictConfig, list[str], bool, str]] = []
 
     def collect(cfg: DictConfig) -> None:
         about = HydraConfig.get()
         if isinstance(run := OmegaConf.select(cfg, "paths.run"), str):
             cfg.paths.run = run  # may name the job, which only Hydra knows, and only now
         words = [*given, *given_too, *about.overrides.task]
-        composed.append((cfg, words, about.mode == RunMode.MULTIRUN))
+        wanted = about.runtime.choices.get("experiment/stage", "")
+        there = [
+            Path(s.path, "experiment/stage", f"{wanted}.yaml").is_file() for s in about.runtime.config_sources
+        ]
+        missing = "" if any(there) or wanted.startswith("none_") else wanted
+        composed.append((cfg, words, about.mode == RunMode.MULTIRUN, missing))
         if task is not None:
             task(cfg)
 
@@ -115,9 +123,14 @@ def compose(
     finally:
         sys.argv = before
     jobs = []
-    for cfg, words, several in composed:  # not in Hydra's run, which would say more of what goes wrong
+    for (
+        cfg,
+        words,
+        several,
+        missing,
+    ) in composed:  # not in Hydra's run, which would say more of what goes wrong
         config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-        jobs.append(Job(config, words, several))
+        jobs.append(Job(config, words, several, missing))
     return jobs
 
 

@@ -75,6 +75,12 @@ def train(job: Job) -> None:
 
     if not fit.may_start(job.config):
         return
+    if job.missing and is_main_process():
+        print(
+            f"note: there is no experiment/stage/{job.missing}: the experiment says nothing of this stage, "
+            "which has the model's own length and batch",
+            flush=True,
+        )
     missing = fit.missing_runs(job.config) if is_main_process() or started_by_others() else {}
     if missing and started_by_others():
         raise UserError(
