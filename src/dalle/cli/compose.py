@@ -111,13 +111,13 @@ def compose(
         if task is not None:
             task(cfg)
 
-    collect.__module__ = f"dalle.cli.{command}"  # by which Hydra calls the job
     Plugins.instance().register(OurConf)
     main = hydra.main(version_base=VERSION, config_path=str(conf_dir()), config_name=command)(collect)
     before = sys.argv
     program = before[0] if Path(before[0]).name == f"{command}.py" else f"dalle {command}"
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra's own report is long; this makes it raise instead
-    sys.argv = [program, *given, *rest]
+    at = next((k for k, word in enumerate(rest) if not word.startswith("-") and "=" in word), 0)
+    sys.argv = [program, *given, *rest[:at], f"hydra.job.name={command}", *rest[at:]]  # settings in one row
     try:
         main()
     finally:
@@ -151,7 +151,8 @@ def launch(
 
     def task(_: DictConfig) -> None:
         name = HydraConfig.get().job.config_name
-        config = hydra.compose(name, [*overrides[0], *launcher], return_hydra_config=True)
+        settings = [f"hydra.job.name={command}", *overrides[0], *launcher]
+        config = hydra.compose(name, settings, return_hydra_config=True)
         context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
         plugin = Plugins.instance().instantiate_launcher(context, numbered, config)
         returned.extend(job.return_value for job in plugin.launch(overrides, initial_job_idx=0))
