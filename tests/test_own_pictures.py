@@ -1,9 +1,7 @@
 """Pictures of one's own: the lines of the README and of its page as they stand, on a handful of them."""
 
 import re
-import runpy
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 from PIL import Image, ImageDraw
 from tiny import ROOT, configure
 
+from dalle.cli.command import run as run_command
 from dalle.errors import UserError
 from dalle.run_dir import Run
 from dalle.training import fit
@@ -70,13 +69,13 @@ def shell(command, monkeypatch):
         return make_trainer({**config, "trainer": {**config["trainer"], "max_steps": 2}}, run)
 
     def call(arguments, lock=None):
-        with monkeypatch.context() as inner:
-            inner.setattr(sys, "argv", arguments[1:])
-            GlobalHydra.instance().clear()
-            try:
-                runpy.run_path(arguments[1], run_name="__main__")
-            except SystemExit as ended:
-                raise AssertionError(arguments) from ended
+        _, dash, package, name, *words = arguments
+        assert (dash, package) == ("-m", "dalle")
+        GlobalHydra.instance().clear()
+        try:
+            run_command(name, words)
+        except SystemExit as ended:
+            raise AssertionError(arguments) from ended
         return 0
 
     monkeypatch.setattr(fit, "make_trainer", short)
