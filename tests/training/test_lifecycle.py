@@ -333,7 +333,10 @@ def test_a_stopped_run_that_goes_on_has_the_records_of_one_that_was_not_stopped(
     )
 
 
-@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_before_optimizer_step", "on_validation_start"])
+@pytest.mark.parametrize(
+    "hook",
+    ["on_train_batch_end", "on_before_optimizer_step", "on_validation_start", "on_validation_batch_end"],
+)
 def test_an_error_amid_a_step_does_not_save_half_of_it(fit, at, tmp_path, hook):
     whole = fit("callbacks.checkpoint.every=3", name="whole")
     at(At(4, fail, hook))
@@ -343,8 +346,7 @@ def test_an_error_amid_a_step_does_not_save_half_of_it(fit, at, tmp_path, hook):
     kept = read_checkpoint(tmp_path / "run" / "last.ckpt")
     assert kept["callbacks"]["Ema"]["updates"] == kept["global_step"]
     parts = fit("callbacks.checkpoint.every=3", "resume=true")
-    if hook != "on_validation_start":  # that validation is lost
-        assert rows(parts) == rows(whole)
+    assert rows(parts) == rows(whole)
     assert all(
         torch.equal(a, b) for a, b in zip(weights(parts).values(), weights(whole).values(), strict=True)
     )

@@ -88,6 +88,7 @@ class LastCheckpoint(Checkpoint):
         self.asked = self.agreed = False
         self.handlers: dict[int, Any] = {}
         self.loops: dict[str, Any] | None = None  # Lightning's counters after a whole step; None amid one
+        self.validation_due = False  # and not over: a run that went on from here would leave it out
         self.saving = False
         self.done = 0  # batches that stepped before the run was resumed
         self.before, self.started, self.ended = 0.0, 0.0, 0.0
@@ -150,10 +151,14 @@ class LastCheckpoint(Checkpoint):
         """
         fit_loop: Any = trainer.fit_loop
         self.loops = None if fit_loop._should_accumulate() else {"fit_loop": fit_loop.state_dict()}
+        self.validation_due = fit_loop.epoch_loop._should_check_val_fx(fit_loop._data_fetcher)
         if trainer.world_size == 1:
             self.agreed = self.asked
         elif trainer.global_step % STOP_EVERY == 0:
             self.agreed = trainer.strategy.reduce_boolean_decision(self.asked, all=False)
+
+    def on_validation_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        self.validation_due = False
 
     def on_train_batch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
         """Only now the last step is logged and, where one was due, validated."""
@@ -188,7 +193,9 @@ class LastCheckpoint(Checkpoint):
         self.restore_handlers()
         # saving waits for all ranks, which may not come after an error on one of them
         alone = trainer.world_size == 1 and not isinstance(exception, UserError)
-        if trainer.state.fn == "fit" and (self.agreed or alone):
+        # whoever stops a run in a hurry wants its steps more than a validation's figures
+        whole = isinstance(exception, KeyboardInterrupt) or not self.validation_due
+        if trainer.state.fn == "fit" and (self.agreed or alone) and whole:
             with contextlib.suppress(Diverged):  # the checkpoint that is there stays
                 self.save(trainer)
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero and self.path.exists():
