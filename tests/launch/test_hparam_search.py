@@ -50,6 +50,12 @@ def search(tmp_path):
     return run
 
 
+def study_of(tmp_path: Path) -> Any:
+    return Search(str(tmp_path / "logs"), "test/loss", "minimize", 1, 0, SPACE).study(
+        str(tmp_path / "logs" / "prior"), overwrite=False
+    )
+
+
 def given(tmp_path: Path, number: int) -> dict[str, str]:
     return json.loads((tmp_path / "logs" / "prior" / f"trial-{number:03d}" / "given.json").read_text())
 
@@ -155,3 +161,54 @@ def test_train_hands_over(monkeypatch, tmp_path):
     assert command == [sys.executable, "-m", "dalle", "train"]
     assert given == [*words, "seed=4", "paths.run='logs/default/prior'"]
     assert overwrite is False
+
+
+@pytest.mark.parametrize(
+    ("pragma", "reason"),
+    [("query_only=ON", "attempt to write a readonly database"), ("max_page_count=1", "disk is full")],
+)
+def test_a_disk_that_takes_no_more_is_one_line_and_loses_no_trial(search, tmp_path, pragma, reason):
+    """SQLite itself refuses, once with the study as it is and once with the first trial done."""
+    from sqlalchemy import Engine, event
+
+    search(1)
+    before = given(tmp_path, 0)
+
+    def refuse(connection: Any, _: Any) -> None:
+        connection.execute(f"PRAGMA {pragma}")
+
+    event.listen(Engine, "connect", refuse)
+    try:
+        with pytest.raises(UserError, match=rf"study\.db cannot be read or written \(.*{reason}\)"):
+            search(40)
+    finally:
+        event.remove(Engine, "connect", refuse)
+    told = [trial.number for trial in study_of(tmp_path).trials if trial.state.name != "RUNNING"]
+    wanted = len(told) + 2
+    code, study = search(wanted)
+    assert code == 0
+    assert [trial.state.name for trial in study.trials].count("COMPLETE") == wanted
+    assert given(tmp_path, 0) == before
+
+
+def test_a_trial_that_was_done_when_the_disk_was_full_is_not_done_again(search, tmp_path, monkeypatch):
+    def full(*_: Any) -> None:
+        raise optuna.exceptions.StorageInternalError("told") from OperationalError("tell", {}, cause)
+
+    from sqlalchemy.exc import OperationalError
+
+    cause = Exception("database or disk is full")
+    monkeypatch.setattr(Search, "tell", full)
+    with pytest.raises(UserError, match=r"database or disk is full\); its runs are kept"):
+        search(2)
+    monkeypatch.undo()
+    done = (tmp_path / "logs" / "prior" / "trial-000" / "given.json").stat().st_mtime_ns
+    assert len(search(2)[1].trials) == 2
+    assert (tmp_path / "logs" / "prior" / "trial-000" / "given.json").stat().st_mtime_ns == done
+
+
+def test_a_study_that_is_no_database_is_one_line(search, tmp_path):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "study.db").write_bytes(b"no database, but long enough to be read as one" * 40)
+    with pytest.raises(UserError, match=r"study\.db cannot be read or written \(file is not a database\)"):
+        search(1)

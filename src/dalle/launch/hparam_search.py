@@ -7,10 +7,12 @@ search finishes the trial that was in the middle and goes on.
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from dalle.errors import UserError
+from dalle.files import explained
 from dalle.launch.overrides import quote, written
 from dalle.launch.processes import STOPPED
 from dalle.launch.sweeps import Job, close, perform
@@ -63,11 +65,13 @@ class Search:
         Returns: an exit code: 0 when all trials have been made.
 
         Raises:
-            UserError: the finished trials have no such metric, or the study was made with another space.
+            UserError: the finished trials have no such metric, the study was made with another space,
+                or its file cannot be written.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with explained(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         kept = [w for w in words if not w.lstrip("+~").startswith(("hparams_search", "search.", "paths.run"))]
-        with only_one(self.folder / "study"):
+        with only_one(self.folder / "study"), self.storage_explained():
             study = self.study(str(run), overwrite)
             stopped = False
             for number, settings in self.proposals(study):
@@ -85,6 +89,24 @@ class Search:
                 best = study.best_trial
                 print(f"best: {self.metric} {best.value:.4g} in {run / f'trial-{best.number:03d}'}")
         return int(stopped or not self.completed(study))
+
+    @contextmanager
+    def storage_explained(self) -> Iterator[None]:
+        """Turns what SQLite says of a full disk, a read-only one, or a damaged file into one line.
+
+        Trials that are done are known by their runs: the search takes them from there when it goes on.
+        """
+        from sqlalchemy.exc import SQLAlchemyError  # optuna brings it
+
+        try:
+            yield
+        except (SQLAlchemyError, self.optuna.exceptions.StorageInternalError) as error:
+            cause = error if isinstance(error, SQLAlchemyError) else error.__cause__
+            reason = " ".join(str(getattr(cause, "orig", None) or cause or error).split())[:200]
+            raise UserError(
+                f"{self.folder / 'study.db'} cannot be read or written ({reason}); its runs are kept: once "
+                "that is mended, the same command goes on"
+            ) from error
 
     def study(self, name: str, overwrite: bool) -> Any:
         storage = f"sqlite:///{self.folder / 'study.db'}"
@@ -109,8 +131,14 @@ class Search:
         """Number and settings of each trial that is still to be made: first those in the middle."""
         state = self.optuna.trial.TrialState
         for trial in study.get_trials(states=(state.RUNNING,)):
-            yield trial.number, trial.params
-        while len(study.trials) < self.trials:
+            if self.whole(trial):
+                yield trial.number, trial.params
+            else:
+                study.tell(trial.number, state=state.FAIL)
+        while (
+            sum(t.state != state.FAIL or self.whole(t) for t in study.get_trials(deepcopy=False))
+            < self.trials
+        ):
             try:
                 trial = study.ask(self.space)
             except ValueError as error:
@@ -119,6 +147,10 @@ class Search:
                     "give name=other, or overwrite=true"
                 ) from None
             yield trial.number, trial.params
+
+    def whole(self, trial: Any) -> bool:
+        """Whether all settings of a trial were written down: a disk may have been full amid them."""
+        return self.space.keys() <= trial.params.keys()
 
     def tell(self, study: Any, number: int, job: Job, state: str) -> None:
         """Tells the study what came of a trial; a metric that is not finite is a failure."""
