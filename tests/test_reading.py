@@ -20,7 +20,7 @@ from dalle.evaluation.results import Result
 from dalle.launch.sweeps import read as read_job
 from dalle.pipelines.load import load_unclip
 from dalle.pipelines.recipe import SampleRecipe
-from dalle.reading import LARGEST, read_json, read_yaml, shaped
+from dalle.reading import LARGEST, migrated, read_json, read_yaml, shaped
 from dalle.run_dir import Run, load_stage
 
 DEEP = 100_000
@@ -241,3 +241,17 @@ def test_what_is_well_comes_as_it_is(tmp_path):
     assert read_yaml(tmp_path / "a.yaml", schemas.RunConfig, "")["stage"] == "dvae"
     with pytest.raises(UserError, match=r"^f is damaged \(schema is missing\); do that$"):
         shaped({}, schemas.Manifest, "f", "do that")
+
+
+def test_a_file_of_an_earlier_schema_is_brought_up_to_date():
+    steps = [lambda facts: {**facts, "b": 2}, lambda facts: {**facts, "c": facts["b"] + 1}]
+    assert migrated({"schema": 1}, steps) == {"schema": 3, "b": 2, "c": 3}
+    assert migrated({"schema": 2, "b": 5}, steps) == {"schema": 3, "b": 5, "c": 6}
+    assert migrated({"schema": 3}, steps) == {"schema": 3}
+    assert [migrated({"schema": odd}, steps) for odd in (0, 4, "1", True, None)] == [None] * 5
+
+
+def test_a_manifest_of_a_later_schema_is_refused(tmp_path):
+    for name, content in (("manifest.json", '{"schema": 99}'), ("model.safetensors", "")):
+        (tmp_path / name).write_text(content)
+    one_line(Run(tmp_path).manifest, "written with layout 99, this version reads 1")

@@ -14,7 +14,7 @@ renamed (dalle.files).
 
 import csv
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,14 @@ from dalle.files import atomic_path, write_json
 from dalle.finite import check_finite
 from dalle.instantiate import instantiate
 from dalle.ranges import Place, shown
-from dalle.reading import read_json, read_text, read_yaml, shaped
+from dalle.reading import Facts, migrated, read_json, read_text, read_yaml, shaped
 from dalle.schemas import Manifest, RunConfig
 from dalle.stages.base import Stage
 from dalle.trust import listed, renamed
 from dalle.weight_names import as_today
 
-SCHEMA = 1
+MIGRATIONS: tuple[Callable[[Facts], Facts], ...] = ()  # of a manifest: from schema 1 to 2, from 2 to 3 ...
+SCHEMA = len(MIGRATIONS) + 1
 ADVICE = "restore it or train the stage again"
 IMAGE_TOKENIZERS = ("dvae", "vqgan")  # the stages that turn pictures into codes
 NEEDS = {  # what a manifest must say for a stage to be of use
@@ -87,12 +88,13 @@ class Run:
             )
         path = self.path / "manifest.json"
         content = read_json(path, dict, ADVICE)
-        if content.get("schema", SCHEMA) != SCHEMA:
+        found = migrated(content, MIGRATIONS) if "schema" in content else content
+        if found is None:
             layout = shown(content["schema"])
             raise UserError(
                 f"{self.path} was written with layout {layout}, this version reads {SCHEMA}; train it again"
             )
-        manifest: dict[str, Any] = dict(shaped(content, Manifest, path, ADVICE))
+        manifest: dict[str, Any] = dict(shaped(found, Manifest, path, ADVICE))
         for key in needs:
             if key not in manifest:
                 raise UserError(f"{path} is damaged ({key} is missing); {ADVICE}")

@@ -25,7 +25,17 @@ from tqdm import tqdm
 from dalle.data.caption_files import CaptionFiles, Found
 from dalle.data.caption_tables import Columns
 from dalle.data.file_listing import ELSEWHERE, Listing, list_files
-from dalle.data.image_files import BROKEN, SUFFIXES, UNREADABLE, BadPicture, Fit, Memory, inspect, read
+from dalle.data.image_files import (
+    BROKEN,
+    MAX_PIXELS,
+    SUFFIXES,
+    UNREADABLE,
+    BadPicture,
+    Fit,
+    Memory,
+    inspect,
+    read,
+)
 from dalle.data.sources import mix
 from dalle.data.splits import Split, divide, folder_splits, split_folder
 from dalle.data.text import encoded, shown
@@ -84,7 +94,7 @@ class Folder:
         val_fraction: Fraction = 0.05,
         test_fraction: Fraction = 0.05,
         seed: Seed = 0,
-        max_pixels: PositiveInt = 64_000_000,
+        max_pixels: PositiveInt = MAX_PIXELS,
         captions: Place | None = None,
         image_column: Text | None = None,
         caption_column: Text | Sequence[Text] | None = None,

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from dalle.data.tokenizers import TextTokenizer
 from dalle.weight_names import first_name
 
+FROZEN = ("clip", "image_tokenizer")  # what a DataModule, its settings and a manifest call them
+
 
 class Frozen(nn.Module):
     """A network that never trains, whatever its owner does, and is known by the hash of its weights."""
@@ -98,6 +100,12 @@ class FrozenTokenizer(Frozen):
         """Codes -> images in [-1, 1]."""
         with torch.autocast(codes.device.type, enabled=False):
             return self.net.decode(codes).float().clamp(-1, 1)
+
+
+def frozen_of(datamodule: Any) -> dict[str, Frozen]:
+    """The frozen networks that a DataModule works with, by name."""
+    found = {name: getattr(datamodule, name, None) for name in FROZEN}
+    return {name: net for name, net in found.items() if net is not None}
 
 
 def weights_hash(module: nn.Module) -> str:

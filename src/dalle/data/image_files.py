@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, features
 
+MAX_PIXELS = 64_000_000  # of a picture, where nobody says another number: more would eat the memory
 AVIF = (".avif",) if features.check("avif") else ()
 SUFFIXES = (
     *(

@@ -10,7 +10,7 @@ from annotated_types import MinLen
 from dalle.data.caption_files import ClassNames
 from dalle.data.caption_tables import Columns
 from dalle.data.folder import Captioner, Folder
-from dalle.data.image_files import Fit
+from dalle.data.image_files import MAX_PIXELS, Fit
 from dalle.data.splits import Split
 from dalle.errors import UserError
 from dalle.ranges import Fraction, Place, PositiveInt, Seed, Side, Text
@@ -34,7 +34,7 @@ class ImageFolder(Folder):
         val_fraction: Fraction = 0.05,
         test_fraction: Fraction = 0.05,
         seed: Seed = 0,
-        max_pixels: PositiveInt = 64_000_000,
+        max_pixels: PositiveInt = MAX_PIXELS,
         fit: Fit = "crop",
     ):
         self.templates = (template,) if isinstance(template, str) else tuple(template)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from dalle.data.frozen import FROZEN
 from dalle.errors import UserError, printable
 from dalle.evaluation.plots import plain
 from dalle.evaluation.report import STYLE, belongs, number
@@ -87,7 +88,7 @@ def facts(run: Run, table: Table) -> list[str]:
         return ["not finished", f"step {steps:,}"]
     about = run.manifest("parameters", "steps", "seconds_training", "data", "weights")
     data = about["data"]
-    upstream = {key: about[key]["weights"] for key in ("clip", "image_tokenizer") if key in about}
+    upstream = {key: about[key]["weights"] for key in FROZEN if key in about}
     return [
         f"{about['parameters']:,} parameters",
         f"{about['steps']:,} steps in {about['seconds_training']:.0f} s",

@@ -25,7 +25,7 @@ from torchmetrics.functional.image import (
 from dalle.data.caption_files import CaptionFiles
 from dalle.data.file_listing import list_files
 from dalle.data.frozen import FrozenCLIP, FrozenTokenizer
-from dalle.data.image_files import FILTER, SUFFIXES, BadPicture, inspect, read
+from dalle.data.image_files import FILTER, MAX_PIXELS, SUFFIXES, BadPicture, inspect, read
 from dalle.data.imagefolder import ImageFolder
 from dalle.data.scenes import COLOURS, SHAPES
 from dalle.data.shapes import Shapes
@@ -43,7 +43,6 @@ from dalle.pipelines.sampling import arguments, kind_of, make_recipe
 from dalle.pipelines.unconditional import Unconditional
 from dalle.run_dir import IMAGE_TOKENIZERS, Run, load_clip, load_image_tokenizer
 
-MAX_PIXELS = 64_000_000
 NAMED = 3  # files named in a message
 
 

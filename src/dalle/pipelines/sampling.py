@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dalle.data.image_files import BadPicture, read
+from dalle.data.image_files import MAX_PIXELS, BadPicture, read
 from dalle.errors import UserError
 from dalle.files import check_writable, explained
 from dalle.images import from_uint8, grid, save_png, to_pil
@@ -41,7 +41,6 @@ from dalle.run_dir import Run
 from dalle.run_lock import check_name
 from dalle.trust import listed
 
-MAX_PIXELS = 64_000_000  # of a picture to be completed
 OPTIONS: dict[str, Any] = {  # of stages, where they are given in words and numbers
     "guidance": Guidance,
     "text_guidance": Guidance,

@@ -20,6 +20,7 @@ from lightning.pytorch.loggers import Logger
 
 import dalle
 from dalle.data.datamodules import SourceDataModule
+from dalle.data.frozen import frozen_of
 from dalle.data.tokenizers import save_tokenizer
 from dalle.errors import UserError
 from dalle.files import write_text
@@ -320,12 +321,11 @@ def finish(run: Run, trainer: lightning.Trainer, stage: Stage, manifest: dict[st
 
 def origins(stage: Stage, datamodule: Any) -> dict[str, Any]:
     """What loggers are told of a run besides its configuration, before it begins."""
-    frozen = {key: getattr(datamodule, key, None) for key in ("clip", "image_tokenizer")}
     return {
         "parameters": preflight.count(stage.net),
         "facts": {
             "data": SourceDataModule.describe(datamodule)["data"],
-            "upstream": {key: net.weights_hash for key, net in frozen.items() if net is not None},
+            "upstream": {name: net.weights_hash for name, net in frozen_of(datamodule).items()},
         },
     }
 

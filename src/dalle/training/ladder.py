@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dalle.data.frozen import Frozen, FrozenCLIP, FrozenTokenizer
+from dalle.data.frozen import FROZEN, Frozen, FrozenCLIP, FrozenTokenizer
 from dalle.run_dir import IMAGE_TOKENIZERS, Run
 from dalle.training.checks import build_stage, check_config
 from dalle.training.fit import check_least_batch, check_machine, prepare, ranks
@@ -31,7 +31,7 @@ def check(configs: Sequence[Config]) -> None:
             continue
         check_config(config)
         check_machine(config)
-        parts = {key: config["datamodule"].get(key) for key in ("clip", "image_tokenizer")}
+        parts = {key: config["datamodule"].get(key) for key in FROZEN}
         places = {key: Path(part["path"]) for key, part in parts.items() if part and "path" in part}
         if any(part and key not in places for key, part in parts.items()) or any(
             place not in made and not Run(place).finished for place in places.values()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from dalle.data.frozen import frozen_of
 from dalle.errors import UserError
 from dalle.instantiate import instantiate
 from dalle.machine import peak_memory
@@ -94,9 +95,9 @@ def mismatched_runs(config: dict[str, Any], datamodule: Any) -> list[str]:
             facts = run.manifest()
         except UserError:  # a damaged run is nothing to this one
             continue
-        for key in ("clip", "image_tokenizer"):
-            theirs, own = facts.get(key), getattr(datamodule, key, None)
-            if theirs and own is not None and theirs["weights"] != own.weights_hash:
+        for key, own in frozen_of(datamodule).items():
+            theirs = facts.get(key)
+            if theirs and theirs["weights"] != own.weights_hash:
                 lines.append(
                     f"{run} was trained with another {key} ({theirs['weights']}, here {own.weights_hash}): "
                     "no pipeline will take the two together"
@@ -297,8 +298,7 @@ def parts(stage: Stage) -> dict[str, int]:
 
 def upstream(datamodule: Any) -> list[str]:
     """The frozen networks, by the hashes of their weights."""
-    networks = {key: getattr(datamodule, key, None) for key in ("clip", "image_tokenizer")}
-    return [f"{key} {net.weights_hash}" for key, net in networks.items() if net is not None]
+    return [f"{name} {net.weights_hash}" for name, net in frozen_of(datamodule).items()]
 
 
 def in_bytes(n: float | int) -> str:
