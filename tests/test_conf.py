@@ -121,6 +121,22 @@ def test_trainer_has_every_argument_of_lightnings():
     assert listed == arguments - {"callbacks", "logger", "default_root_dir"}
 
 
+LIGHTNINGS = {  # its own default of what we choose otherwise
+    "devices": "auto", "precision": None, "max_epochs": None, "max_steps": -1, "val_check_interval": None,
+    "check_val_every_n_epoch": 1, "num_sanity_val_steps": None, "log_every_n_steps": None,
+    "enable_checkpointing": None, "enable_progress_bar": None, "enable_model_summary": None,
+    "gradient_clip_val": None, "gradient_clip_algorithm": None, "use_distributed_sampler": True,
+    "enable_autolog_hparams": True,
+}  # fmt: skip
+
+
+def test_a_default_of_lightnings_trainer_that_changes_is_noticed():
+    """All but those above are restated: look at what has changed, then restate it or choose."""
+    ours = OmegaConf.to_container(OmegaConf.load(CONF / "trainer" / "auto.yaml"))
+    parameters = inspect.signature(lightning.Trainer).parameters
+    assert {name: parameters[name].default for name in ours} == {**ours, **LIGHTNINGS}
+
+
 def test_a_net_with_other_options_than_the_preset_is_refused():
     with pytest.raises(
         UserError, match=r"model.net.multipliers is not an option of DiT; it takes image_size"

@@ -1,12 +1,16 @@
 """The demos' table: a line for each kind of prompts with its interval, chance and what training read."""
 
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import untrained
+from tiny import ROOT
 
+from dalle.cli import command
 from dalle.data.scenes import draw
 from dalle.data.shapes import prompts
 from dalle.evaluation import demo
@@ -51,3 +55,22 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         assert "one object, seen" in said
         assert "distance from clean drawings" in said
         assert json.loads((runs / "report-dalle.json").read_text())["split"] == split
+
+
+@pytest.mark.parametrize("target", ["demo", "demo-dalle"])
+def test_the_command_that_a_demo_ends_with(target, untrained_stages, tmp_path, monkeypatch, capsys):
+    """As it stands in the Makefile, on stages that never trained."""
+    recipe = (ROOT / "Makefile").read_text().split(f"\n{target}: ")[1].split("\n\n")[0]
+    *_, last = recipe.splitlines()
+    assert last.startswith("\t$(PY) -m dalle demo logs/demo")
+    shutil.copytree(untrained_stages / "default", tmp_path / "logs" / "demo")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["dalle", *last.split()[3:], "--n", "2"])
+    command.main()
+    said = capsys.readouterr().out.splitlines()
+    assert sum(line.strip().startswith(("one object", "two objects")) for line in said) == 4
+    counts = {line.split()[2] for line in said if line.startswith("parameters of ")}
+    of_demo = {"demo": {"clip", "prior", "decoder"}, "demo-dalle": {"clip", "image_tokenizer", "dalle"}}
+    assert counts == of_demo[target]
+    name = "report.json" if target == "demo" else "report-dalle.json"
+    assert json.loads(Path("logs", "demo", name).read_text())["n"] == 2
