@@ -1,5 +1,6 @@
 """What `dalle train` does with `-m`: which jobs it starts, in which directories. Nothing is trained here."""
 
+import csv
 import os
 import sys
 from pathlib import Path
@@ -8,10 +9,11 @@ import pytest
 import yaml
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf.errors import OmegaConfBaseException
-from tiny import ROOT
+from tiny import COMMON, ROOT
 
 from dalle.cli import compose, train
 from dalle.errors import UserError
+from dalle.launch import sweeps
 from dalle.launch.sweeps import Job, perform
 
 
@@ -71,6 +73,39 @@ def test_jobs_of_a_sweep_are_told_apart_by_what_differs(jobs):
     assert directories(started) == ["logs/lr/prior/optimizer.lr=0.0001", "logs/lr/prior/optimizer.lr=0.0003"]
 
 
+@pytest.mark.parametrize(
+    ("choice", "places"),
+    [
+        ("precision=fp32,bf16", ["default/prior/precision=fp32", "default/prior/precision=bf16"]),
+        ("trainer=cpu,ddp_cpu", ["default/prior/trainer=cpu", "default/prior/trainer=ddp_cpu"]),
+        (
+            "data=shapes,folder ++data.root=own",
+            ["default/prior/++data.root=own,data=shapes", "default/prior/++data.root=own,data=folder"],
+        ),
+        ("name=one,two", ["one/prior", "two/prior"]),
+        ("experiment=none,shapes_laptop", ["default/prior", "shapes_laptop/prior"]),
+        ("model=prior,clip", ["default/prior", "default/clip"]),
+    ],
+)
+def test_whatever_is_swept_over_every_job_has_a_directory_and_a_row(monkeypatch, tmp_path, choice, places):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweeps, "perform", lambda job: job.note("finished"))
+    words = [*([] if "model" in choice else ["model=prior"]), *choice.split()]
+    with pytest.raises(SystemExit, match="0"):
+        train.main(["-m", "hydra=sweep", *words])
+    folder = Path("logs", places[0].split("/")[0])
+    with (folder / "sweep.csv").open(newline="") as file:
+        rows = {os.path.normpath(folder / row["job"]): row for row in csv.DictReader(file)}
+    assert sorted(rows) == sorted(f"logs/{place}" for place in places)
+    assert {row["state"] for row in rows.values()} == {"finished"}
+
+
+@pytest.mark.parametrize("words", [["precision=fp32,bf16"], ["hydra=sweep", "precision=fp32,fp32"]])
+def test_two_jobs_of_one_directory_are_refused(jobs, words):
+    with pytest.raises(UserError, match="2 jobs would train in logs/default/prior"):
+        jobs("-m", "model=prior", *words)
+
+
 def test_nothing_lands_in_a_run_directory_or_beside_the_project(jobs, tmp_path):
     jobs("-m", "model=clip,prior", "paths.logs=here")
     assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*"))] == [
@@ -81,6 +116,17 @@ def test_nothing_lands_in_a_run_directory_or_beside_the_project(jobs, tmp_path):
 def test_one_mistake_and_no_job_starts(jobs):
     with pytest.raises(OmegaConfBaseException, match="nonsense"):
         jobs("-m", "model=clip,prior", "optimizer.lr=${nonsense}")
+
+
+@pytest.mark.parametrize("words", [["-m", "model=clip,prior,odd"], ["model=odd"]])
+def test_a_network_that_cannot_be_is_refused_before_what_it_needs_is_trained(jobs, tmp_path, words):
+    """Which sides a decoder's feature maps have is known once the pictures are; its CLIP is still to come."""
+    (tmp_path / "own" / "model").mkdir(parents=True)
+    odd = "defaults: [decoder]\nnet: {attention: [7]}\n"
+    (tmp_path / "own" / "model" / "odd.yaml").write_text(odd)
+    with pytest.raises(UserError, match=r"attention names feature maps of side \[7\]; there are \["):
+        jobs(f"--config-dir={tmp_path / 'own'}", *words, *COMMON)
+    assert not (tmp_path / "logs" / "default").exists()
 
 
 def test_the_overrides_of_a_job_are_those_it_was_given(jobs):

@@ -11,6 +11,7 @@ The same command again skips what is finished, resumes what was stopped or kille
 
 import csv
 import io
+import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -133,15 +134,15 @@ def sweep(
     for job in jobs:
         if states[job.run] == "finished" and read(job.notes).get("state") != "finished":
             job.note("finished")  # by a process that outlived the sweep that had started it
-    close(folder, metric)
+    close(folder, metric, [job.notes for job in jobs])
     if "failed" in states.values():
         print("what has failed stays so; the same command with resume=true tries it again")
     return int(set(states.values()) != {"finished"})
 
 
-def close(folder: Path, metric: str) -> None:
+def close(folder: Path, metric: str, elsewhere: Sequence[Path] = ()) -> None:
     """Writes the table and shows it."""
-    rows = table(folder)
+    rows = table(folder, elsewhere)
     write_text(folder / "sweep.csv", as_csv(rows))
     show(rows, metric)
 
@@ -153,13 +154,16 @@ def until_stopped(states: Iterable[str]) -> Iterator[str]:
             return
 
 
-def table(folder: Path) -> list[dict[str, Any]]:
-    """A row per job that was ever begun in a folder, with the metrics of its run."""
+def table(folder: Path, elsewhere: Sequence[Path] = ()) -> list[dict[str, Any]]:
+    """A row per job that was ever begun in a folder, with the metrics of its run; and one for each whose
+    notes are `elsewhere`, as when a sweep is over name=.
+    """
     rows: list[dict[str, Any]] = []
-    for notes in sorted(folder.rglob(".jobs/*.json")):
+    found = {path.resolve(): path for path in (*folder.rglob(".jobs/*.json"), *elsewhere)}
+    for notes in sorted(found.values()):
         run = Run(notes.parent.parent / notes.name.removesuffix(".json"))
         if record := read(notes):
-            job = {"job": str(run.path.relative_to(folder)), "overrides": " ".join(record.pop("overrides"))}
+            job = {"job": os.path.relpath(run.path, folder), "overrides": " ".join(record.pop("overrides"))}
             rows.append({**job, **record, **(run.manifest("metrics")["metrics"] if run.finished else {})})
     return rows
 
