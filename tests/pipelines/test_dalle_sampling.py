@@ -64,7 +64,7 @@ def test_pictures_a_grid_and_a_recipe(make, capsys):
     assert (recipe["pipeline"], recipe["n"], recipe["seed"]) == ("dalle", 2, 7)
     assert recipe["options"]["dalle"] == {"temperature": None, "top_k": 9, "top_p": None, "guidance": 1.5}
     assert set(recipe["stages"]) == {"image_tokenizer", "dalle"}
-    assert f"python sample.py recipe={out / 'recipe.yaml'}" in capsys.readouterr().out
+    assert f"dalle sample recipe={out / 'recipe.yaml'}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

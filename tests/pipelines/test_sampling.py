@@ -53,7 +53,7 @@ def test_pictures_a_grid_and_a_recipe(make, capsys):
     assert decoder["guidance"] == 1.5
     assert decoder["sampler"] == {"method": "ddim", "steps": 2, "spacing": None, "eta": 0.0}
     assert set(recipe["stages"]) == {"clip", "prior", "decoder"}
-    assert f"python sample.py recipe={out / 'recipe.yaml'}" in capsys.readouterr().out
+    assert f"dalle sample recipe={out / 'recipe.yaml'}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,9 @@ class Pipeline(Target):
         kind = config["pipeline"].get("kind")
         for setting in ("init_image", "progress_strip"):
             if config.get(setting):
-                raise UserError(f"{setting} is for sample.py; evaluate.py draws whole pictures from captions")
+                raise UserError(
+                    f"{setting} is for dalle sample; dalle evaluate draws whole pictures from captions"
+                )
         unused = {"prompt": None, "prompts": None, "n": 1, "device": "auto", "out": None, "recipe": None}
         request = kind_of(kind, "pipeline.kind").of({**config, **unused})
         self.recipe = make_recipe(request, [])

@@ -371,7 +371,7 @@ def write(frames: Float[Tensor, "N F 3 H W"], recipe: SampleRecipe, out: Path) -
         save_png(grid(frames.flatten(0, 1), captions), out / "progress_strip.png")
     recipe.write(out / "recipe.yaml")
     print(f"{len(images)} pictures in {out}, all of them in {out / 'grid.png'}")
-    print(f"make them again: python sample.py recipe={out / 'recipe.yaml'}")
+    print(f"make them again: dalle sample recipe={out / 'recipe.yaml'}")
 
 
 def read_prompts(prompt: str | list[Any] | None, file: str | None) -> list[str]:

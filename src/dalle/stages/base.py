@@ -177,9 +177,7 @@ class Stage(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         if self.recipe is None:
-            raise RuntimeError(
-                "this stage was loaded for use, without an optimizer; train it through train.py"
-            )
+            raise RuntimeError("this stage was loaded for use, without an optimizer; dalle train makes one")
         optimizer, schedule = self.recipe.build(self.net, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

@@ -1,4 +1,4 @@
-"""What a training will take, before it takes it: `train.py ... preflight=true`.
+"""What a training will take, before it takes it: `dalle train ... preflight=true`.
 
 A few real steps under a real Trainer (on one device, in the configured precision, with the moving average)
 are watched: how long they take, how many floating point operations they are (a multiplication and an addition

@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not has_account():
         raise UserError(
             "workspaces are made at W&B, and no account is set up here: wandb login; without one, "
-            "python -m dalle dashboard logs/NAME shows the same panels"
+            "dalle dashboard logs/NAME shows the same panels"
         )
     try:
         api = wandb.Api()
