@@ -39,7 +39,7 @@ ROOMS = {
     "diffusion": set(),
     "autoregressive": set(),
     "optim": set(),
-    "data": {"dalle.nets"},
+    "data": {"dalle.nets", "dalle.trust"},
     "metrics": {"dalle.data", "dalle.images"},
     "stages": {
         "dalle.diffusion",
@@ -47,6 +47,7 @@ ROOMS = {
         "dalle.optim",
         "dalle.data.batch",
         "dalle.data.embed_norm",
+        "dalle.nets.interfaces",
     },
     "training": CORE | RUNS | {"dalle.stages"},
     "pipelines": CORE | RUNS | {"dalle.stages"},

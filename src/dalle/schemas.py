@@ -99,9 +99,11 @@ class RunConfig(TypedDict):
 
 @with_config(LOOSE)
 class TokenizerFile(TypedDict):
-    """tokenizer.json; `bpe` is, for a BPE of one's own captions, the file of the package `tokenizers`."""
+    """tokenizer.json; `kind` is captions, clip, or the name of a class of a trusted package, whose
+    `from_dict` reads the file; `bpe` is, for a BPE of one's own captions, the file of the package `tokenizers`.
+    """
 
-    kind: Literal["captions", "clip"]
+    kind: Text
     context_length: Length
     bpe: NotRequired[Text]
 

@@ -1,15 +1,19 @@
 """Which classes a configuration may name.
 
 What a user composes (command line, own config files) may name any class or function that is defined in
-`PACKAGES`. What is read from a file (a run's config, a recipe) is data from anybody: it may name only what is
-`LISTED` here and the classes of ``torch.nn`` and ``torch.optim``; anything else is refused before it is
+`PACKAGES`, or in a package that the same command trusts: ``trust=[mylab]``. What is read from a file (a run's
+config, a recipe) is data from anybody, whatever `trust` it has itself: it may name only what is `LISTED`
+here, the classes of ``torch.nn`` and ``torch.optim``, and of packages that the command trusts networks,
+stages, metrics, optimizers, sources and tokenizers, but no function; anything else is refused before it is
 imported. Neither is led through modules to what they import: ``torch.os.system`` is no class of torch.
+
+`trust` is an ordinary setting: what a command starts (missing stages, ``-m``, ranks) is given it, too.
 """
 
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -46,6 +50,8 @@ LISTED = {  # what runs and recipes are made of: the whole of it, a test says wh
         "dalle.data.folder.Folder", "dalle.data.imagefolder.ImageFolder", "dalle.data.shapes.Shapes",
     ),
 }  # fmt: skip
+SOURCE = ("images", "captions", "fingerprint", "__len__")  # what tells a source: see dalle.data.sources
+TOKENIZER = ("__call__", "too_long", "to_dict", "from_dict")  # and a tokenizer: see dalle.data.tokenizers
 MOVED = {  # names in files of earlier versions -> what is called so today; modules, and classes in them
     "dalle.callbacks": "dalle.training.callbacks",
     "dalle.checkpoints": "dalle.training.checkpoints",
@@ -59,14 +65,56 @@ MOVED = {  # names in files of earlier versions -> what is called so today; modu
 }
 ARGUMENTS = {"dalle.nets.dvae.DVAE": {"inlet": "code_dim"}}  # the same of arguments, by today's class
 
+_trusted: tuple[str, ...] = ()  # packages of the user's own, by `set_trusted`
+
 LONGEST = 200  # letters of a name
+
+
+def set_trusted(packages: Sequence[str] | None) -> None:
+    """What a command's own `trust` says, for this process: each entry point calls this once, before it
+    reads a run, and so does who loads runs from Python. Imports the packages, so that the samplers that
+    they register (`dalle.diffusion.samplers.register`) are there.
+
+    Raises:
+        UserError: no name of a package, one that is not the user's own, or one that cannot be imported.
+    """
+    global _trusted
+    packages = packages or ()
+    if not isinstance(packages, list | tuple):
+        raise UserError(f"trust={packages}: give names of packages, as trust=[mylab]")
+    for name in packages:
+        if not isinstance(name, str) or not name.isidentifier() or name.startswith("_"):
+            raise UserError(f"trust={name!r}: give names of packages, as trust=[mylab]")
+        if name in sys.stdlib_module_names or name in PACKAGES:
+            raise UserError(f"trust=[{name}]: give packages of your own; what is known of {name} is enough")
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != name:
+                raise UserError(f"trust=[{name}] needs the package {error.name}: install it") from None
+            raise UserError(
+                f"trust=[{name}]: there is no package {name}; install it, or put its folder on PYTHONPATH"
+            ) from None
+    _trusted = tuple(packages)
 
 
 def composed(target: Any) -> Any:
     """The class or function that a user's own configuration calls `target` (``package.module.name``)."""
-    parts = _parts(target)
-    if parts[0] not in PACKAGES or len(parts) < 2:
-        raise UserError(f"_target_ {target!r} is not of {', '.join(PACKAGES)}; refusing to import it")
+    parts, known = _parts(target), (*PACKAGES, *_trusted)
+    if parts[0] not in known or len(parts) < 2:
+        raise UserError(
+            f"_target_ {target!r} is not of {', '.join(known)}; refusing to import it{_own(parts)}"
+        )
+    return _find(target, parts, known)
+
+
+def _own(parts: Sequence[str]) -> str:
+    """How to say that a package is one's own, for one that may be."""
+    known = {*PACKAGES, *_trusted, *sys.stdlib_module_names}
+    return "" if parts[0] in known else f"; trust=[{parts[0]}] does, if it is yours"
+
+
+def _find(target: str, parts: Sequence[str], known: tuple[str, ...]) -> Any:
     for cut in range(len(parts) - 1, 0, -1):  # the longest prefix that is a module; the rest are names in it
         try:
             found: Any = importlib.import_module(".".join(parts[:cut]))
@@ -80,9 +128,9 @@ def composed(target: Any) -> Any:
             found = getattr(found, name, None)
             if found is None:
                 raise UserError(f"_target_ {target!r} does not exist")
-            if not _defined_in(found, PACKAGES):
+            if not _defined_in(found, known):
                 raise UserError(
-                    f"_target_ {target!r} is not defined in {', '.join(PACKAGES)}; refusing to use it"
+                    f"_target_ {target!r} is not defined in {', '.join(known)}; refusing to use it"
                 )
         return found
     raise UserError(f"_target_ {target!r} does not exist")
@@ -100,10 +148,26 @@ def listed(target: Any) -> Any:
         kinds = (nn.Module, optim.Optimizer)
         if inspect.isclass(found) and issubclass(found, kinds) and _defined_in(found, ("torch",)):
             return found
+    if parts[0] in _trusted and _is_part(found := _find(target, parts, _trusted)):
+        return found
     raise UserError(
         f"_target_ {target!r} is not among the classes that a file may name (dalle.trust lists them); "
-        "refusing to use it"
+        f"refusing to use it{_own(parts)}"
     )
+
+
+def _is_part(found: Any) -> bool:
+    """Whether something is a class of a kind that runs are made of: an `nn.Module` (network, stage, metric),
+    an optimizer, a source, a tokenizer, or derived from one of the listed parts of stages.
+    """
+    if not inspect.isclass(found):
+        return False
+    if issubclass(found, (nn.Module, optim.Optimizer)):
+        return True
+    if any(all(hasattr(found, name) for name in kind) for kind in (SOURCE, TOKENIZER)):
+        return True
+    parts = [listed(name) for name in LISTED["parts of stages"]]
+    return issubclass(found, tuple(part for part in parts if inspect.isclass(part)))
 
 
 def current(target: str) -> str:

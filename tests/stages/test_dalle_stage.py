@@ -36,7 +36,8 @@ def batch() -> dict:
 class Uniform(nn.Module):
     """Knows nothing: each cross entropy is the logarithm of its number of choices, scaled as asked."""
 
-    text_vocab, image_vocab = V, K
+    text_vocab, image_vocab, codes = V, K, 0
+    prefill = step = lambda self, *_: None
 
     def __init__(self, text_ce: float, image_ce: float):
         super().__init__()

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from dalle.errors import UserError
 from dalle.files import write_json
-from dalle.ranges import Length, Vocabulary
+from dalle.ranges import Length, Vocabulary, shown
 from dalle.reading import read_json
 from dalle.schemas import TokenizerFile
+from dalle.trust import listed
 
 # Captions are short, one thread is as fast; and threads started before a DataLoader forks make workers warn.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -202,11 +203,13 @@ class ClipBPE:
 
 
 def tokenizer_from_dict(state: dict[str, Any]) -> CaptionTokenizer | ClipBPE:
-    """The tokenizer that `to_dict` described."""
-    kinds = {"captions": CaptionTokenizer, "clip": ClipBPE}
-    if state.get("kind") not in kinds:
-        raise UserError(f"unknown tokenizer {state.get('kind')!r}; this version knows {', '.join(kinds)}.")
-    return kinds[state["kind"]].from_dict(state)
+    """The tokenizer that `to_dict` described. `kind` may be the name of a class of a trusted package."""
+    kinds, kind = {"captions": CaptionTokenizer, "clip": ClipBPE}, state.get("kind")
+    if isinstance(kind, str) and "." in kind and hasattr(own := listed(kind), "from_dict"):
+        return own.from_dict(state)
+    if kind not in kinds:
+        raise UserError(f"unknown tokenizer {shown(kind)}; this version knows {', '.join(kinds)}.")
+    return kinds[kind].from_dict(state)
 
 
 def save_tokenizer(tokenizer: TextTokenizer, path: Path) -> None:

@@ -159,6 +159,22 @@ METHODS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+def register(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Makes a sampler of one's own known by its function's name, for `sampler.method`; a decorator.
+
+    The function has the signature of those above: (denoise, x, levels, options ..., randn, on_step). Commands
+    find it with ``trust=[mylab]`` where ``import mylab`` registers it.
+
+    Raises:
+        UserError: there is one of this name.
+    """
+    name = method.__name__
+    if (known := METHODS.get(name)) and (known.__module__ != method.__module__):
+        raise UserError(f"there is a sampler {name} already, in {known.__module__}; give yours another name")
+    METHODS[name] = method
+    return method
+
+
 class Sampler:
     """A sampler by name, with its number of steps, spacing of levels and options.
 

@@ -28,6 +28,7 @@ from dalle.machine import is_main_process
 from dalle.metrics.intervals import Figure, exact, of_mean
 from dalle.run_lock import check_name, locked
 from dalle.training.fit import check_machine, quiet
+from dalle.trust import set_trusted
 
 TRAINER = ("accelerator", "strategy", "devices", "num_nodes", "plugins", "deterministic", "benchmark")
 
@@ -41,6 +42,7 @@ def evaluate(config: dict[str, Any]) -> Path | None:
     settings = {key: config[key] for key in check_settings.__annotations__ if key != "return"}
     check_arguments(check_settings, settings, "", partial_call=False)
     check_settings(**settings)
+    set_trusted(config.get("trust"))
     check_name(str(config["name"]), "name")
     if config["out"] and is_main_process():
         check_writable(Path(config["out"]), "folder with out=")

@@ -31,7 +31,7 @@ def captions_read(paths: Mapping[str, str]) -> set[str]:
         if stage == "image_tokenizer" or (stage == "clip" and "dalle" in paths) or not run.finished:
             continue
         node = run.config("datamodule.source")["datamodule"]
-        if not str(node["source"].get("_target_", "")).endswith(".Shapes"):
+        if node["source"].get("_target_") != "dalle.data.shapes.Shapes":
             continue
         source = instantiate(node["source"], "data", trust.listed)(split="train")
         _, there = drawn.setdefault(source.fingerprint(), (source, np.zeros(len(source), dtype=bool)))

@@ -100,6 +100,14 @@ class OptimizerFactory:
         """Whether some matrices go to `muon.Muon`, which needs them whole."""
         return "muon_lr" in self.known
 
+    def check(self, net: nn.Module) -> None:
+        """Raises UserError where Muon would have nothing to do in this network."""
+        if self.is_muon and not hidden_matrices(net):
+            raise UserError(
+                f"optimizer=muon finds no matrix in {type(net).__name__}: it takes the Linear and Conv2d "
+                "layers in lists and sequences of layers (nn.ModuleList, nn.Sequential); give optimizer=adamw"
+            )
+
     def build(self, net: nn.Module, total_steps: float | int) -> tuple[Optimizer, LambdaLR]:
         """The optimizer of `net`'s trainable parameters and its schedule over `total_steps` (or inf)."""
         trainable = [p for p in net.parameters() if p.requires_grad]

@@ -39,8 +39,9 @@ from dalle.ranges import (
 from dalle.reading import read_text
 from dalle.run_dir import Run
 from dalle.run_lock import check_name
-from dalle.trust import listed
+from dalle.trust import listed, set_trusted
 
+SAMPLER = "dalle.diffusion.samplers.Sampler"
 OPTIONS: dict[str, Any] = {  # of stages, where they are given in words and numbers
     "guidance": Guidance,
     "text_guidance": Guidance,
@@ -145,6 +146,11 @@ class UnclipSamplingConfig(SamplingConfig):
 
     def options(self) -> dict[str, dict[str, Any]]:
         sampler = {k: v for k, v in self.sampler.items() if not k.startswith("_")}
+        if self.sampler.get("_target_", SAMPLER) != SAMPLER:
+            raise UserError(
+                f"sampler._target_={self.sampler['_target_']}: a sampler of your own is a function that is "
+                "registered (dalle.diffusion.samplers.register) and named by sampler.method"
+            )
         if self.steps is not None:
             sampler["steps"] = self.steps
         decoder = {"sampler": sampler, "guidance": self.guidance, "text_guidance": self.text_guidance}
@@ -302,6 +308,7 @@ def sample(config: dict[str, Any]) -> Path:
     Raises:
         UserError: a wrong setting, stages that are missing or do not fit together, an occupied folder.
     """
+    set_trusted(config.get("trust"))
     request = kind_of(config["pipeline"].get("kind"), "pipeline.kind").of(config)
     again = SampleRecipe.read(request.recipe) if request.recipe else None
     recipe = again or make_recipe(request, request.prompts_read())
@@ -436,7 +443,7 @@ def arguments(node: dict[str, Any], stage: str) -> dict[str, Any]:
     if "sampler" in chosen:
         if not isinstance(node := chosen["sampler"], dict) or "_target_" in node:
             raise UserError(f"sampler of the {stage} must be method, steps and options, got {shown(node)}")
-        node = {**node, "_target_": "dalle.diffusion.samplers.Sampler"}
+        node = {**node, "_target_": SAMPLER}
         chosen["sampler"] = instantiate(node, f"the {stage}'s sampler", listed)
     return chosen
 

@@ -28,7 +28,7 @@ NO_NUMBER = "had a loss or a gradient that is no number"
 class Stage(lightning.LightningModule):
     """A trained thing. A subclass sets `net`, implements `step`, and `sample` where it can make something."""
 
-    net: Any  # an nn.Module with an interface of its stage's own
+    net: Any  # an nn.Module with what `dalle.nets.interfaces` says of its stage's
     least_batch = 1  # pairs, pictures ... of a step, over all ranks
     makes_images = False  # whether `sample` gives pictures
     clip: float | int | None = (

@@ -18,6 +18,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from dalle.data.batch import Batch
+from dalle.nets.interfaces import CLIPNet, check_interface
 from dalle.optim.factory import OptimizerFactory
 from dalle.stages.base import VALIDATION_SEED, Stage
 
@@ -112,7 +113,7 @@ class ClipStage(Stage):
     """Trains both towers and the temperature.
 
     Args:
-        net: called with images and ids, gives unit embeddings of both and the scale; has `logit_scale`.
+        net: `nets.clip.CLIP` or another `CLIPNet`.
         optimizer: the recipe; None where the stage is only used.
         retrieval: a metric with `update(image_embed, text_embed, caption)` over a whole validation or test.
         share_equal_captions: pairs of equal captions are right answers to one another. Off: the paper's loss.
@@ -128,7 +129,7 @@ class ClipStage(Stage):
         share_equal_captions: bool = True,
     ) -> None:
         super().__init__(optimizer)
-        self.net = net
+        self.net: CLIPNet = check_interface(net, CLIPNet)
         self.retrieval, self.whole_loss = retrieval, ContrastiveLoss()
         self.share_equal_captions = share_equal_captions
 

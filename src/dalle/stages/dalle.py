@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dalle.autoregressive.sampling import OnStep, check_options, generate
 from dalle.data.batch import Batch
 from dalle.diffusion.samplers import Randn
+from dalle.nets.interfaces import TransformerNet, check_interface
 from dalle.optim.factory import OptimizerFactory
 from dalle.ranges import Fraction, Guidance, NonNegative, PositiveInt, Share, Weight
 from dalle.stages.base import Stage
@@ -28,7 +29,7 @@ class DalleStage(Stage):
     """Trains `net` to write codes (B, N) for captions (B, T).
 
     Args:
-        net: `nets.dalle.DALLE` or anything with its interface.
+        net: `nets.dalle.DALLE` or another `TransformerNet`.
         text_weight, image_weight: of the two mean cross entropies in the loss.
         text_dropout: share of training pairs whose caption is dropped, for guidance.
         pad_loss: whether the paddings after a caption count in the text loss.
@@ -52,8 +53,8 @@ class DalleStage(Stage):
         guidance: Guidance = 1.0,
     ) -> None:
         super().__init__(optimizer)
-        check_options(net.image_vocab, temperature, top_k, top_p)  # pyright: ignore[reportArgumentType]
-        self.net = net
+        self.net: TransformerNet = check_interface(net, TransformerNet)
+        check_options(self.net.image_vocab, temperature, top_k, top_p)
         self.text_weight, self.image_weight = text_weight, image_weight
         self.text_dropout, self.pad_loss = text_dropout, pad_loss
         self.drawing: dict[str, Any] = {

@@ -16,6 +16,7 @@ from dalle.data.batch import Batch
 from dalle.diffusion.denoiser import Denoiser
 from dalle.diffusion.guidance import Branch, guide, one_scale, threshold, two_scales
 from dalle.diffusion.samplers import OnStep, Randn, Sampler
+from dalle.nets.interfaces import DecoderNet, check_interface
 from dalle.optim.factory import OptimizerFactory
 from dalle.ranges import Fraction, Guidance
 from dalle.stages.base import Stage
@@ -27,7 +28,7 @@ class DecoderStage(Stage):
     """Trains `net` to sample images (B, 3, H, W) in [-1, 1].
 
     Args:
-        net: `nets.unet.UNet`, `nets.dit.DiT` or anything with their interface.
+        net: `nets.unet.UNet`, `nets.dit.DiT` or another `DecoderNet`.
         denoiser: makes the `Denoiser` around it (schedule, prediction, weighting, learned variance).
         sampler: used wherever `sample` is not given one.
         image_dropout, text_dropout: shares of training pictures without image embedding, without caption.
@@ -53,6 +54,7 @@ class DecoderStage(Stage):
         thresholding: Literal["none", "static", "dynamic"] = "static",
     ) -> None:
         super().__init__(optimizer)
+        check_interface(net, DecoderNet)
         self.denoiser, self.sampler = denoiser(net.to(memory_format=torch.channels_last)), sampler
         self.image_dropout, self.text_dropout = image_dropout, text_dropout
         self.guidance, self.text_guidance = guidance, text_guidance

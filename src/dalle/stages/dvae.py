@@ -12,7 +12,7 @@ with: on `shapes` reconstructions of 22 dB after 400 steps of 32 pictures, where
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dalle.data.batch import Batch
 from dalle.errors import UserError
+from dalle.nets.interfaces import DVAENet, check_interface
 from dalle.optim.factory import OptimizerFactory
 from dalle.ranges import Exponent, NonNegative, NonNegativeInt
 from dalle.stages.base import Stage
@@ -66,7 +67,7 @@ class DVAEStage(Stage):
     """Trains `net` to encode pictures as codes and to draw them again.
 
     Args:
-        net: `nets.dvae.DVAE` or anything with its interface.
+        net: `nets.dvae.DVAE` or another `DVAENet`.
         temperature: of the relaxation, by optimizer step.
         kl_weight: beta, by optimizer step.
         likelihood: of a value's logit, given its mean and scale.
@@ -88,7 +89,7 @@ class DVAEStage(Stage):
         for name in ("start", "end"):
             if not getattr(temperature, name) > 0:
                 raise UserError(f"model.temperature.{name} must be above 0, as logits are divided by it")
-        self.net: Any = net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.net: DVAENet = check_interface(net, DVAENet).to(memory_format=torch.channels_last)
         self.temperature, self.kl_weight = temperature, kl_weight
         self.likelihood, self.ln_b = LIKELIHOODS[likelihood], ln_b
 

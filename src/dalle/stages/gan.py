@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dalle.data.batch import Batch
 from dalle.diffusion.samplers import Randn
+from dalle.nets.interfaces import GeneratorNet, check_interface
 from dalle.optim.factory import OptimizerFactory
 from dalle.ranges import Decay, Depth, PositiveInt, Rate, Weight
 from dalle.stages.base import Stage
@@ -32,7 +33,7 @@ class GanStage(Stage):
     """Trains `net` to draw images (B, 3, H, W) in [-1, 1] from noise and a caption.
 
     Args:
-        net: `nets.gan.Generator` or anything with its interface.
+        net: `nets.gan.Generator` or another `GeneratorNet`.
         discriminator: makes the `nets.gan.Discriminator` from image_size, embed_dim and text_width.
         optimizer: the recipe of both networks.
         loss: of both players.
@@ -64,7 +65,7 @@ class GanStage(Stage):
     ) -> None:
         super().__init__(optimizer and with_first_beta(optimizer, beta1))
         self.automatic_optimization = False
-        self.net: Any = net.to(memory_format=torch.channels_last)
+        self.net: Any = check_interface(net, GeneratorNet).to(memory_format=torch.channels_last)
         sizes = {name: getattr(net, name) for name in ("image_size", "embed_dim", "text_width")}
         self.discriminator: Any = discriminator(**sizes).to(memory_format=torch.channels_last)
         self.loss_g, self.loss_d = LOSSES[loss]

@@ -20,6 +20,7 @@ from dalle.data.embed_norm import EmbedNorm
 from dalle.diffusion.denoiser import Denoiser
 from dalle.diffusion.guidance import guide, one_scale
 from dalle.diffusion.samplers import Randn, Sampler
+from dalle.nets.interfaces import PriorNet, check_interface
 from dalle.optim.factory import OptimizerFactory
 from dalle.ranges import Depth, Fraction, Guidance, NonNegativeInt
 from dalle.stages.base import Stage
@@ -29,7 +30,7 @@ class PriorStage(Stage):
     """Trains `net` to sample normalised image embeddings (B, E).
 
     Args:
-        net: `nets.prior.Prior` or anything with its interface.
+        net: `nets.prior.Prior` or another `PriorNet`.
         denoiser: makes the `Denoiser` around it (schedule, prediction, weighting).
         sampler: used for validation and wherever `sample` is not given one.
         text_dropout: share of training pairs whose text is dropped, for guidance.
@@ -52,7 +53,7 @@ class PriorStage(Stage):
         val_samples: NonNegativeInt = 256,
     ) -> None:
         super().__init__(optimizer)
-        self.denoiser, self.sampler = denoiser(net), sampler
+        self.denoiser, self.sampler = denoiser(check_interface(net, PriorNet)), sampler
         self.text_dropout, self.guidance = text_dropout, guidance
         self.candidates, self.val_samples, self.room = candidates, val_samples, val_samples
 
@@ -110,12 +111,13 @@ class PriorStage(Stage):
         randn: Randn = torch.randn_like,
     ) -> Float[Tensor, "B E"]:
         """Normalised image embeddings for the captions whose text features are in `batch`."""
-        text, prefix = text_of(batch), self.net.prefix
+        text, prefix = text_of(batch), getattr(self.net, "prefix", None)
         scale = self.guidance if guidance is None else guidance
         nobody = torch.zeros(len(text["text_embed"]), dtype=torch.bool, device=text["text_embed"].device)
+        unsaid = {**text, "keep_text": nobody}
         branches = one_scale(
-            {"cache": prefix(**text)},
-            {"cache": prefix(**text, keep_text=nobody)} if scale != 1 else {},
+            {"cache": prefix(**text)} if prefix else text,
+            {} if scale == 1 else {"cache": prefix(**text, keep_text=nobody)} if prefix else unsaid,
             scale,
         )
         denoise = guide(self.denoiser, branches)

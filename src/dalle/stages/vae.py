@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dalle.data.batch import Batch
 from dalle.diffusion.samplers import Randn
+from dalle.nets.interfaces import VAENet, check_interface
 from dalle.optim.factory import OptimizerFactory
 from dalle.ranges import Weight
 from dalle.stages.base import Stage
@@ -44,7 +45,7 @@ class VAEStage(Stage):
     """Trains `net`, and samples pictures from the prior.
 
     Args:
-        net: `nets.vae.VAE` or anything with its interface.
+        net: `nets.vae.VAE` or another `VAENet`.
         likelihood: gaussian or bce, see above.
         kl_weight: beta of a beta-VAE; 1 is the ELBO.
     """
@@ -59,7 +60,7 @@ class VAEStage(Stage):
         kl_weight: Weight = 1.0,
     ) -> None:
         super().__init__(optimizer)
-        self.net: Any = net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.net: VAENet = check_interface(net, VAENet).to(memory_format=torch.channels_last)
         self.likelihood, self.kl_weight = likelihood, kl_weight
 
     def step(self, batch: Batch) -> dict[str, Tensor]:

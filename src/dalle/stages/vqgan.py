@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dalle.data.batch import Batch
 from dalle.errors import UserError
+from dalle.nets.interfaces import VQGANNet, check_interface
 from dalle.optim.factory import OptimizerFactory
 from dalle.ranges import NonNegativeInt, Weight
 from dalle.stages.base import Stage
@@ -30,7 +31,7 @@ class VQGANStage(Stage):
     """Trains `net` to encode pictures as codes and to draw them again.
 
     Args:
-        net: `nets.vqgan.VQGAN` or anything with its interface.
+        net: `nets.vqgan.VQGAN` or another `VQGANNet`.
         discriminator: (B, 3, H, W) -> logits of patches.
         perceptual: makes a distance of two batches of pictures -> (B,); called when training begins.
         optimizer: the recipe of both networks.
@@ -55,7 +56,7 @@ class VQGANStage(Stage):
     ) -> None:
         super().__init__(optimizer)
         self.automatic_optimization = False
-        self.net: Any = net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self.net: Any = check_interface(net, VQGANNet).to(memory_format=torch.channels_last)
         if adversarial_weight > 0 and self.net.image_size < (least := getattr(discriminator, "smallest", 1)):
             raise UserError(
                 f"pictures of {self.net.image_size} px are too small for model.discriminator, which takes "

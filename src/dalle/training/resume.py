@@ -24,7 +24,7 @@ from dalle.trust import composed
 
 Config = dict[str, Any]
 WHERE = re.compile(  # places and what is done, which say nothing of the training
-    r"(name|paths|logger|debug|upstream|search|sweep|resume|resumed|overwrite|preflight)(\..*)?|"
+    r"(name|paths|logger|debug|trust|upstream|search|sweep|resume|resumed|overwrite|preflight)(\..*)?|"
     r".*\.(path|root|directory|cache_dir|num_workers)|trainer\.enable_.*"
 )
 FREE = re.compile(  # what may change, and is noted
