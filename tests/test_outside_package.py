@@ -43,7 +43,7 @@ class Net(nn.Module):
         self.conv_in, self.conv_out = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, 3, 3, padding=1)
         self.condition = nn.Linear(embed_dim, width)
 
-    def forward(self, x, t, *, image_embed, text_embed, text_hidden, text_mask, keep_image=None, keep_text=None):
+    def forward(self, x, t, *, image_embed, text_embed, **cond):
         shift = self.condition(image_embed + text_embed) * t[:, None]
         return self.conv_out(torch.relu(self.conv_in(x) + shift[:, :, None, None]))
 
@@ -53,10 +53,10 @@ class Stage(DecoderStage):
         super().__init__(net, denoiser, sampler, optimizer, **options)
         self.metric = metric
 
-    def validation_step(self, batch, batch_idx):
+    def test_step(self, batch, batch_idx):
         self.metric.update(batch["image"])
-        self.log("val/brightness", self.metric)
-        return super().validation_step(batch, batch_idx)
+        self.log("test/brightness", self.metric)
+        return super().test_step(batch, batch_idx)
 
 
 class Brightness(MeanMetric):
@@ -89,8 +89,8 @@ class Bands:
 @register
 def jump(denoise, x, levels, blend: float = 1.0, randn=torch.randn_like, on_step=None):
     """A sampler of one step."""
-    x0 = denoise(x, torch.full((len(x),), levels[0].t))
-    return blend * (x0[0] if isinstance(x0, tuple) else x0)
+    _, first, _ = next(iter(levels.steps()))
+    return blend * denoise(x, torch.full((len(x),), first.t))
 
 
 class Watch(lightning.Callback):
@@ -183,7 +183,7 @@ def test_everything_from_outside_trains_samples_and_evaluates(mylab, command):
     trained = command("train.py", own, trust, *settings)
     assert trained.code == 0, trained
     assert (mylab / "watched").read_text() == "Stage"
-    assert "val/brightness" in (mylab / "lines").read_text()
+    assert "test/brightness" in (mylab / "lines").read_text()
 
     where = (f"paths.logs='{logs}'", "pipeline.prior=null", "sampler=jump", "precision=fp32")
     out = mylab / "pictures"
@@ -251,7 +251,7 @@ def test_a_tokenizer_comes_back_where_it_is_trusted(mylab):
 
 @pytest.mark.parametrize(
     "package",
-    ["os", "builtins", "subprocess", "torch", "torch.utils", "dalle", "mylab..x", "..", "/tmp", "", "__main__", 5],
+    ["os", "builtins", "subprocess", "torch", "torch.utils", "dalle", "mylab..x", "..", "/tmp", "", 5],
 )  # fmt: skip
 def test_what_cannot_be_trusted(mylab, package):
     with pytest.raises(UserError, match=r"trust=.*give .*package") as error:

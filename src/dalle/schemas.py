@@ -100,7 +100,7 @@ class RunConfig(TypedDict):
 @with_config(LOOSE)
 class TokenizerFile(TypedDict):
     """tokenizer.json; `kind` is captions, clip, or the name of a class of a trusted package, whose
-    `from_dict` reads the file; `bpe` is, for a BPE of one's own captions, the file of the package `tokenizers`.
+    `from_dict` reads the file; `bpe`, of a BPE of one's own captions, the file of the package `tokenizers`.
     """
 
     kind: Text

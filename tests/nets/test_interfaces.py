@@ -89,7 +89,7 @@ def test_muon_says_where_it_finds_no_matrix(tmp_path):
     from dalle.optim.muon import Muon
 
     factory = OptimizerFactory(partial(Muon, muon_lr=0.02), lr=1e-3)
-    with pytest.raises(UserError, match="optimizer=muon finds no matrix in Linear.*give optimizer=adamw"):
+    with pytest.raises(UserError, match=r"optimizer=muon finds no matrix in Linear.*give optimizer=adamw"):
         factory.check(nn.Linear(2, 2))
     factory.check(nn.Sequential(nn.Linear(2, 2)))
     OptimizerFactory(torch.optim.AdamW, lr=1e-3).check(nn.Linear(2, 2))
