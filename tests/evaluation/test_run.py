@@ -149,6 +149,21 @@ def test_a_folder_with_broken_pictures_and_without_captions(measure, tmp_path):
         measure(given[0], "n=null", "data=shapes", "metrics=[clip_score]", fast=())
 
 
+def test_a_folder_is_compared_with_own_pictures_without_a_judge(measure, tmp_path):
+    """Without a stage, a CLIP, or scenes that a judge knows."""
+    for name, count in (("made", 12), ("own", 400)):
+        (tmp_path / name).mkdir()
+        for k in range(count):
+            Image.new("RGB", (12, 12), (k % 256, 255 - k % 256, 7 * k % 256)).save(
+                tmp_path / name / f"{k:03d}.png"
+            )
+            (tmp_path / name / f"{k:03d}.txt").write_text(f"colour {k}")
+    own = ("data=folder", f"data.root='{tmp_path / 'own'}'", f"paths.logs='{tmp_path / 'logs'}'")
+    result = measure(f"folder='{tmp_path / 'made'}'", *own, "features=random", "n=null", fast=())
+    assert set(result.metrics) == {"fid", "kid", "precision_recall"}
+    assert any(name.startswith("fid") for name in result.figures)
+
+
 def test_the_protocol_is_beside_the_figures(measure, out, untrained_stages):
     measure("features=random", "guidance=2", "sampler=dpmpp", "seed=3", "split=val")
     facts = json.loads((out / "001" / "result.json").read_text())
