@@ -80,7 +80,7 @@ def test_a_result_is_read_beside_todays(old, tmp_path):
     then = Result.read(old / "evaluations" / "001")
     assert then.target["kind"] == "unclip"
     assert then.figures["judge/all"].value == 0
-    folder = write_report([then, then], tmp_path / "report", "a comparison")
+    folder = write_report([then, then], tmp_path / "report", ["a comparison"])
     assert "unclip" in (folder / "table.md").read_text()
 
 

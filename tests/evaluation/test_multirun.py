@@ -19,6 +19,7 @@ from tiny import ROOT
 from dalle.cli.entry import one_line
 from dalle.errors import UserError
 from dalle.evaluation import multirun
+from dalle.evaluation.multirun import typed
 from dalle.evaluation.results import Result
 from dalle.evaluation.run import evaluate
 from dalle.launch.processes import REASON, STOPPED
@@ -78,11 +79,15 @@ def test_a_sweep_leaves_one_table_and_one_report(command, stages, jobs, tmp_path
     assert len(jobs) == 2
     report = tmp_path / "logs" / "default" / "reports" / "001"
     made = {path.name for path in report.iterdir()}
-    assert made == {"table.md", "figures.csv", "report.html", "guidance.png", "speed.png", "attributes.png"}
+    assert made == {"table.md", "figures.csv", "report.html"}
     assert [row["options.decoder.guidance"] for row in rows(report)] == ["1", "2"]
     assert len({row["protocol"] for row in rows(report)}) == 1
     assert "| guidance=2 |" in ended.out
     assert len(list((tmp_path / "logs" / "default" / "evaluations").iterdir())) == 2
+    page = (report / "report.html").read_text()
+    assert all(
+        f"dalle evaluate {words}" in page for words in ("-m guidance=1,2 ", "guidance=1 ", "guidance=2 ")
+    )
 
     again = command("evaluate.py", *sweep)  # started again: nothing is done twice
     assert again.out.count("this was evaluated before") == 2
@@ -139,6 +144,16 @@ def test_families_side_by_side_on_the_same_prompts(command, stages, jobs, tmp_pa
         assert f"| {kind} |" in ended.out
         assert all(row[name] for name in ("fid_random_biased", "judge/all", "clip_score", "parameters")), kind
     assert "vae reads no captions" in (report / "report.html").read_text()
+
+
+def test_commands_as_they_were_typed():
+    assert typed([["a=1", "b=[x]"], ["a=2", "b=[x]"]]) == [
+        "dalle evaluate -m a=1,2 'b=[x]'", "dalle evaluate a=1 'b=[x]'", "dalle evaluate a=2 'b=[x]'",
+    ]  # fmt: skip
+    each = ["dalle evaluate a=1 b=1", "dalle evaluate a=2 b=2"]
+    assert typed([["a=1", "b=1"], ["a=2", "b=2"]]) == each  # no grid of a and b
+    assert typed([["a=1"], ["b=2"]]) == ["dalle evaluate a=1", "dalle evaluate b=2"]
+    assert typed([["a=1"], ["a=2", "b=2"]]) == ["dalle evaluate a=1", "dalle evaluate a=2 b=2"]
 
 
 @pytest.mark.parametrize(

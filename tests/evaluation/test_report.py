@@ -1,12 +1,14 @@
 """Reports: what distinguishes results, signs, a page that needs nothing but itself, the Pareto front."""
 
 import csv
+import math
 import re
 
 import pytest
 from PIL import Image
+from webpage import parts_of
 
-from dalle.evaluation.plots import distance_of, guidance_of, pareto
+from dalle.evaluation.plots import MOST_BARS, charts, distance_of, guidance_of, pareto
 from dalle.evaluation.report import as_text, labels, number, shown, write_report
 from dalle.evaluation.results import FILE, Result
 from dalle.metrics.intervals import Figure, exact
@@ -55,10 +57,10 @@ def test_everything_is_written(tmp_path):
         (some.path / FILE).write_text(some.to_json())
         Image.new("RGB", (4, 4)).save(some.path / "grid.png")
     folder = write_report(
-        results, tmp_path / "report", "evaluate.py -m <x>", ["steps=0: a sampler needs a step"]
+        results, tmp_path / "report", ["evaluate.py -m <x>"], ["steps=0: a sampler needs a step"]
     )
     made = {path.name for path in folder.iterdir()}
-    assert made == {"table.md", "figures.csv", "report.html", "guidance.png", "speed.png", "attributes.png"}
+    assert made == {"table.md", "figures.csv", "report.html"}
     with (folder / "figures.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [float(row["fid_clip"]) for row in rows] == [some.figures["fid_clip"].value for some in results]
@@ -76,20 +78,44 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
     for some in results:
         some.path = tmp_path
     Image.new("RGB", (4, 4)).save(tmp_path / "grid.png")
-    page = (write_report(results, tmp_path / "report", "evaluate.py <x>") / "report.html").read_text()
-    assert set(re.findall(r'(?:src|href)="?([^"]{5})', page)) == {"data:"}
-    assert "<script" not in page
-    assert "http" not in page
-    assert page.count("data:image/png;base64,") == 3 + len(results)
-    assert "evaluate.py &lt;x&gt;" in page
-    assert "&lt;b&gt;&amp;" in page
+    folder = write_report(results, tmp_path / "report", ["evaluate.py <x>", "evaluate.py y"])
+    page = (folder / "report.html").read_text()
+    _, own = parts_of(page)
+    assert set(re.findall(r'(?:src|href)="?([^"]{5})', own)) == {"data:"}
+    assert "://" not in own
+    assert own.count("data:image/png;base64,") == len(results)
+    assert "<pre>evaluate.py &lt;x&gt;\nevaluate.py y</pre>" in own
+    assert "&lt;b&gt;&amp;" in own
+    size = float(re.search(r"One file of ([\d.]+) MB", own)[1])
+    assert size == pytest.approx((folder / "report.html").stat().st_size / 1e6, abs=0.1)
 
 
-def test_plots_only_of_what_is_there(tmp_path):
+def test_charts_show_every_result():
+    results = [*sweep(), result(guidance=4.0, pictures=50)]
+    names = [f"result {k}" for k in range(9)]
+    guidance, time, judge = charts(results, names, [""] * 8 + ["*"])
+    assert [trace["name"] for trace in guidance["data"]] == [
+        "unclip ddim 10 steps", "unclip ddim 50 steps", "unclip dpmpp 10 steps", "unclip dpmpp 50 steps",
+    ]  # fmt: skip
+    assert [trace["text"] for trace in guidance["data"]] == [["1", "2"]] * 4
+    front, others, other_protocol = time["data"]
+    assert front["hovertext"] == ["result 0", "result 4", "result 2", "result 6"]
+    assert sorted(front["text"] + others["text"] + other_protocol["text"]) == [str(k) for k in range(1, 10)]
+    assert other_protocol["text"] == ["9"]
+    assert time["log"]
+    shown = [trace for trace in judge["data"] if trace["type"] == "bar"]
+    assert len(shown) == MOST_BARS
+    assert shown[0]["x"] == ["colour", "all"]
+    assert shown[0]["error_y"]["array"] == [0, pytest.approx(0.1)]
+
+
+def test_charts_only_of_what_is_there(tmp_path):
     alone = result()
     alone.figures = {"retrieval/image_to_text_r1": exact(0.4)}
-    folder = write_report([alone], tmp_path / "report", "")
-    assert {path.name for path in folder.iterdir()} == {"table.md", "figures.csv", "report.html"}
+    folder = write_report([alone], tmp_path / "report")
+    charts_there, own = parts_of((folder / "report.html").read_text())
+    assert charts_there == []
+    assert "--share: 40.0%" in own
 
 
 @pytest.mark.parametrize(
@@ -114,8 +140,8 @@ def test_guidance_is_that_of_the_pictures():
 
 
 def test_numbers_are_short():
-    assert [number(x) for x in (0.12345, 12.345, 123.456, 3022573.0, float("nan"))] == [
-        "0.123", "12.3", "123.5", "3,022,573", "nan",
+    assert [number(x) for x in (0.12345, 12.345, 123.456, 3022573.0, math.nan, -math.inf)] == [
+        "0.123", "12.3", "123.5", "3,022,573", "nan", "-inf",
     ]  # fmt: skip
     assert shown(Figure(1.0, 0.5, 1.2)) == "1 ± 0.5"
     assert shown(None) == ""

@@ -5,26 +5,25 @@ from what every run leaves in its directory whatever its loggers: metrics.csv, m
 """
 
 import argparse
-import base64
-import html
-import io
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-
-from matplotlib.figure import Figure
+from typing import Any
 
 from dalle.data.frozen import FROZEN
 from dalle.errors import UserError, printable
-from dalle.evaluation.plots import plain
-from dalle.evaluation.report import STYLE, belongs, number
+from dalle.evaluation.page import MOST_POINTS, Album, Chart, Picture, belongs, label, render, thinned
+from dalle.evaluation.plots import COLOURS, DASHES, NUMBER, chart, named
+from dalle.evaluation.report import Cell
 from dalle.files import write_text
+from dalle.metrics.intervals import exact
 from dalle.run_dir import Run
 from dalle.training.dashboard_spec import is_curve, matching, panels
 
 Table = dict[str, dict[int, float]]  # metrics by name, values by step
 
 DRAWINGS = 4  # of a kind, evenly over the time of a run
+WIDE = 5  # largest to smallest value of curves from which a logarithmic scale is of use
 
 
 def runs_below(folder: Path) -> dict[str, list[Run]]:
@@ -39,28 +38,67 @@ def runs_below(folder: Path) -> dict[str, list[Run]]:
     return dict(found)
 
 
-def draw(title: str, metrics: Sequence[str], tables: dict[str, Table]) -> bytes | None:
-    """A panel over several runs as a PNG; None where no run has anything of it."""
-    canvas = Figure(figsize=(6, 3.4), layout="constrained")
-    axes = canvas.subplots()
-    shown = {run: [n for m in metrics for n in matching(m, table)] for run, table in tables.items()}
-    for run, names in shown.items():
-        for name in names if is_curve(metrics) else []:
-            label = [*([run] if len(tables) > 1 else []), *([name] if len(names) > 1 else [])]
-            axes.plot(
-                *zip(*tables[run][name].items(), strict=True), label=plain(" ".join(label)), linewidth=1
-            )
-        if names and not is_curve(metrics):
-            values = [last(tables[run][name]) for name in names]
-            axes.plot(values, [plain(name.removeprefix("test/")) for name in names], "o", label=plain(run))
-    if not any(shown.values()):
+def draw(title: str, metrics: Sequence[str], tables: dict[str, Table]) -> Chart | None:
+    """A panel over several runs; None where no run has anything of it."""
+    found = {run: [n for m in metrics for n in matching(m, table)] for run, table in tables.items()}
+    if not any(found.values()):
         return None
-    if any(axes.get_legend_handles_labels()[1]):
-        axes.legend(fontsize=7)
-    axes.set_title(title, fontsize=10)
-    png = io.BytesIO()
-    canvas.savefig(png, dpi=110, format="png")
-    return png.getvalue()
+    return curves(title, found, tables) if is_curve(metrics) else bars(title, found, tables)
+
+
+def curves(title: str, found: dict[str, list[str]], tables: dict[str, Table]) -> Chart:
+    """A line for each run and metric: the run is the colour, the metric the dash; of one run the colour."""
+    all_names = list(dict.fromkeys(name for names in found.values() for name in names))
+    traces: list[dict[str, Any]] = []
+    for k, (run, names) in enumerate(found.items()):
+        for name in names:
+            steps, values = thinned(tables[run][name])
+            said = [*([run] if len(tables) > 1 else []), *([name] if len(all_names) > 1 else [])] or [name]
+            m = all_names.index(name)
+            colour, dash = (k, m) if len(tables) > 1 else (m, 0)
+            traces.append({
+                "type": "scatter",
+                "mode": "lines" if len(steps) > 30 else "lines+markers",
+                "name": label(" ".join(said)),
+                "meta": k,
+                "x": steps,
+                "y": values,
+                "line": {
+                    "color": COLOURS[colour % len(COLOURS)],
+                    "dash": DASHES[dash % len(DASHES)],
+                    "width": 1.5,
+                },
+                "marker": {"size": 4},
+                "hovertemplate": f"%{{y:{NUMBER}}}",
+            })  # fmt: skip
+    values = [value for trace in traces for value in trace["y"]]
+    wide = min(values) > 0 and max(values) > WIDE * min(values)
+    x = {**named("step"), "hoverformat": ",d", "exponentformat": "none", "nticks": 6}
+    return chart(title, traces, x, {}, scale="yaxis" if wide else "", hovermode="x unified")
+
+
+def bars(title: str, found: dict[str, list[str]], tables: dict[str, Table]) -> Chart:
+    """The last value of each metric as a bar for each run."""
+    traces: list[dict[str, Any]] = [
+        {
+            "type": "bar",
+            "orientation": "h",
+            "name": label(run),
+            "meta": k,
+            "y": [label(name.removeprefix("test/").removeprefix("judge/")) for name in names],
+            "x": [last(tables[run][name]) for name in names],
+            "marker": {"color": COLOURS[k % len(COLOURS)]},
+            "texttemplate": "%{x:.3~g}",
+            "hovertemplate": f"%{{y}}: %{{x:{NUMBER}}}",
+        }
+        for k, (run, names) in enumerate(found.items())
+        if names
+    ]
+    rows = sum(len(names) for names in found.values())
+    share = all(name.startswith("test/judge/") for names in found.values() for name in names)
+    x = {"range": [0, 1]} if share else {"rangemode": "tozero"}
+    y = {"type": "category", "autorange": "reversed", "ticklabelstandoff": 5}
+    return chart(title, traces, x, y, height=90 + 26 * rows, hovermode="closest")
 
 
 def last(column: dict[int, float]) -> float:
@@ -81,64 +119,77 @@ def drawings(run: Run) -> dict[str, list[Path]]:
     return chosen
 
 
-def facts(run: Run, table: Table) -> list[str]:
-    """What a run is, in a few words; of one that is not finished how far it is."""
+def facts(run: Run, table: Table) -> dict[str, str]:
+    """What a run is, by name; of one that is not finished how far it is."""
     if not run.finished:
         steps = max((max(column) for column in table.values()), default=0)
-        return ["not finished", f"step {steps:,}"]
+        return {"state": "not finished", "steps": f"{steps:,}"}
     about = run.manifest("parameters", "steps", "seconds_training", "data", "weights")
     data = about["data"]
     upstream = {key: about[key]["weights"] for key in FROZEN if key in about}
-    return [
-        f"{about['parameters']:,} parameters",
-        f"{about['steps']:,} steps in {about['seconds_training']:.0f} s",
-        f"{data['source']}, {data['items'].get('train', 0):,} items, {data['fingerprint'].get('train', '')}",
-        *(f"{key} {weights}" for key, weights in upstream.items()),
-        f"weights {about['weights']}",
-    ]
+    return {
+        "state": "finished",
+        "steps": f"{about['steps']:,}",
+        "training": duration(about["seconds_training"]),
+        "parameters": f"{about['parameters']:,}",
+        "data": f"{data['source']} {data['fingerprint'].get('train', '')}".strip(),
+        "items": f"{data['items'].get('train', 0):,}",
+        "weights": str(about["weights"]),
+        **{key.replace("_", " "): str(weights) for key, weights in upstream.items()},
+    }
+
+
+def duration(seconds: float) -> str:
+    hours, minutes = int(seconds // 3600), int(seconds % 3600 // 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds % 60:.0f} s" if minutes else f"{seconds:.0f} s"
 
 
 def make(folder: Path) -> Path:
     """Writes the page."""
-    found, name = runs_below(folder), html.escape(str(folder))
-    parts = [
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title><style>{STYLE}</style>',
-        f"<h1>{name}</h1>",
-    ]
-    for stage, runs in found.items():
+    charts: list[Chart] = []
+    album, stages, longest = Album(), [], 0
+    for stage, runs in runs_below(folder).items():
         tables = {str(run.path.relative_to(folder)): run.metrics() for run in runs}
-        parts.append(f"<h2>{html.escape(stage)}</h2>")
-        for run, (name, table) in zip(runs, tables.items(), strict=True):
-            about = html.escape("; ".join(facts(run, table)))
-            parts.append(f"<p><b>{html.escape(name)}</b> <small>{about}</small></p>")
-        plots = {title: draw(title, metrics, tables) for title, metrics in panels(stage).items()}
-        parts += figures({title: png for title, png in plots.items() if png is not None})
-        for run, (name, table) in zip(runs, tables.items(), strict=True):
-            for kind, paths in drawings(run).items():
-                parts.append(f"<h3>{html.escape(f'{name}: {kind}')}</h3>")
-                parts += figures({path.stem: path.read_bytes() for path in paths})
-            parts += tested(name, table)
+        short = {name.removesuffix(f"/{stage}"): table for name, table in tables.items()}
+        drawn = [draw(title, metrics, short) for title, metrics in panels(stage).items()]
+        own = [some for some in drawn if some is not None]
+        charts += own
+        shown = [
+            {"name": name, "facts": facts(run, table), "pictures": pictures(run, album)}
+            for run, (name, table) in zip(runs, tables.items(), strict=True)
+        ]
+        stages.append({
+            "name": stage,
+            "runs": shown,
+            "facts": list(dict.fromkeys(fact for run in shown for fact in run["facts"])),
+            "charts": range(len(charts) - len(own), len(charts)),
+            "tests": tested(list(tables.values())),
+        })  # fmt: skip
+        columns = [column for table in tables.values() for column in table.values()]
+        longest = max([longest, *map(len, columns)])
     page = folder / "dashboard.html"
-    write_text(page, "\n".join([*parts, "</html>\n"]))
+    values = {"title": str(folder), "stages": stages, "most_points": MOST_POINTS, "colours": COLOURS}
+    write_text(page, render("dashboard.html", charts, album, thinned=longest > MOST_POINTS, **values))
     return page
 
 
-def figures(pngs: dict[str, bytes]) -> list[str]:
-    """Pictures with their titles, within the page."""
-    parts = ["<div class=grids>"]
-    for title, png in pngs.items():
-        data = base64.b64encode(png).decode()
-        source = f"data:image/png;base64,{data}"
-        parts.append(f'<figure><img alt="{html.escape(title)}" src="{source}"></figure>')
-    return [*parts, "</div>"]
+def pictures(run: Run, album: Album) -> dict[str, list[Picture]]:
+    return {
+        kind: [picture for path in paths for picture in album.add(path.stem, path, run.path)]
+        for kind, paths in drawings(run).items()
+    }
 
 
-def tested(name: str, table: Table) -> list[str]:
-    """All numbers of a run's test, folded up."""
-    numbers = {key: last(column) for key, column in table.items() if key.startswith("test/")}
-    rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{number(v)}</td></tr>" for k, v in numbers.items())
-    summary = f"<details><summary>{html.escape(name)}: tests</summary><table>{rows}</table></details>"
-    return [summary] if numbers else []
+def tested(tables: Sequence[Table]) -> list[tuple[str, list[Cell]]]:
+    """All numbers of the tests: a row for each metric, a cell for each run."""
+    names = dict.fromkeys(key for table in tables for key in table if key.startswith("test/"))
+    rows = []
+    for name in names:
+        values = [exact(last(table[name])) if name in table else None for table in tables]
+        rows.append((name, [Cell.of(name.removeprefix("test/"), value) for value in values]))
+    return rows
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -4,6 +4,8 @@ A process of its own gives each its own peak memory, and nothing that DDP leaves
 done: started again, finished evaluations are found and not repeated.
 """
 
+import math
+import shlex
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +35,7 @@ def sweep(configs: Sequence[dict[str, Any]], overrides: Sequence[list[str]]) -> 
         raise UserError("compare= measures several pipelines by itself; leave out -m")
     results, failed = run_all(overrides)
     home = Path(configs[0]["paths"]["logs"], configs[0]["name"], "reports")
-    conclude(results, failed, home, " ".join(dict.fromkeys(word for words in overrides for word in words)))
+    conclude(results, failed, home, typed(overrides))
 
 
 def compare(config: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -60,7 +62,24 @@ def compare(config: dict[str, Any], overrides: Sequence[str]) -> None:
             result.figures |= stability(folders, MAIN.get(kind, kind), stages)
         results, failed = results + found, failed + missing
     home = Path(config["paths"]["logs"], "comparisons")
-    conclude(results, failed, home, f"compare={','.join(entries(config['compare']))}")
+    conclude(results, failed, home, [command_line(overrides)])
+
+
+def typed(jobs: Sequence[Sequence[str]]) -> list[str]:
+    """The command of a sweep, where its jobs are all combinations of some settings; then that of each job."""
+    each = [command_line(words) for words in jobs]
+    if len({len(words) for words in jobs}) > 1:
+        return each
+    settings = [list(dict.fromkeys(words)) for words in zip(*jobs, strict=True)]
+    keys = [{word.partition("=")[0] for word in words} for words in settings]
+    if math.prod(map(len, settings)) != len(jobs) or any(len(same) > 1 for same in keys):
+        return each
+    joined = [",".join([words[0], *(word.partition("=")[2] for word in words[1:])]) for words in settings]
+    return [command_line(["-m", *joined]), *each]
+
+
+def command_line(words: Sequence[str]) -> str:
+    return shlex.join(["dalle", "evaluate", *words])
 
 
 def entries(given: str | list[Any]) -> list[str]:
@@ -106,10 +125,10 @@ def run_all(jobs: Sequence[Sequence[str]]) -> tuple[list[Result], list[str]]:
     return results, failed
 
 
-def conclude(results: list[Result], failed: list[str], home: Path, command: str) -> None:
+def conclude(results: list[Result], failed: list[str], home: Path, commands: Sequence[str]) -> None:
     """Leaves the report and shows its table."""
     if results:
-        folder = write_report(results, new_folder(home), f"dalle evaluate {command}", failed)
+        folder = write_report(results, new_folder(home), commands, failed)
         print((folder / "table.md").read_text(encoding="utf-8"))
         print(f"report: {folder / 'report.html'}, figures: {folder / 'figures.csv'}")
     if failed:

@@ -1,41 +1,68 @@
-"""Plots of several results, each where the results have what it shows."""
+"""Charts for offline pages, as plotly.js takes them, and those of several results: each where the results
+have what it shows.
+"""
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Canvas
-
+from dalle.evaluation.page import Chart, label
 from dalle.evaluation.results import Result, flat
 from dalle.metrics.judge import ATTRIBUTES
 
 MOST_BARS = 8  # results beside each other; of more the best
+COLOURS = ("#3b82d0", "#e07b39", "#3f9e6b", "#c94f7c", "#8b6fc9", "#b59a2b", "#2f9fb0", "#8f8f8f")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+NUMBER = ".4~g"  # how plotly.js writes a value that is pointed at
 
 
-def draw_plots(
-    results: Sequence[Result], names: Sequence[str], signs: Sequence[str], folder: Path
-) -> dict[str, Path]:
-    """Titles and files of the plots there are. What bears a sign was measured otherwise, and is hollow."""
-    plots: dict[str, tuple[str, Callable[..., bool]]] = {
-        "Distance and CLIP score over guidance": ("guidance.png", over_guidance),
-        "Quality and time": ("speed.png", over_time),
-        "What captions say, attribute by attribute": ("attributes.png", attributes),
+def chart(
+    title: str,
+    traces: Sequence[dict[str, Any]],
+    x: dict[str, Any],
+    y: dict[str, Any],
+    height: int = 280,
+    scale: str = "",
+    log: bool = False,
+    **layout: Any,
+) -> Chart:
+    """
+    Args:
+        x, y: axes; numbers on them are written out.
+        height: of the drawing in pixels; the legend below it comes on top.
+        scale: the axis with a button for a logarithmic scale; `log`: it begins so.
+    """
+    entries = sum(trace.get("showlegend", True) for trace in traces)
+    axis = {"automargin": True, "exponentformat": "e", "minexponent": 5, "separatethousands": True}
+    axis |= {"hoverformat": NUMBER}
+    axes = {"xaxis": {**axis, **x}, "yaxis": {**axis, **y}}
+    if log:
+        axes[scale]["type"] = "log"
+    layout |= {
+        **axes,
+        "height": height + (20 * entries + 20 if entries > 1 else 0),
+        "margin": {"l": 12, "r": 12, "t": 12, "b": 12},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"size": 12},
+        "hoverlabel": {"namelength": -1, "align": "left"},
+        "showlegend": entries > 1,
+        "legend": {"x": 0, "y": 0, "yref": "container", "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"},
     }
-    made, names = {}, [plain(name) for name in names]
-    for title, (file, draw) in plots.items():
-        canvas = Canvas(figsize=(11, 5), layout="constrained")
-        if draw(canvas.subplots(), results, names, signs):
-            canvas.legend(loc="outside right upper", fontsize=8)
-            canvas.savefig(folder / file, dpi=120)
-            made[title] = folder / file
-    return made
+    return {
+        "title": title,
+        "data": list(traces),
+        "layout": layout,
+        "scale": scale,
+        "log": log,
+        "broad": False,
+    }
 
 
-def plain(text: str) -> str:
-    """A text as matplotlib is to write it: between two dollar signs it would look for a formula."""
-    return text.replace("$", r"\$")
+def charts(results: Sequence[Result], names: Sequence[str], signs: Sequence[str]) -> list[Chart]:
+    """The charts there are. What bears a sign was measured otherwise, and is hollow."""
+    made = [draw(results, names, signs) for draw in (over_guidance, over_time, attributes)]
+    return [some for some in made if some is not None]
 
 
 def distance_of(results: Sequence[Result]) -> str | None:
@@ -52,42 +79,53 @@ def guidance_of(result: Result) -> Any:
     )
 
 
-def over_guidance(axes: Axes, results: Sequence[Result], names: Sequence[str], signs: Sequence[str]) -> bool:
+def over_guidance(results: Sequence[Result], names: Sequence[str], signs: Sequence[str]) -> Chart | None:
     """A line for each setting, through its scales of guidance."""
     distance = distance_of(results)
     curves: defaultdict[str, list[tuple[float, Result, str]]] = defaultdict(list)
     for result, sign in zip(results, signs, strict=True):
         scale = guidance_of(result)
-        if distance and scale is not None and "clip_score" in result.figures:
+        if distance and isinstance(scale, int | float) and "clip_score" in result.figures:
             options = flat(result.target.get("options", {}))
             rest = {k: v for k, v in options.items() if not k.endswith(".guidance") and v is not None}
             curves[f"{result.target['kind']} {rest} {sign}"].append((scale, result, sign))
-    curves = defaultdict(list, {key: points for key, points in curves.items() if len(points) > 1})
-    if not distance or not curves:
-        return False
-    for points in curves.values():
-        points.sort(key=lambda point: point[0])
-        x = [result.figures["clip_score"].value for _, result, _ in points]
-        y = [result.figures[distance].value for _, result, _ in points]
-        (line,) = axes.plot(x, y, marker="o", label=curve_name(points[0][1], points[0][2]))
-        if points[0][2]:
-            line.set_markerfacecolor("white")
-        for (scale, _, _), a, b in zip(points, x, y, strict=True):
-            axes.annotate(f"{scale:g}", (a, b), textcoords="offset points", xytext=(5, 5), fontsize=8)
-    axes.set(xlabel="CLIP score (higher is better)", ylabel=plain(f"{distance} (lower is better)"))
-    return True
+    lines = [sorted(points, key=lambda point: point[0]) for points in curves.values() if len(points) > 1]
+    if not distance or not lines:
+        return None
+    traces = [
+        {
+            "type": "scatter",
+            "mode": "lines+markers+text",
+            "name": label(curve_name(points[0][1], points[0][2])),
+            "x": [result.figures["clip_score"].value for _, result, _ in points],
+            "y": [result.figures[distance].value for _, result, _ in points],
+            "text": [f"{scale:g}" for scale, _, _ in points],
+            "textposition": "top right",
+            "marker": {"size": 8, "symbol": "circle-open" if points[0][2] else "circle"},
+            "line": {"color": COLOURS[k % len(COLOURS)]},
+            "hovertemplate": f"guidance %{{text}}<br>CLIP score %{{x:{NUMBER}}}<br>distance %{{y:{NUMBER}}}",
+        }
+        for k, points in enumerate(lines)
+    ]
+    x, y = named("CLIP score (higher is better)"), named(f"{distance} (lower is better)")
+    return chart("Distance and CLIP score over guidance", traces, x, y, height=340, hovermode="closest")
+
+
+def named(title: str) -> dict[str, Any]:
+    """An axis with its title."""
+    return {"title": {"text": label(title), "standoff": 8}}
 
 
 def curve_name(result: Result, sign: str) -> str:
     """Kind, sampler and steps of what draws the pictures."""
     nodes = [node for name, node in result.target.get("options", {}).items() if name != "prior"]
     sampler = next((node["sampler"] for node in nodes if "sampler" in node), {})
-    settings = [str(sampler[k]) for k in ("method", "steps") if k in sampler]
-    return plain(" ".join([result.target["kind"], *settings, sign]))
+    settings = [f"{sampler[k]}{unit}" for k, unit in (("method", ""), ("steps", " steps")) if k in sampler]
+    return " ".join([result.target["kind"], *settings, sign]).strip()
 
 
-def over_time(axes: Axes, results: Sequence[Result], names: Sequence[str], signs: Sequence[str]) -> bool:
-    """Each result as a point; those that no other beats in both are on the Pareto front."""
+def over_time(results: Sequence[Result], names: Sequence[str], signs: Sequence[str]) -> Chart | None:
+    """Each result as a point with its number; those that no other beats in both are on the Pareto front."""
     quality = distance_of(results)
     lower = quality is not None
     for name in ("judge/all", "clip_score"):
@@ -95,22 +133,42 @@ def over_time(axes: Axes, results: Sequence[Result], names: Sequence[str], signs
             quality = name
     timed = all("seconds_per_image" in result.figures for result in results)
     if quality is None or not timed or len(results) < 2:
-        return False
+        return None
     points = [(r.figures["seconds_per_image"].value, r.figures[quality].value) for r in results]
     better = [(x, y if lower else -y) for x, y in points]
     comparable = [k for k, sign in enumerate(signs) if not sign]
     front = {comparable[k] for k in pareto([better[k] for k in comparable])}
-    axes.plot(*zip(*sorted(points[k] for k in front), strict=True), color="tab:red", linewidth=1, zorder=1)
-    for k, ((x, y), result) in enumerate(zip(points, results, strict=True)):
-        figure, colour = result.figures[quality], "tab:red" if k in front else "tab:blue"
-        label = f"{k + 1}: {names[k]}" + (" (Pareto front)" if k in front else "")
-        error = [[y - figure.low], [figure.high - y]]
-        face = "white" if signs[k] else colour
-        axes.errorbar(x, y, error, fmt="o", color=colour, capsize=2, markerfacecolor=face, label=label)
-        axes.annotate(str(k + 1), (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
-    best = "lower" if lower else "higher"
-    axes.set(xscale="log", xlabel="seconds per image", ylabel=f"{quality} ({best} is better)")
-    return True
+    groups = {
+        "Pareto front: no other is better in both": sorted(front, key=lambda k: points[k]),
+        "others": [k for k in comparable if k not in front],
+        "measured by another protocol": [k for k, sign in enumerate(signs) if sign],
+    }
+    traces = []
+    for k, (name, members) in enumerate(groups.items()):
+        figures = [results[m].figures[quality] for m in members]
+        traces.append({
+            "type": "scatter",
+            "mode": "lines+markers+text" if k == 0 else "markers+text",
+            "name": name,
+            "x": [points[m][0] for m in members],
+            "y": [points[m][1] for m in members],
+            "error_y": {
+                "array": [f.high - f.value for f in figures],
+                "arrayminus": [f.value - f.low for f in figures],
+                "thickness": 1,
+            },
+            "text": [str(m + 1) for m in members],
+            "textposition": "top right",
+            "hovertext": [label(names[m]) for m in members],
+            "marker": {"size": 8, "symbol": "circle-open" if k == 2 else "circle", "color": COLOURS[1 - k]},
+            "line": {"color": COLOURS[1], "width": 1},
+            "hovertemplate": f"%{{hovertext}}<br>%{{x:{NUMBER}}} s<br>%{{y:{NUMBER}}}<extra></extra>",
+        })  # fmt: skip
+    traces = [trace for trace in traces if trace["x"]]
+    x, y = named("seconds per image"), named(f"{quality} ({'lower' if lower else 'higher'} is better)")
+    return chart(
+        "Quality and time", traces, x, y, height=340, scale="xaxis", log=True, hovermode="closest"
+    )  # fmt: skip
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -122,7 +180,7 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     ]
 
 
-def attributes(axes: Axes, results: Sequence[Result], names: Sequence[str], signs: Sequence[str]) -> bool:
+def attributes(results: Sequence[Result], names: Sequence[str], signs: Sequence[str]) -> Chart | None:
     """Bars for each attribute; unseen compositions as lines across the bars."""
     judged = [(r, name) for r, name in zip(results, names, strict=True) if "judge/all" in r.figures]
     judged = sorted(judged, key=lambda pair: -pair[0].figures["judge/all"].value)[:MOST_BARS]
@@ -132,17 +190,39 @@ def attributes(axes: Axes, results: Sequence[Result], names: Sequence[str], sign
         if any(f"judge/{key}" in r.figures for r, _ in judged)
     ]
     if not judged:
-        return False
-    width = 0.8 / len(judged)
+        return None
+    traces = []
     for k, (result, name) in enumerate(judged):
-        there = [(i, f"judge/{key}") for i, key in enumerate(shown) if f"judge/{key}" in result.figures]
-        figures = [result.figures[key] for _, key in there]
-        x = [i + (k - (len(judged) - 1) / 2) * width for i, _ in there]
-        errors = [[f.value - f.low for f in figures], [f.high - f.value for f in figures]]
-        axes.bar(x, [f.value for f in figures], width, yerr=errors, label=name, error_kw={"linewidth": 0.7})
-        for place, (_, key) in zip(x, there, strict=True):
-            if unseen := result.figures.get(key.replace("judge/", "judge/unseen/")):
-                axes.hlines(unseen.value, place - width / 2, place + width / 2, color="black", linewidth=1.5)
-    axes.set_xticks(range(len(shown)), shown)
-    axes.set(ylim=(0, 1.05), ylabel="share of pictures that are right (black: unseen pairs)")
-    return True
+        there = [key for key in shown if f"judge/{key}" in result.figures]
+        figures = [result.figures[f"judge/{key}"] for key in there]
+        own = {"legendgroup": str(k), "offsetgroup": str(k), "name": label(name)}
+        traces.append({
+            **own,
+            "type": "bar",
+            "x": there,
+            "y": [f.value for f in figures],
+            "error_y": {
+                "array": [f.high - f.value for f in figures],
+                "arrayminus": [f.value - f.low for f in figures],
+                "thickness": 1,
+                "width": 2,
+            },
+            "marker": {"color": COLOURS[k % len(COLOURS)]},
+        })  # fmt: skip
+        unseen = [key for key in there if f"judge/unseen/{key}" in result.figures]
+        if unseen:
+            traces.append({
+                **own,
+                "type": "scatter",
+                "mode": "markers",
+                "x": unseen,
+                "y": [result.figures[f"judge/unseen/{key}"].value for key in unseen],
+                "marker": {"symbol": "diamond", "size": 7, "color": "#fff",
+                           "line": {"width": 1.5, "color": "#000"}},
+                "hovertemplate": f"unseen pairs: %{{y:{NUMBER}}}<extra></extra>",
+                "showlegend": False,
+            })  # fmt: skip
+    title = "What captions say, attribute by attribute (diamonds: pairs not seen in training)"
+    x, y = {"type": "category"}, {**named("share of pictures that are right"), "range": [0, 1.05]}
+    made = chart(title, traces, x, y, height=340, barmode="group", scattermode="group", hovermode="closest")
+    return {**made, "broad": True}

@@ -1,20 +1,20 @@
-"""Results as people read them: a table, a CSV, plots, and one HTML page that needs nothing but itself.
+"""Results as people read them: a table, a CSV, and one HTML page that needs nothing but itself.
 
 table.md      the main figures; what was measured by another protocol bears a sign
 figures.csv   every figure with its interval, a row for each result
-*.png         the plots, which are also in report.html
-report.html   all of it, with the first pictures of every result side by side
+report.html   all of it, with charts and the first pictures of every result side by side
 """
 
-import base64
 import csv
-import html
 import io
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dalle.evaluation.plots import draw_plots
+from dalle.evaluation.page import Album, render
+from dalle.evaluation.plots import charts
 from dalle.evaluation.results import Result, flat, marks
 from dalle.files import as_cell, write_text
 from dalle.metrics.intervals import Figure
@@ -26,18 +26,20 @@ MAIN_FIGURES = (  # of the table, in this order; a prefix takes all that begin s
     "zero_shot/top1", "psnr", "ssim", "code_usage",
     "seconds_per_image", "peak_memory_gb", "gflops_per_image", "parameters", "training/",
 )  # fmt: skip
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 75em; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; font-size: 13px } td, th { padding: .25em .7em; text-align: right }
-tr { border-bottom: 1px solid #ddd } td:first-child, th:first-child { text-align: left }
-small { color: #777 } img { max-width: 100%; image-rendering: auto } pre { font-size: 12px; overflow: auto }
-.grids { display: flex; flex-wrap: wrap; gap: 1em } figure { margin: 0; max-width: 24em }
-.wide { overflow-x: auto }
-"""
+SHARES = (  # figures from 0 to 1, by how their names begin
+    "judge/", "chance/", "retrieval/", "hard_negatives/", "zero_shot/", "precision", "recall", "code_usage",
+)  # fmt: skip
 
 
-def write_report(results: Sequence[Result], folder: Path, command: str, failed: Sequence[str] = ()) -> Path:
-    """Writes everything into a new folder."""
+def write_report(
+    results: Sequence[Result], folder: Path, commands: Sequence[str] = (), failed: Sequence[str] = ()
+) -> Path:
+    """Writes everything into a new folder.
+
+    Args:
+        commands: what made the results, a line each.
+        failed: a line for each result that there is not, and why.
+    """
     names, (signs, lines) = labels(results), marks(results)
     folder.mkdir(parents=True, exist_ok=True)
     marked = [f"{name} {sign}".strip() for name, sign in zip(names, signs, strict=True)]
@@ -45,9 +47,7 @@ def write_report(results: Sequence[Result], folder: Path, command: str, failed: 
     cells = [[shown(result.figures.get(column)) for column in columns] for result in results]
     write_text(folder / "table.md", markdown(["", *columns], marked, cells, lines, failed))
     write_text(folder / "figures.csv", as_csv(results, marked))
-    plots = draw_plots(results, marked, signs, folder)
-    page = as_html(results, marked, columns, lines, plots, command, failed)
-    write_text(folder / "report.html", page)
+    write_text(folder / "report.html", as_html(results, marked, signs, columns, lines, commands, failed))
     return folder
 
 
@@ -97,8 +97,8 @@ def matches(name: str, wanted: str) -> bool:
 
 
 def number(value: float) -> str:
-    if value != value:
-        return "nan"
+    if not math.isfinite(value):
+        return str(value)
     if value == int(value) and abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.3g}" if abs(value) < 100 else f"{value:.1f}"
@@ -156,48 +156,54 @@ def as_csv(results: Sequence[Result], names: Sequence[str]) -> str:
     return text.getvalue()
 
 
+@dataclass(frozen=True)
+class Cell:
+    """A number of a table; `share`: how much of its width is coloured, from 0 to 1."""
+
+    text: str
+    share: float | None = None
+
+    @classmethod
+    def of(cls, name: str, figure: Figure | None) -> "Cell":
+        share = name.startswith(SHARES) and figure is not None and 0 <= figure.value <= 1
+        return cls(shown(figure), figure.value if figure is not None and share else None)
+
+
 def as_html(
     results: Sequence[Result],
     names: Sequence[str],
+    signs: Sequence[str],
     columns: Sequence[str],
     lines: Sequence[str],
-    plots: dict[str, Path],
-    command: str,
+    commands: Sequence[str],
     failed: Sequence[str],
 ) -> str:
-    """One page without a link to anything."""
-    say: Callable[[Any], str] = lambda value: html.escape(str(value))  # noqa: E731
-    parts = [f"<h1>Evaluation</h1><p><code>{say(command)}</code></p>", "<div class=wide><table><tr><th></th>"]
-    parts += [f"<th>{say(column)}</th>" for column in columns]
-    for result, name in zip(results, names, strict=True):
-        parts.append(f"</tr><tr><td>{say(name)}</td>")
-        parts += [f"<td>{say(shown(result.figures.get(column)))}</td>" for column in columns]
-    parts.append("</tr></table></div>")
-    parts += [f"<p><small>{say(line)}</small></p>" for line in lines]
-    parts += [f"<p><b>failed</b>: {say(line)}</p>" for line in failed]
-    notes = dict.fromkeys(note for result in results for note in result.notes)
-    parts += [f"<p><small>{say(note)}</small></p>" for note in notes]
-    parts += [f"<h2>{say(title)}</h2>{image(path, title)}" for title, path in plots.items()]
-    parts.append("<h2>First pictures</h2><div class=grids>")
-    for result, name in zip(results, names, strict=True):
-        if result.path and belongs(grid := result.path / "grid.png", result.path):
-            parts.append(f"<figure>{image(grid, name)}<figcaption>{say(name)}</figcaption></figure>")
-    parts.append("</div><h2>Protocol</h2>")
-    for identity in dict.fromkeys(result.protocol_id for result in results):
-        first = next(result for result in results if result.protocol_id == identity)
-        facts = "\n".join(f"{key}: {value}" for key, value in flat(first.protocol).items())
-        parts.append(f"<pre>protocol {identity}\n{say(facts)}</pre>")
-    versions = ", ".join(f"{name} {version}" for name, version in results[0].environment.items())
-    parts.append(f"<p><small>{say(versions)}. Intervals of 95 %, as plus or minus.</small></p>")
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Evaluation</title><style>{STYLE}'
-    return head + "</style>" + "\n".join(parts) + "</html>\n"
-
-
-def belongs(path: Path, folder: Path) -> bool:
-    """Whether it is a file of this folder, and no link to one elsewhere."""
-    return path.is_file() and path.resolve().is_relative_to(folder.resolve())
-
-
-def image(path: Path, title: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return f'<img alt="{html.escape(title)}" src="data:image/png;base64,{data}">'
+    """One page that fetches nothing. The results are numbered: charts refer to the numbers."""
+    numbered = [f"{k}. {name}" for k, name in enumerate(names, 1)] if len(names) > 1 else list(names)
+    rows = [
+        (name, [Cell.of(column, result.figures.get(column)) for column in columns])
+        for name, result in zip(numbered, results, strict=True)
+    ]
+    album, pictures = Album(), []
+    for result, name in zip(results, numbered, strict=True):
+        if result.path:
+            pictures += album.add(name, result.path / "grid.png", result.path)
+    protocols = {
+        result.protocol_id: {"id": result.protocol_id, "sign": sign, "facts": flat(result.protocol)}
+        for result, sign in zip(results, signs, strict=True)
+    }
+    return render(
+        "report.html",
+        charts(results, numbered, signs),
+        album,
+        title="Evaluation",
+        commands=commands,
+        failed=failed,
+        columns=columns,
+        rows=rows,
+        marks=lines,
+        notes=list(dict.fromkeys(note for result in results for note in result.notes)),
+        pictures=pictures,
+        protocols=list(protocols.values()),
+        versions=", ".join(f"{name} {version}" for name, version in results[0].environment.items()),
+    )
