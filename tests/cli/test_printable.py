@@ -30,11 +30,11 @@ def test_messages_and_warnings_are_printable(monkeypatch):
     monkeypatch.setattr("sys.argv", ["x.py"])
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
 
-    def main() -> None:
+    def main(arguments: list[str]) -> None:
         raise UserError("a\x1b]0;title\x07.png cannot be read")
 
     with pytest.raises(SystemExit) as ended:
-        entry.run(main)
+        entry.run(main, [])
     assert str(ended.value) == r"error: a\x1b]0;title\x07.png cannot be read"
     assert warnings.formatwarning("a\x1b[2Jb", UserWarning, "f.py", 3) == "f.py:3: UserWarning: a\\x1b[2Jb\n"
 
