@@ -17,7 +17,7 @@ demo-dalle: .venv/demo    ## the same with the first generation: image tokenizer
 # One thread a process: two that spin for each other's cores slow small kernels down twentyfold.
 test: export OMP_NUM_THREADS = 1
 test: .venv/dev       ## all tests; compiled networks in a second call, without the shape checks that break torch.compile
-	$(PY) -m pytest -n 2 -m "not compile" --jaxtyping-packages=dalle,beartype.beartype
+	$(PY) -m pytest -n 2 -m "not compile" --jaxtyping-packages=dalle,typecheck.beartype
 	$(PY) -m pytest -m compile
 
 check: .venv/dev      ## lint, format, types

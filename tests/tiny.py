@@ -103,7 +103,7 @@ def without_account(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     monkeypatch.setenv("WANDB_SILENT", "true")
 
 
-def wandb_records(run: Path, seconds: float | int = 60) -> list[Any]:
+def wandb_records(run: Path, seconds: float = 60) -> list[Any]:
     """What an offline W&B run has on disk, as its protocol buffers; its own process writes that some time
     after the run has ended.
 

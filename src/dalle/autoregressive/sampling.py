@@ -24,10 +24,10 @@ def generate(
     text: Int64[Tensor, "B T"],
     keep_text: Bool[Tensor, "B"] | None = None,
     *,
-    temperature: float | int = 1.0,
+    temperature: float = 1.0,
     top_k: int | None = None,
-    top_p: float | int | None = None,
-    guidance: float | int = 1.0,
+    top_p: float | None = None,
+    guidance: float = 1.0,
     prefix: Int64[Tensor, "B P"] | None = None,
     uniform: Uniform = torch.rand_like,
     cached: bool = True,
@@ -80,9 +80,9 @@ def generate(
 
 def draw(
     logits: Float[Tensor, "B K"],
-    temperature: float | int,
+    temperature: float,
     top_k: int | None,
-    top_p: float | int | None,
+    top_p: float | None,
     uniform: Uniform,
 ) -> Int64[Tensor, "B"]:
     """One code for each row, by the Gumbel-max trick."""
@@ -100,7 +100,7 @@ def keep_top_k(logits: Float[Tensor, "B K"], k: int | None) -> Float[Tensor, "B 
     return logits.masked_fill(logits < logits.topk(k).values[:, -1:], -torch.inf)
 
 
-def keep_top_p(logits: Float[Tensor, "B K"], p: float | int | None) -> Float[Tensor, "B K"]:
+def keep_top_p(logits: Float[Tensor, "B K"], p: float | None) -> Float[Tensor, "B K"]:
     """The fewest of the largest whose probabilities add up to p, and what equals the last of them."""
     if p is None or p == 1:
         return logits
@@ -110,7 +110,7 @@ def keep_top_p(logits: Float[Tensor, "B K"], p: float | int | None) -> Float[Ten
     return logits.masked_fill(logits < ordered.gather(1, kept - 1), -torch.inf)
 
 
-def check_options(vocab: int, temperature: float | int, top_k: int | None, top_p: float | int | None) -> None:
+def check_options(vocab: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
     if not temperature >= 0:
         raise UserError(f"temperature is 0 (the likeliest code) or more, not {temperature}.")
     if top_k is not None and not 1 <= top_k <= vocab:

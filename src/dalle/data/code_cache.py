@@ -98,7 +98,7 @@ class CodeDataset(SourceDataset):
         cache: CodeCache | None,
         images: bool,
         seed: int | None,
-        dropout: float | int,
+        dropout: float,
     ) -> None:
         super().__init__(source, images=images or cache is None, seed=seed)
         self.tokenizer, self.cache, self.dropout = tokenizer, cache, dropout

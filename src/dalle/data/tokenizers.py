@@ -105,7 +105,7 @@ class CaptionTokenizer:
         return cls(bpe, context_length)
 
     def __call__(
-        self, captions: Sequence[str], dropout: float | int = 0.0, seeds: Sequence[int] = ()
+        self, captions: Sequence[str], dropout: float = 0.0, seeds: Sequence[int] = ()
     ) -> Int64[Tensor, "b t"]:
         """Captions -> (B, context_length) ids; too long ones are cut before the end token.
 
@@ -125,7 +125,7 @@ class CaptionTokenizer:
             text[number, : len(ids)] = torch.tensor(ids)
         return text
 
-    def _split(self, caption: str, dropout: float | int, draw: random.Random) -> list[int]:
+    def _split(self, caption: str, dropout: float, draw: random.Random) -> list[int]:
         """The BPE's ids of a caption, of whose merges each is left out with probability `dropout`."""
         assert self.bpe.normalizer is not None
         assert self.bpe.pre_tokenizer is not None

@@ -162,7 +162,7 @@ class Denoiser(nn.Module):
         return mean, (variance + 1) / 2
 
 
-def squared_error(error: Float[Tensor, "B *S"], frequency_weight: float | int = 0.0) -> Float[Tensor, "B"]:
+def squared_error(error: Float[Tensor, "B *S"], frequency_weight: float = 0.0) -> Float[Tensor, "B"]:
     """The mean square of each sample's error, and of its first differences along height and width.
 
     A wave of w radians a pixel counts 1 + frequency_weight |1 - exp(iw)|^2, in each direction: pictures have

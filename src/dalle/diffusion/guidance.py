@@ -15,7 +15,7 @@ from dalle.diffusion.denoiser import Denoiser
 from dalle.diffusion.samplers import Denoise
 from dalle.errors import UserError
 
-Scale = float | int
+Scale = float
 Branch = tuple[Scale, dict[str, Any]]  # the weight of an estimate, and the condition it is made under
 
 THRESHOLDS = ("none", "static", "dynamic")

@@ -248,7 +248,7 @@ def _logsnr(level: Level) -> float:
 
 
 def _add_noise(
-    x: Tensor, schedule: Schedule, now: Level, factor: float, scale: float | int, randn: Randn
+    x: Tensor, schedule: Schedule, now: Level, factor: float, scale: float, randn: Randn
 ) -> tuple[Tensor, Level]:
     """Raise sigma/alpha by `factor`, or as far as the schedule goes, by adding the noise that is missing."""
     t = schedule.t_at(torch.tensor([_logsnr(now) - math.log(factor)], dtype=torch.float64))

@@ -30,7 +30,7 @@ class Figure(NamedTuple):
 UNKNOWN = Figure(math.nan, math.nan, math.nan)
 
 
-def exact(value: float | int) -> Figure:
+def exact(value: float) -> Figure:
     """What was counted, not estimated."""
     return Figure(float(value), float(value), float(value))
 

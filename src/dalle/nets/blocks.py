@@ -212,7 +212,7 @@ class PixelAttention(nn.Module):
 class MLP(nn.Module):
     """width -> `expand` x width -> width, GELU between."""
 
-    def __init__(self, width: int, expand: int = 4, dropout: float | int = 0.0):
+    def __init__(self, width: int, expand: int = 4, dropout: float = 0.0):
         super().__init__()
         self.proj_in = nn.Linear(width, expand * width)
         self.dropout = nn.Dropout(dropout)

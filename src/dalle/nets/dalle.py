@@ -202,7 +202,7 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """Pre-norm residual attention and MLP, each of the tokens themselves or of what `shift` makes of them."""
 
-    def __init__(self, width: int, heads: int, dropout: float | int, style: str, shift: TokenShift | None):
+    def __init__(self, width: int, heads: int, dropout: float, style: str, shift: TokenShift | None):
         super().__init__()
         llama = style == "llama"
         self.norm1, self.norm2 = norm(width, style), norm(width, style)

@@ -39,7 +39,7 @@ def modulate(
 class Block(nn.Module):
     """x + gate * attention(modulated norm(x)), then the same with the MLP."""
 
-    def __init__(self, width: int, heads: int, dropout: float | int):
+    def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
         self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attention = Attention(width, heads)

@@ -63,7 +63,7 @@ class Sizes(NamedTuple):
     halvings: int
     blocks: int
     gain: float
-    logit_gain: float | int | None
+    logit_gain: float | None
 
 
 def group(

@@ -22,7 +22,7 @@ Cache = list[Tensor]  # keys | values (B, T + 1, 2 * width) of the text part, fo
 class Layer(nn.Module):
     """Pre-norm causal attention and MLP. With `past`, the tokens of `x` come after those keys and values."""
 
-    def __init__(self, width: int, heads: int, dropout: float | int):
+    def __init__(self, width: int, heads: int, dropout: float):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = Attention(width, heads)

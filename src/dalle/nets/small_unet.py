@@ -31,7 +31,7 @@ class Block(nn.Module):
     `modulation` (B, 4C): scales and shifts of both norms.
     """
 
-    def __init__(self, channels: int, head_dim: int, dropout: float | int):
+    def __init__(self, channels: int, head_dim: int, dropout: float):
         super().__init__()
         self.channels = channels
         self.norm1, self.norm2 = (GroupNorm(channels, affine=False) for _ in range(2))

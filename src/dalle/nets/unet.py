@@ -44,7 +44,7 @@ class ResBlock(nn.Module):
     `scale` and `shift` are those of the second norm ("adaGN"). `resample`: "down", "up" or "".
     """
 
-    def __init__(self, in_channels: int, out_channels: int, dropout: float | int = 0.0, resample: str = ""):
+    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0, resample: str = ""):
         super().__init__()
         self.out_channels, self.resample = out_channels, resample
         self.norm1 = GroupNorm(in_channels)
@@ -71,7 +71,7 @@ class Block(nn.Module):
     """A residual block, and attention behind it where `head_dim` is not 0."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, head_dim: int, dropout: float | int, resample: str = ""
+        self, in_channels: int, out_channels: int, head_dim: int, dropout: float, resample: str = ""
     ):
         super().__init__()
         self.residual = ResBlock(in_channels, out_channels, dropout, resample)

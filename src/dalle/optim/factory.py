@@ -77,7 +77,7 @@ class OptimizerFactory:
         own = [name for name in self.known if name not in ("params", "lr", "weight_decay")]
         return ", ".join(sorted({*own, *Options.__annotations__}))
 
-    def scale_lr(self, lr: float | int, memory: float | int = 1.0) -> "OptimizerFactory":
+    def scale_lr(self, lr: float, memory: float = 1.0) -> "OptimizerFactory":
         """A copy with all step sizes times `lr` and the decays of all averages to the power of `memory`."""
         made = copy.copy(self)
         made.lr, made.options = lr * self.lr, dict(self.options)
@@ -108,7 +108,7 @@ class OptimizerFactory:
                 "layers in lists and sequences of layers (nn.ModuleList, nn.Sequential); give optimizer=adamw"
             )
 
-    def build(self, net: nn.Module, total_steps: float | int) -> tuple[Optimizer, LambdaLR]:
+    def build(self, net: nn.Module, total_steps: float) -> tuple[Optimizer, LambdaLR]:
         """The optimizer of `net`'s trainable parameters and its schedule over `total_steps` (or inf)."""
         trainable = [p for p in net.parameters() if p.requires_grad]
         hidden = {id(p) for p in hidden_matrices(net)} if self.is_muon else set()
@@ -123,7 +123,7 @@ class OptimizerFactory:
         optimizer = self.algorithm([g for g in groups if g["params"]], lr=self.lr, **options)
         return optimizer, LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
 
-    def factor(self, step: int, total_steps: float | int) -> float | int:
+    def factor(self, step: int, total_steps: float) -> float:
         """Multiplier of the peak learning rate at optimizer step `step`."""
         rising = min(1.0, (step + 1) / (self.warmup + 1))
         if self.decay == "constant" or math.isinf(total_steps):

@@ -31,9 +31,7 @@ class Stage(lightning.LightningModule):
     net: Any  # an nn.Module with what `dalle.nets.interfaces` says of its stage's
     least_batch = 1  # pairs, pictures ... of a step, over all ranks
     makes_images = False  # whether `sample` gives pictures
-    clip: float | int | None = (
-        None  # trainer.gradient_clip_val of a stage that steps by itself: `manual_step`
-    )
+    clip: float | None = None  # trainer.gradient_clip_val of a stage that steps by itself: `manual_step`
     patience: int = PATIENCE  # steps in a row without numbers that end a run
 
     def __init__(self, optimizer: OptimizerFactory | None = None) -> None:
@@ -93,7 +91,7 @@ class Stage(lightning.LightningModule):
     def configure_gradient_clipping(
         self,
         optimizer: Any,
-        gradient_clip_val: float | int | None = None,
+        gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clips, and logs the norm there was before. Lightning itself logs none, refuses fused optimizers

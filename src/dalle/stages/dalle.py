@@ -87,10 +87,10 @@ class DalleStage(Stage):
     def sample(
         self,
         batch: Batch,
-        temperature: float | int | None = None,
+        temperature: float | None = None,
         top_k: int | None = None,
-        top_p: float | int | None = None,
-        guidance: float | int | None = None,
+        top_p: float | None = None,
+        guidance: float | None = None,
         prefix: Int64[Tensor, "B P"] | None = None,
         randn: Randn = torch.randn_like,
         on_step: OnStep | None = None,

@@ -77,8 +77,8 @@ class DecoderStage(Stage):
         self,
         batch: Batch,
         sampler: Sampler | None = None,
-        guidance: float | int | None = None,
-        text_guidance: float | int | None = None,
+        guidance: float | None = None,
+        text_guidance: float | None = None,
         randn: Randn = torch.randn_like,
         on_step: OnStep | None = None,
     ) -> Float[Tensor, "B 3 H W"]:
@@ -94,9 +94,7 @@ class DecoderStage(Stage):
         run = sampler or self.sampler
         return run(guided, noise, self.denoiser.schedule, randn=randn, on_step=on_step).clamp(-1, 1)
 
-    def branches(
-        self, batch: Batch, guidance: float | int, text_guidance: float | int | None
-    ) -> list[Branch]:
+    def branches(self, batch: Batch, guidance: float, text_guidance: float | None) -> list[Branch]:
         """The conditions under which estimates are made, and their weights."""
         text = batch["text_embed"]
         yes = torch.ones(len(text), dtype=torch.bool, device=text.device)

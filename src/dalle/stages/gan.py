@@ -192,7 +192,7 @@ def half(
     return loss(fake).mean() if wrong is None else (loss(fake).mean() + loss(wrong).mean()) / 2
 
 
-def r1(logits: Float[Tensor, "B"], image: Float[Tensor, "B 3 H W"], gamma: float | int) -> Float[Tensor, ""]:
+def r1(logits: Float[Tensor, "B"], image: Float[Tensor, "B 3 H W"], gamma: float) -> Float[Tensor, ""]:
     """gamma / 2 E |grad_x D(x)|^2 over true pictures (Mescheder et al. 2018, eq. 9), differentiable."""
     (gradient,) = torch.autograd.grad(logits.sum(), image, create_graph=True)
     return gamma / 2 * gradient.square().flatten(1).sum(1).mean()
@@ -207,7 +207,7 @@ def lazy(recipe: OptimizerFactory, every: int) -> OptimizerFactory:
     return recipe.scale_lr(c, c)
 
 
-def with_first_beta(recipe: OptimizerFactory, beta: float | int) -> OptimizerFactory:
+def with_first_beta(recipe: OptimizerFactory, beta: float) -> OptimizerFactory:
     """A copy of the recipe with another decay of the first moment, where it has one."""
     made = copy.copy(recipe)
     if "betas" in recipe.options:

@@ -106,7 +106,7 @@ class PriorStage(Stage):
         self,
         batch: Batch,
         sampler: Sampler | None = None,
-        guidance: float | int | None = None,
+        guidance: float | None = None,
         candidates: int | None = None,
         randn: Randn = torch.randn_like,
     ) -> Float[Tensor, "B E"]:

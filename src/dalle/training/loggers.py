@@ -113,7 +113,7 @@ class RunLogger(WandbLogger):
         artifact_gb: larger weights stay here; 0: all do.
     """
 
-    def __init__(self, logs: Path | None, artifact_gb: float | int, **options: Any) -> None:
+    def __init__(self, logs: Path | None, artifact_gb: float, **options: Any) -> None:
         super().__init__(**options)
         self.logs, self.artifact_gb = logs, artifact_gb
 

@@ -57,7 +57,7 @@ def total_steps(config: dict[str, Any], datamodule: Any, world: int) -> int | No
     return min((steps for steps in limits if steps >= 0), default=None)
 
 
-def whole_batches(batches: int, limit: float | int | None, accumulated: int) -> int:
+def whole_batches(batches: int, limit: float | None, accumulated: int) -> int:
     """Batches of an epoch that make up whole steps of `accumulated` ones; Lightning would take a step of
     however many are left over.
 
@@ -301,7 +301,7 @@ def upstream(datamodule: Any) -> list[str]:
     return [f"{name} {net.weights_hash}" for name, net in frozen_of(datamodule).items()]
 
 
-def in_bytes(n: float | int) -> str:
+def in_bytes(n: float) -> str:
     for unit in ("B", "KiB", "MiB"):
         if n < 1024:
             return f"{n:.3g} {unit}"
@@ -309,7 +309,7 @@ def in_bytes(n: float | int) -> str:
     return f"{n:.3g} GiB"
 
 
-def in_time(seconds: float | int) -> str:
+def in_time(seconds: float) -> str:
     minutes = seconds / 60
     if minutes < 2:
         return f"{seconds:.0f} s"
