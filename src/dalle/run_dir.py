@@ -26,7 +26,7 @@ from torch import nn
 
 from dalle.data.embed_norm import EmbedNorm
 from dalle.data.frozen import FrozenCLIP, FrozenTokenizer, tensors_hash, weights_hash
-from dalle.data.tokenizers import CaptionTokenizer, ClipBPE, load_tokenizer
+from dalle.data.tokenizers import TextTokenizer, load_tokenizer
 from dalle.errors import UserError
 from dalle.files import atomic_path, write_json
 from dalle.finite import check_finite
@@ -159,7 +159,7 @@ class Run:
         facts = {"schema": SCHEMA, "weights": weights_hash(net), **manifest}
         write_json(self.path / "manifest.json", facts)
 
-    def load_tokenizer(self) -> CaptionTokenizer | ClipBPE:
+    def load_tokenizer(self) -> TextTokenizer:
         """The run's text tokenizer. Raises UserError when it cannot be read."""
         return load_tokenizer(self.tokenizer)
 

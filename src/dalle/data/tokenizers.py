@@ -202,7 +202,7 @@ class ClipBPE:
         return cls(state["context_length"])
 
 
-def tokenizer_from_dict(state: dict[str, Any]) -> CaptionTokenizer | ClipBPE:
+def tokenizer_from_dict(state: dict[str, Any]) -> TextTokenizer:
     """The tokenizer that `to_dict` described. `kind` may be the name of a class of a trusted package."""
     kinds, kind = {"captions": CaptionTokenizer, "clip": ClipBPE}, state.get("kind")
     if isinstance(kind, str) and "." in kind and hasattr(own := listed(kind), "from_dict"):
@@ -217,7 +217,7 @@ def save_tokenizer(tokenizer: TextTokenizer, path: Path) -> None:
     write_json(path, tokenizer.to_dict(), indent=None)
 
 
-def load_tokenizer(path: Path) -> CaptionTokenizer | ClipBPE:
+def load_tokenizer(path: Path) -> TextTokenizer:
     """Reads what `save_tokenizer` wrote. Raises UserError when it is damaged."""
     advice = "restore it or train the stage again"
     state = read_json(path, TokenizerFile, advice)
