@@ -163,7 +163,7 @@ class Run:
         """The run's text tokenizer. Raises UserError when it cannot be read."""
         return load_tokenizer(self.tokenizer)
 
-    def load_tokenizer_of(self, network: str, length: int, vocab_size: int) -> CaptionTokenizer | ClipBPE:
+    def load_tokenizer_of(self, network: str, length: int, vocab_size: int) -> TextTokenizer:
         """The text tokenizer of the run's network, which reads `length` ids of `vocab_size`."""
         tokenizer = self.load_tokenizer()
         if tokenizer.context_length != length or tokenizer.vocab_size > vocab_size:
