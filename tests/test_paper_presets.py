@@ -1,13 +1,12 @@
 """The papers' sizes fit each other as ladders, on the meta device: nothing is computed."""
 
-import sys
 from typing import Any
 
 import pytest
 import torch
 from test_conf import config_of
-from tiny import ROOT
 
+from dalle.cli import train
 from dalle.data.frozen import FrozenCLIP, FrozenTokenizer
 from dalle.data.tokenizers import ClipBPE
 from dalle.instantiate import instantiate
@@ -94,11 +93,7 @@ def test_any_sampler_goes_with_them(name, sampler):
     )
 
 
-def test_what_is_missing_is_trained_at_the_papers_size(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
-    sys.modules.pop("train", None)
-    import train
-
+def test_what_is_missing_is_trained_at_the_papers_size():
     assert train.model_for("clip", ["model=prior_paper", "name=x"]) == "clip_paper"
     assert train.model_for("dvae", ["model=dalle_1b"]) == "dvae_paper"
     assert train.model_for("vqgan", ["model=dalle_paper"]) == "vqgan"  # there is none of a paper's size
