@@ -102,6 +102,10 @@ def thinned(column: Mapping[int, float], most: int = MOST_POINTS) -> tuple[list[
     if len(steps) > most:
         stretch = math.ceil(2 * len(steps) / most)
         parts = [steps[i : i + stretch] for i in range(0, len(steps), stretch)]
-        chosen = {step for part in parts for step in (min(part, key=column.get), max(part, key=column.get))}
+        chosen = {
+            step
+            for part in parts
+            for step in (min(part, key=column.__getitem__), max(part, key=column.__getitem__))
+        }
         steps = sorted(chosen | {steps[0], steps[-1]})
     return steps, [float(f"{column[step]:.6g}") for step in steps]
