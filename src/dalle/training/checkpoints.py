@@ -52,7 +52,8 @@ class DurableIO(TorchCheckpointIO):
             torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, **options: Any) -> dict[str, Any]:
-        checkpoint = super().load_checkpoint(path, map_location or "cpu", **options)
+        to_cpu = map_location or (lambda storage, place: storage)
+        checkpoint = super().load_checkpoint(path, to_cpu, **options)
         checkpoint["state_dict"] = as_today(checkpoint["state_dict"], self.stage)
         for state in checkpoint["callbacks"].values():
             if "average" in state:  # of `dalle.training.callbacks.Ema`
