@@ -70,10 +70,10 @@ _trusted: tuple[str, ...] = ()  # packages of the user's own, by `set_trusted`
 LONGEST = 200  # letters of a name
 
 
-def set_trusted(packages: Sequence[str] | None) -> None:
-    """What a command's own `trust` says, for this process: each entry point calls this once, before it
-    reads a run, and so does who loads runs from Python. Imports the packages, so that the samplers that
-    they register (`dalle.diffusion.samplers.register`) are there.
+def set_trusted(packages: Any) -> None:
+    """What a command's own `trust` says (a list of names; None: none), for this process: each entry point calls
+    this once, before it reads a run, and so does who loads runs from Python. Imports the packages, so that the
+    samplers that they register (`dalle.diffusion.samplers.register`) are there.
 
     Raises:
         UserError: no name of a package, one that is not the user's own, or one that cannot be imported.
