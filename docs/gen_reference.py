@@ -27,7 +27,8 @@ from dalle.ranges import describe  # noqa: E402
 
 COMMANDS = {"train": "Training", "sample": "Sampling", "evaluate": "Evaluation"}
 GROUPS = {  # in the order of the site; what is not here follows
-    "model": "Stages", "model/net": "Networks of a stage", "data": "Pictures and captions",
+    "model": "Stages", "model/datamodule": "DataModules of a stage",
+    "model/net": "Networks of a stage", "data": "Pictures and captions",
     "clip": "Frozen CLIPs",
     "tokenizer": "Tokenizers of captions", "image_tokenizer": "Image tokenizers", "optimizer": "Optimizers",
     "sampler": "Samplers", "precision": "Precision", "trainer": "Trainers", "callbacks": "Callbacks",
