@@ -71,9 +71,9 @@ LONGEST = 200  # letters of a name
 
 
 def set_trusted(packages: Any) -> None:
-    """What a command's own `trust` says (a list of names; None: none), for this process: each entry point calls
-    this once, before it reads a run, and so does who loads runs from Python. Imports the packages, so that the
-    samplers that they register (`dalle.diffusion.samplers.register`) are there.
+    """What a command's own `trust` says (a list of names; None: none), for this process: each entry point
+    calls this once, before it reads a run, and so does who loads runs from Python. Imports the packages, so
+    that the samplers that they register (`dalle.diffusion.samplers.register`) are there.
 
     Raises:
         UserError: no name of a package, one that is not the user's own, or one that cannot be imported.

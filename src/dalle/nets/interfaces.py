@@ -16,7 +16,14 @@ from dalle.errors import UserError
 
 
 @runtime_checkable
-class DecoderNet(Protocol):
+class Called(Protocol):
+    """A network is called as any `nn.Module`, by whose `__call__` its `forward` is reached."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+@runtime_checkable
+class DecoderNet(Called, Protocol):
     """Of `model=decoder`: noised pictures and what they are to show -> the denoiser's prediction.
 
     image_size: side of the pictures; channels: of x, 3; embed_dim: E, of CLIP's embeddings. `forward` gives
@@ -43,7 +50,7 @@ class DecoderNet(Protocol):
 
 
 @runtime_checkable
-class PriorNet(Protocol):
+class PriorNet(Called, Protocol):
     """Of `model=prior`: noised image embeddings and the caption -> the denoiser's prediction (B, E).
 
     A network may also have `prefix(text_embed, text_hidden, text_mask, keep_text=None) -> cache` for what is
@@ -65,7 +72,7 @@ class PriorNet(Protocol):
 
 
 @runtime_checkable
-class CLIPNet(Protocol):
+class CLIPNet(Called, Protocol):
     """Of `model=clip`, and frozen in the DataModules of prior and decoder.
 
     embed_dim: E; text_width: S, of the text states; context_length: T; vocab_size: of the ids; logit_scale:
@@ -91,7 +98,7 @@ class CLIPNet(Protocol):
 
 
 @runtime_checkable
-class ImageTokenizerNet(Protocol):
+class ImageTokenizerNet(Called, Protocol):
     """Of `model=dvae` and `model=vqgan` as the transformer sees it; codes are in [0, vocab_size), in rows.
 
     grid: side of the square of N = grid^2 codes. Where codes are digits, `levels` says of how many values.
@@ -142,7 +149,7 @@ class VQGANNet(ImageTokenizerNet, Protocol):
 
 
 @runtime_checkable
-class VAENet(Protocol):
+class VAENet(Called, Protocol):
     """Of `model=vae`: `forward` gives a reconstruction, and mean and log variance (B, Z) of the latent."""
 
     image_size: int
@@ -156,7 +163,7 @@ class VAENet(Protocol):
 
 
 @runtime_checkable
-class GeneratorNet(Protocol):
+class GeneratorNet(Called, Protocol):
     """Of `model=gan`: noise z and the caption -> a picture in [-1, 1]. latent_dim: Z."""
 
     image_size: int
@@ -175,7 +182,7 @@ class GeneratorNet(Protocol):
 
 
 @runtime_checkable
-class TransformerNet(Protocol):
+class TransformerNet(Called, Protocol):
     """Of `model=dalle`: captions (B, T), codes (B, N) -> logits of the next text token and of the next code.
 
     text_vocab, image_vocab: of the ids; codes: N. Drawing reads a caption once (`prefill`) and then writes a

@@ -110,7 +110,7 @@ def fresh(stage: Stage, trainer: lightning.Trainer) -> tuple[list[Optimizer], li
     """The optimizers and schedules that the stage would begin with; their steps are not known yet."""
 
     class NotBegun(type(trainer)):
-        estimated_stepping_batches = 1
+        estimated_stepping_batches = 1  # pyright: ignore[reportAssignmentType]: a property there
 
     stage.trainer = copy.copy(trainer)
     stage.trainer.__class__ = NotBegun
