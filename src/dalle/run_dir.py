@@ -143,7 +143,7 @@ class Run:
                         columns.setdefault(name, {})[step] = float(value)
         except (ValueError, TypeError, csv.Error) as error:
             line = rows.line_num + isinstance(error, csv.Error)
-            raise UserError(f"{path} is damaged in line {line} ({error}); {advice}") from None
+            raise UserError(f"{path} is damaged in line {line} ({str(error)[:200]}); {advice}") from None
         return columns
 
     def save(self, net: nn.Module, manifest: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -134,6 +135,11 @@ def compose(
     return jobs
 
 
+def numbered(work: Callable[[int], Any], _: DictConfig) -> Any:
+    """A launcher's job; at the top of a module, so that what is sent to other processes is its name."""
+    return work(HydraConfig.get().job.num)
+
+
 def launch(
     command: str, jobs: Sequence[list[str]], launcher: Sequence[str], work: Callable[[int], Any]
 ) -> list[Any]:
@@ -146,15 +152,12 @@ def launch(
     """
     returned: list[Any] = []
 
-    def numbered(_: DictConfig) -> Any:
-        return work(HydraConfig.get().job.num)
-
     def task(_: DictConfig) -> None:
         name = HydraConfig.get().job.config_name
         settings = [f"hydra.job.name={command}", *overrides[0], *launcher]
         config = hydra.compose(name, settings, return_hydra_config=True)
         context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
-        plugin = Plugins.instance().instantiate_launcher(context, numbered, config)
+        plugin = Plugins.instance().instantiate_launcher(context, partial(numbered, work), config)
         returned.extend(job.return_value for job in plugin.launch(overrides, initial_job_idx=0))
 
     overrides = [[word for word in words if not word.startswith("--")] for words in jobs]
