@@ -1,7 +1,7 @@
-# docker build -t dalle . && docker run --rm -v "$PWD/logs:/work/logs" dalle train.py model=clip
+# docker build -t dalle . && docker run --rm -v "$PWD/logs:/app/logs" dalle train.py model=clip
 # With a GPU: docker run --gpus all --shm-size 8g ...
 FROM python:3.11-slim
-WORKDIR /work
+WORKDIR /app
 # Dependencies first: they change less often than the code.
 COPY pyproject.toml constraints.txt README.md ./
 COPY src/dalle/__init__.py src/dalle/__init__.py
