@@ -11,9 +11,11 @@ from torch import nn
 from torch.utils.data import Dataset
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 from dalle.images import from_uint8
 from dalle.metrics.distances import (
+    FrechetDistance,
     enough_for_infinity,
     frechet,
     frechet_infinity,
@@ -22,7 +24,7 @@ from dalle.metrics.distances import (
     precision_recall,
 )
 from dalle.metrics.features import FeatureNet, random_features
-from dalle.metrics.frechet import FrechetDistance
+from dalle.metrics.metric import values_of
 from dalle.metrics.perceptual import RandomFeatures
 
 KNOWN = json.loads((ROOT / "tests" / "metrics" / "known_values.json").read_text())
@@ -90,15 +92,16 @@ def test_equal_to_torch_fidelity_on_the_same_pictures_and_features(pictures):
     assert 0 < recall.value < 1
 
 
-def test_equal_to_the_streaming_distance(pictures):
+def test_equal_to_the_distance_of_torchmetrics(pictures):
     real, generated = pictures
-    metric = FrechetDistance(RandomFeatures(), "fid_random")
-    metric.update(from_uint8(real), real=True)
-    metric.update(from_uint8(generated), real=False)
-    network = random_features()
-    assert frechet(network(real), network(generated)).value == pytest.approx(
-        metric.compute().item(), rel=1e-4
-    )
+    theirs = FrechetInceptionDistance(RandomFeatures())
+    theirs.update(real, real=True)
+    theirs.update(generated, real=False)
+    metric = FrechetDistance(random_features(), intervals=False)
+    metric.update(generated, [], range(70))
+    metric.update(from_uint8(real), [], range(90), real=True)
+    (value,) = values_of([metric]).values()
+    assert value == pytest.approx(theirs.compute().item(), rel=1e-4)
 
 
 def test_exact_gaussians():

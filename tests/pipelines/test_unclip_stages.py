@@ -10,14 +10,14 @@ from dalle.data.tokenizers import CaptionTokenizer
 from dalle.diffusion.denoiser import Denoiser
 from dalle.diffusion.samplers import Sampler
 from dalle.diffusion.schedule import Schedule
-from dalle.metrics.generation import GenerationMetrics
-from dalle.metrics.judge import Judge
+from dalle.metrics.metric import update_all, values_of
 from dalle.nets.clip import CLIP
 from dalle.nets.prior import Prior
 from dalle.nets.unet import UNet
 from dalle.pipelines.unclip import UnCLIP
 from dalle.stages.decoder import DecoderStage
 from dalle.stages.prior import PriorStage
+from dalle.training.callbacks import usual_metrics
 
 E, T, D, SIZE = 16, 24, 32, 16
 
@@ -112,10 +112,9 @@ def test_the_table_of_the_data_sets_own_pictures_is_perfect(clip, tmp_path, monk
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     source = Shapes("test", image_size=32, size=64)
     images, captions = source.images(range(64)), source.captions_of(range(64))
-    groups = ["unseen" if unseen else "seen" for unseen in source.unseen(range(64)).tolist()]
-    metrics = GenerationMetrics(clip, Judge())
-    metrics.update(images, images, captions, groups)
-    table = metrics.compute()
+    metrics = usual_metrics(clip, judged=True)
+    update_all(metrics, images, images, captions, range(len(images)))
+    table = values_of(metrics)
     assert table["fid_clip"] == pytest.approx(0, abs=1e-4)
     assert table["judge/all"] == table["judge/seen/all"] == table["judge/unseen/all"] == 1
     assert {"judge/colour", "judge/shape", "judge/relation", "judge/seen/position"} <= table.keys()

@@ -368,7 +368,7 @@ class Copyist(Line):
 class Clip(nn.Module):
     """Means of colours as embeddings."""
 
-    embed_dim = 3
+    embed_dim, image_size = 3, 32
 
     def embed_image(self, image):
         return image.flatten(2).mean(2) + torch.tensor([2.0, 0, 0])

@@ -15,6 +15,7 @@ from dalle.data.shapes import Shapes
 from dalle.errors import UserError
 from dalle.images import GAP
 from dalle.metrics.codebook_usage import CodeUse
+from dalle.metrics.distances import FrechetDistance
 from dalle.stages.base import Stage
 from dalle.training.reconstructions import Reconstructions, log_histogram, sheet
 
@@ -42,7 +43,11 @@ def run(tmp_path, stage, split: str = "val", step: int = 5, codes: bool = True, 
     callback = Reconstructions(tmp_path, **options)
     for part in (range(8), range(8, 16)):
         image = source.images(part)
-        batch = {"image": image, "caption": [source.captions(i)[0] for i in part]}
+        batch = {
+            "image": image,
+            "index": torch.tensor(part),
+            "caption": [source.captions(i)[0] for i in part],
+        }
         outputs = {"loss": torch.zeros(()), "reconstruction": image}
         if codes:
             outputs["codes"] = torch.tensor([[0, 1]]).expand(8, 2)
@@ -64,7 +69,7 @@ def test_figures_and_a_sheet(tmp_path):
     assert path.name == "reconstruction-0000005.png"
     with Image.open(path) as picture:
         assert picture.width >= 3 * 128
-    assert callback.metrics is None  # the next validation begins anew
+    assert callback.metrics == []  # the next validation begins anew
     assert callback.due == 1000
 
 
@@ -95,7 +100,7 @@ def test_a_collapsed_codebook_is_told(tmp_path, caplog):
         assert not caplog.records
         stage = Copy(vocab_size=64)
         callback = Reconstructions(tmp_path)
-        callback.metrics, callback.codes = Mock(compute=dict), CodeUse(64)
+        callback.metrics, callback.codes = [Mock(spec=FrechetDistance, compute=dict)], CodeUse(64)
         callback.codes.update(torch.zeros(4, 200, dtype=torch.int64))
         callback.tell(Mock(spec=lightning.Trainer, is_global_zero=True, loggers=[]), stage, "val")
     (record,) = caplog.records

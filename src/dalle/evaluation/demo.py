@@ -22,12 +22,13 @@ from dalle.files import write_json
 from dalle.images import from_uint8, to_uint8
 from dalle.machine import fast_in_bf16
 from dalle.metrics.chance import chance
-from dalle.metrics.generation import GenerationMetrics
 from dalle.metrics.intervals import of_share
 from dalle.metrics.judge import Judge
+from dalle.metrics.metric import update_all, values_of
 from dalle.pipelines.load import Loaded, load_dalle, load_unclip
 from dalle.ranges import PositiveInt, Seed, describe, fits
 from dalle.run_dir import Run
+from dalle.training.callbacks import usual_metrics
 
 KINDS = {"one object": "one", "two objects, relation": "two"}
 
@@ -52,10 +53,11 @@ def measure(loaded: Loaded, n: int, seed: int, batch_size: int, split: str = "te
     precision = "bf16" if fast_in_bf16() else "fp32"
     images = pipeline.sample(captions, seed=seed, batch_size=batch_size, precision=precision)
     seconds = time.perf_counter() - started
-    metrics = GenerationMetrics(pipeline.clip)
-    metrics.update(images, torch.cat(real), captions)
+    metrics = usual_metrics(pipeline.clip, judged=False)
+    update_all(metrics, images, torch.cat(real), captions, range(len(images)))
+    table = {name.removesuffix("_biased"): value for name, value in values_of(metrics).items()}
     judged = verdicts(from_uint8(to_uint8(images)).cpu(), captions, captions_read(loaded.paths))
-    return {**metrics.compute(), **judged, "seconds_per_image": seconds / len(images)}
+    return {**table, **judged, "seconds_per_image": seconds / len(images)}
 
 
 def verdicts(images: Tensor, captions: list[str], read: set[str]) -> dict[str, float]:

@@ -20,10 +20,11 @@ from tqdm import tqdm
 from dalle.data.embedding_cache import BrokenCache, cache_key, open_or_build, read_meta
 from dalle.data.sources import captions_of, identity_collate
 from dalle.errors import UserError
-from dalle.evaluation.metrics import Distances, Meter, Rows
 from dalle.evaluation.plan import Plan
 from dalle.images import from_uint8, save_png, to_pil, to_uint8
 from dalle.machine import is_main_process, peak_memory
+from dalle.metrics.distances import FrechetDistance
+from dalle.metrics.metric import EvaluationMetric, Rows
 
 SHOWN = 16  # in the grid
 
@@ -35,29 +36,29 @@ class Evaluator(lightning.LightningModule):
         super().__init__()
         self.plan, self.cache, self.work = plan, cache, work
         self.batch_size, self.save_pictures = batch_size, save_pictures
-        nets = [meter.network.owner for meter in plan.meters if isinstance(meter, Distances)]
+        nets = [metric.network.owner for metric in plan.metrics if isinstance(metric, FrechetDistance)]
         self.parts = nn.ModuleList([plan.target.module, *nets, *([plan.scorer] if plan.scorer else [])])
-        self.rows: dict[str, list[Rows]] = defaultdict(list)
+        self.rows: dict[str, list[Tensor]] = defaultdict(list)  # what targets measure on the way
         self.seconds: list[tuple[float, int]] = []
         self.shown: dict[int, Tensor] = {}
         self.bar = tqdm(disable=True)
         self.kept = {
-            k: kept for k, meter in enumerate(plan.meters) if (kept := self.reference(meter)) is not None
+            k: kept for k, metric in enumerate(plan.metrics) if (kept := self.reference(metric)) is not None
         }
 
-    def reference(self, meter: Meter) -> Rows | None:
+    def reference(self, metric: EvaluationMetric) -> Rows | None:
         """The rows of the real pictures, where they are kept; nothing where none are needed."""
-        path = self.reference_path(meter)
-        return ({} if meter.key is None else None) if path is None or not path.exists() else read_rows(path)
+        path = self.reference_path(metric)
+        return {} if path is None else read_rows(path) if path.exists() else None
 
-    def reference_path(self, meter: Meter) -> Path | None:
+    def reference_path(self, metric: EvaluationMetric) -> Path | None:
         source = self.plan.source
-        facts = [meter.key, source.fingerprint(), source.image_size, self.plan.real]
-        return None if meter.key is None else self.cache / cache_key("real pictures", *facts)
+        facts = [metric.reference, source.fingerprint(), source.image_size, self.plan.real]
+        return None if metric.reference is None else self.cache / cache_key("real pictures", *facts)
 
     def predict_dataloader(self) -> DataLoader:
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        real = self.plan.real if len(self.kept) < len(self.plan.meters) else 0
+        real = self.plan.real if len(self.kept) < len(self.plan.metrics) else 0
         made, real = (range(n)[rank::world] for n in (self.plan.made, real))
         self.bar = tqdm(
             total=len(made) + len(real), desc="evaluating", unit="image", disable=None if not rank else True
@@ -91,9 +92,10 @@ class Evaluator(lightning.LightningModule):
                 "try precision=fp32, and look whether the training ended well"
             )
         image = to_uint8(made).to(self.device)
-        self.note("extra", items, extra)
-        for k, meter in enumerate(plan.meters):
-            self.note(f"made {k}", items, meter.rows(image, captions, items))
+        for name, values in {"item": torch.tensor(items), **extra}.items():
+            self.rows[name].append(values.detach().cpu())
+        for metric in plan.metrics:
+            metric.update(image, captions, items)
         for item, picture in zip(items, image.cpu(), strict=True):
             if item < SHOWN:
                 self.shown[item] = picture
@@ -103,38 +105,25 @@ class Evaluator(lightning.LightningModule):
     def look_at_real(self, items: list[int]) -> None:
         image = to_uint8(self.plan.source.images(items)).to(self.device)
         captions = [some[0] for some in captions_of(self.plan.source, items)]
-        for k, meter in enumerate(self.plan.meters):
+        for k, metric in enumerate(self.plan.metrics):
             if k not in self.kept:
-                self.note(f"real {k}", items, meter.rows(image, captions, items))
-
-    def note(self, name: str, items: list[int], rows: Rows) -> None:
-        self.rows[name].append(
-            {"item": torch.tensor(items), **{k: v.detach().cpu() for k, v in rows.items()}}
-        )
-
-
-class Rank:
-    """The rows, times and pictures of this rank; `pool` gives those of all, on every rank."""
-
-    def __init__(self, looking: Evaluator) -> None:
-        merged = {name: {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
-                  for name, parts in looking.rows.items()}  # fmt: skip
-        memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory()
-        self.own = {"rows": merged, "seconds": looking.seconds, "shown": looking.shown, "memory": memory}
+                metric.update(image, captions, items, real=True)
 
     def pool(self) -> dict[str, Any]:
-        ranks: list[Any] = [self.own]
+        """Rows, times and pictures of all ranks, on every rank, which must all call it."""
+        memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory()
+        own = {"rows": {name: torch.cat(parts) for name, parts in self.rows.items()},
+               "seconds": self.seconds, "shown": self.shown, "memory": memory}  # fmt: skip
+        ranks: list[Any] = [own]
         if distributed.is_available() and distributed.is_initialized():
             ranks = [None] * distributed.get_world_size()
-            distributed.all_gather_object(ranks, self.own)
-        rows: dict[str, Rows] = {}
-        for name in {name for rank in ranks for name in rank["rows"]}:
-            parts = [rank["rows"][name] for rank in ranks if name in rank["rows"]]
-            order = torch.cat([part["item"] for part in parts]).argsort()
-            keys = [key for key in parts[0] if key != "item"]
-            rows[name] = {key: torch.cat([part[key] for part in parts])[order] for key in keys}
+            distributed.all_gather_object(ranks, own)
+        parts = [rank["rows"] for rank in ranks if rank["rows"]]
+        rows = {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+        order = rows.pop("item", torch.zeros(0)).argsort()
         return {
-            "rows": rows,
+            "metrics": [metric.pooled() for metric in self.plan.metrics],
+            "extra": {name: values[order] for name, values in rows.items()},
             "seconds": [rank["seconds"] for rank in ranks],
             "shown": {item: picture for rank in ranks for item, picture in rank["shown"].items()},
             "memory": max(rank["memory"] for rank in ranks),

@@ -11,11 +11,12 @@ import torch
 from dalle.data.shapes import Shapes
 from dalle.data.sources import Source
 from dalle.errors import UserError
-from dalle.evaluation.metrics import NEEDS, Distances, Meter, Scores, Verdicts, ZeroShot
 from dalle.evaluation.results import Result, machine
 from dalle.evaluation.targets import Clip, Target, classes_of, scorer_of
 from dalle.instantiate import instantiate
+from dalle.metrics.clip_score import CLIPScore, ZeroShotAccuracy
 from dalle.metrics.distances import (
+    DISTANCES,
     FEWER,
     LARGE,
     NEIGHBOURS,
@@ -23,6 +24,7 @@ from dalle.metrics.distances import (
     SPLITS,
     SUBSET_SIZE,
     SUBSETS,
+    FrechetDistance,
     enough_for_infinity,
 )
 from dalle.metrics.features import (
@@ -33,10 +35,28 @@ from dalle.metrics.features import (
     random_features,
 )
 from dalle.metrics.intervals import RESAMPLES
+from dalle.metrics.judge_accuracy import JudgeAccuracy
+from dalle.metrics.metric import EvaluationMetric
+from dalle.metrics.reconstruction import Perceptual
 from dalle.pipelines.load import PUBLIC, load_any_clip
 from dalle.ranges import PositiveInt, Seed, Side, Text
 from dalle.trust import composed, listed
 
+NEEDS = {  # metric -> the fewest pictures it can be made of
+    "fid": 2,
+    "kid": 2,
+    "fid_infinity": 2,  # and more the more dimensions features have
+    "inception": 10,
+    "precision_recall": 4,
+    "clip_score": 1,
+    "retrieval": 2,
+    "hard_negatives": 1,
+    "judge": 1,
+    "reconstruction": 1,
+    "zero_shot": 2,
+    "speed": 1,
+    "flops": 1,
+}
 SCORES = ("clip_score", "retrieval", "hard_negatives")
 USUAL = 1000  # pictures, where nobody says how many
 
@@ -47,6 +67,8 @@ def check_settings(
     seed: Seed,
     batch_size: PositiveInt,
     metrics: list[str] | None,
+    extra_metrics: list[dict[str, Any]] | None,
+    perceptual: Perceptual | None,
     features: Text | None,
     inception: Text | None,
     download: bool,
@@ -63,10 +85,10 @@ def check_settings(
     for name in metrics or ():
         if name not in NEEDS:
             raise UserError(f"there is no metric {name!r}; there are {', '.join(NEEDS)}")
-    if features and metrics and not set(metrics) & set(Target.metrics):
+    if features and metrics and not set(metrics) & set(DISTANCES):
         raise UserError(
             f"features={features}: none of metrics={','.join(metrics)} looks at features; leave it out, "
-            f"or add one of {', '.join(Target.metrics)}"
+            f"or add one of {', '.join(DISTANCES)}"
         )
 
 
@@ -98,14 +120,14 @@ class Plan:
         self.notes = list(target.notes)
         self.made, self.real = self.numbers(config)
         self.captions = target.captions(source, self.made or self.real)
-        self.metrics = self.affordable(config["metrics"])
+        self.wanted = self.affordable(config["metrics"])
         wanted = target.captioned or config["features"] in (None, "clip")
         self.scorer = scorer_of(config, target) if wanted else None
-        self.meters = list(self.choose_meters(config))
+        self.metrics = list(self.choose_metrics(config))
         self.result = Result(
             target.facts,
             self.protocol(config),
-            self.metrics,
+            self.wanted,
             notes=self.notes,
             parameters=dict(target.parameters),
         )
@@ -146,7 +168,7 @@ class Plan:
                 self.notes.append(f"{name} is left out: it needs {NEEDS[name]} pictures, there are {fewest}")
         return kept
 
-    def choose_meters(self, config: dict[str, Any]) -> Iterator[Meter]:
+    def choose_metrics(self, config: dict[str, Any]) -> Iterator[EvaluationMetric]:
         """Those that can be had. A metric that was asked for by name and cannot is refused."""
         asked, lacking = config["metrics"] or (), {}
         fewest = min(self.made or self.real, self.real)
@@ -156,8 +178,8 @@ class Plan:
             classes = classes_of(self.source, range(self.real))
             if classes is None:
                 lacking["zero_shot"] = "the data have no classes (data=imagefolder has)"
-            yield ZeroShot(self.metrics, self.scorer, classes)
-        distances = [m for m in Target.metrics if m in self.metrics]
+            yield ZeroShotAccuracy(self.scorer, self.wanted, classes)
+        distances = [m for m in DISTANCES if m in self.wanted]
         network = self.features(config) if distances else None
         if network is None:
             reason = (
@@ -176,26 +198,27 @@ class Plan:
                     "it reads the logits of Inception: give its weights with inception=FILE"
                 )
             there = [metric for metric in distances if metric not in lacking]
-            yield Distances(there, network, self.target.prefix)
-        scores = [m for m in SCORES if m in self.metrics and self.target.makes]
+            yield FrechetDistance(network, there, self.target.prefix)
+        scores = [m for m in SCORES if m in self.wanted and self.target.makes]
         if "hard_negatives" in scores and not shapes:
             scores.remove("hard_negatives")
             lacking["hard_negatives"] = (
                 "it swaps words of the captions of data=shapes; retrieval takes any captions (R-precision)"
             )
         if scores and self.scorer and captioned:
-            yield Scores(scores, self.scorer)
+            yield CLIPScore(self.scorer, scores)
         elif scores:
             reason = "there is no CLIP: give scorer=RUN" if captioned else "not every picture has a caption"
             lacking |= dict.fromkeys(scores, reason)
-        if "judge" in self.metrics and shapes and captioned:
-            yield Verdicts(["judge"], self.target.captions_read)
-        elif "judge" in self.metrics:
+        if "judge" in self.wanted and shapes and captioned:
+            yield JudgeAccuracy(self.target.captions_read)
+        elif "judge" in self.wanted:
             lacking["judge"] = "it reads captioned pictures of data=shapes only"
         for name, reason in lacking.items():
             if name in asked:
                 raise UserError(f"{name} cannot be measured here: {reason}")
-        self.metrics = [name for name in self.metrics if name not in lacking]
+        self.wanted = [name for name in self.wanted if name not in lacking]
+        yield from extra_metrics(config["extra_metrics"] or [])
 
     def features(self, config: dict[str, Any]) -> FeatureNet | None:
         """The feature network that is named; without a name Inception where it is here, else a CLIP."""
@@ -220,7 +243,8 @@ class Plan:
 
     def protocol(self, config: dict[str, Any]) -> dict[str, Any]:
         """Everything but the target that figures depend on."""
-        return {
+        own = {key: config[key] for key in ("extra_metrics", "perceptual") if config[key]}
+        return own | {
             "pictures": self.made,
             "real_pictures": self.real,
             "split": config["split"],
@@ -238,9 +262,9 @@ class Plan:
                 "precision_recall": f"{NEIGHBOURS} neighbours, features centred, float64",
                 "fid_infinity": f"a line through 1 to {PARTS} parts of both sets",
             },
-            "features": next((m.key for m in self.meters if isinstance(m, Distances)), None),
-            "judge": JUDGED if any(isinstance(m, Verdicts) for m in self.meters) else None,
-            "scorer": next((m.key for m in self.meters if isinstance(m, Scores)), None),
+            "features": next((m.reference for m in self.metrics if isinstance(m, FrechetDistance)), None),
+            "judge": JUDGED if any(isinstance(m, JudgeAccuracy) for m in self.metrics) else None,
+            "scorer": next((m.reference for m in self.metrics if isinstance(m, CLIPScore)), None),
             "interval": "95 %: of shares Wilson's; of FID at infinity a jackknife of ten groups; of others "
             f"{RESAMPLES} resamples of the pictures ({FEWER} for FID of more than {LARGE} features), so that "
             "of FID is of the estimate at this many pictures",
@@ -251,6 +275,15 @@ class Plan:
             "machine": machine(),
             "processes": config["trainer"]["devices"],
         }
+
+
+def extra_metrics(nodes: list[dict[str, Any]]) -> list[EvaluationMetric]:
+    """Those of your own, named by the configuration."""
+    made = [instantiate(node, f"extra_metrics[{k}]") for k, node in enumerate(nodes)]
+    for k, metric in enumerate(made):
+        if not isinstance(metric, EvaluationMetric):
+            raise UserError(f"extra_metrics[{k}] must be an EvaluationMetric, got {type(metric).__name__}")
+    return made
 
 
 def short(name: str) -> str:

@@ -17,7 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.flop_counter import FlopCounterMode
 
 from dalle.errors import UserError
-from dalle.evaluation.evaluator import Evaluator, Rank, keep_rows
+from dalle.evaluation.evaluator import Evaluator, keep_rows
 from dalle.evaluation.plan import Plan, check_settings, source_of
 from dalle.evaluation.results import FILE, find, publish, workplace
 from dalle.evaluation.targets import target_of
@@ -99,7 +99,7 @@ def look_and_publish(
         trainer.predict(looking, return_predictions=False)
     except SystemExit as left:  # what Lightning makes of Ctrl-C
         raise KeyboardInterrupt from left
-    pooled = Rank(looking).pool()
+    pooled = looking.pool()
     if not trainer.is_global_zero:
         return None
     finish(plan, looking, pooled, work)
@@ -131,19 +131,19 @@ def make_trainer(config: dict[str, Any]) -> lightning.Trainer:
 
 def finish(plan: Plan, looking: Evaluator, pooled: dict[str, Any], work: Path) -> None:
     """Computes the figures and writes everything into `work`."""
-    result, rows = plan.result, pooled["rows"]
-    for k, meter in enumerate(plan.meters):
-        real = looking.kept.get(k)
-        if real is None:
-            real = rows[f"real {k}"]
-            keep_rows(looking.reference_path(meter), real)
-        result.figures |= meter.figures(rows.get(f"made {k}", {}), real, plan.captions)
-        result.notes += meter.notes
-    if rows.get("extra"):
-        result.figures |= plan.target.figures(rows["extra"])
-    if "speed" in plan.metrics:
+    result = plan.result
+    for k, (metric, (made, real)) in enumerate(zip(plan.metrics, pooled["metrics"], strict=True)):
+        if k in looking.kept:
+            real = looking.kept[k]
+        else:
+            keep_rows(looking.reference_path(metric), real)
+        result.figures |= metric.figures(made, real, plan.captions)
+        result.notes += metric.notes
+    if pooled["extra"]:
+        result.figures |= plan.target.figures(pooled["extra"])
+    if "speed" in plan.wanted:
         result.figures |= speed(pooled["seconds"], pooled["memory"])
-    if "flops" in plan.metrics:
+    if "flops" in plan.wanted:
         result.figures["gflops_per_image"] = exact(flops(plan) / 1e9)
     if result.parameters:
         result.figures["parameters"] = exact(sum(result.parameters.values()))

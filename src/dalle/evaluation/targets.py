@@ -17,10 +17,6 @@ from jaxtyping import Float
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch import Tensor, nn
-from torchmetrics.functional.image import (
-    peak_signal_noise_ratio,
-    structural_similarity_index_measure,
-)
 
 from dalle.data.caption_files import CaptionFiles
 from dalle.data.file_listing import list_files
@@ -31,12 +27,15 @@ from dalle.data.scenes import COLOURS, SHAPES
 from dalle.data.shapes import Shapes
 from dalle.data.sources import Source, captions_of
 from dalle.errors import UserError
-from dalle.evaluation.metrics import Classes, Rows
 from dalle.evaluation.results import identity
 from dalle.evaluation.seen_captions import captions_read
-from dalle.images import from_uint8, to_uint8
+from dalle.images import from_uint8
+from dalle.metrics.clip_score import Classes
 from dalle.metrics.codebook_usage import code_use
+from dalle.metrics.distances import DISTANCES
 from dalle.metrics.intervals import Figure, exact, of_mean
+from dalle.metrics.metric import Rows
+from dalle.metrics.reconstruction import Likeness, Perceptual, likeness
 from dalle.pipelines.load import load_any_clip
 from dalle.pipelines.recipe import SampleRecipe
 from dalle.pipelines.sampling import arguments, kind_of, make_recipe
@@ -72,7 +71,7 @@ class Target:
     makes = captioned = True
     prefix = ""
     pictures: int | None = None
-    metrics: tuple[str, ...] = ("fid", "kid", "fid_infinity", "inception", "precision_recall")
+    metrics: tuple[str, ...] = DISTANCES
     skipped = 0
     captions_read: Callable[[], set[str]] | None = None
     notes: tuple[str, ...] = ()
@@ -143,7 +142,8 @@ class Tokenizer(Target):
     metrics = (*Target.metrics, "judge", "reconstruction")
     prefix = "r"
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, perceptual: Perceptual | None = None) -> None:
+        self.perceptual: Perceptual | None = Likeness(perceptual).perceptual
         self.module: FrozenTokenizer = load_image_tokenizer(path)  # pyright: ignore[reportIncompatibleVariableOverride]: a kind of
         run = Run(Path(path))
         self.home, self.data = run.path.parent, run.source()
@@ -159,14 +159,10 @@ class Tokenizer(Target):
         real = source.images(items).to(device)
         codes = self.module.encode(real)
         made = self.module.decode(codes)
-        pair = to_uint8(made).float(), to_uint8(real).float()
-        noise = peak_signal_noise_ratio(*pair, data_range=255.0, reduction="none", dim=(1, 2, 3))
-        likeness = structural_similarity_index_measure(*pair, data_range=255.0, reduction="none")
-        assert isinstance(likeness, Tensor)
-        return made, {"psnr": noise, "ssim": likeness.reshape(-1), "codes": codes}
+        return made, {**likeness(made, real, self.perceptual), "codes": codes}
 
     def figures(self, rows: Rows) -> dict[str, Figure]:
-        means = {name: of_mean(rows[name]) for name in ("psnr", "ssim")}
+        means = {name: of_mean(values) for name, values in rows.items() if name != "codes"}
         use = code_use(torch.bincount(rows["codes"].flatten(), minlength=self.module.vocab_size))
         return means | {name: exact(value.item()) for name, value in use.items()}
 
@@ -272,6 +268,8 @@ def target_of(config: dict[str, Any]) -> Target:
         UserError: several of them, a run of a stage that is part of a pipeline only, runs that are missing.
     """
     run, folder = config["run"], config["folder"]
+    if config["perceptual"] and not run:
+        raise UserError("perceptual= is of reconstructions: give run= of a dvae or vqgan, or leave it out")
     if run and folder:
         raise UserError("give run= or folder=, not both")
     if folder:
@@ -285,7 +283,7 @@ def target_of(config: dict[str, Any]) -> Target:
     if stage == "clip":
         return Clip(run)
     if stage in IMAGE_TOKENIZERS:
-        return Tokenizer(run)
+        return Tokenizer(run, config["perceptual"])
     raise UserError(
         f"run={run} holds a {stage}, which is measured as part of a pipeline: give pipeline= and name="
     )

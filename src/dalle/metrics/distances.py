@@ -7,18 +7,32 @@ estimate at this many pictures, which is biased upwards; FID at infinity and its
 distributions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
-from dalle.metrics.intervals import GROUPS, RESAMPLES, SEED, Figure, around, counts, jackknife, of_share
+from dalle.errors import UserError
+from dalle.metrics.features import FeatureNet
+from dalle.metrics.intervals import (
+    GROUPS,
+    RESAMPLES,
+    SEED,
+    UNKNOWN,
+    Figure,
+    around,
+    counts,
+    jackknife,
+    of_share,
+)
+from dalle.metrics.metric import EvaluationMetric, Rows
 
 SUBSETS, SUBSET_SIZE = 100, 1000  # of KID; with fewer pictures one subset is all of them
 SPLITS = 10  # of the inception score
+DISTANCES = ("fid", "kid", "fid_infinity", "inception", "precision_recall")
 NEIGHBOURS = 3  # of precision and recall
 LARGE, FEWER = 512, 50  # with more dimensions than this, FID is resampled less often: it takes a second each
 KID_PICTURES = 5000  # on so many at most the interval of KID is estimated
@@ -26,15 +40,21 @@ PARTS = 4  # of FID at infinity: the set is cut into 1, 2, ... so many parts
 ROWS = 2048  # of a matrix of pairs at a time
 
 
-def frechet(real: Float[Tensor, "m d"], generated: Float[Tensor, "n d"]) -> Figure:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al. 2017, eq. 6), unbiased covariances.
+def frechet(real: Float[Tensor, "m d"], generated: Float[Tensor, "n d"], interval: bool = True) -> Figure:
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) (Heusel et al. 2017, eq. 6), unbiased covariances; nan with
+    fewer than two pictures of either kind, which have none.
 
     With C1 = R R', the trace of the root of C1 C2 is that of the symmetric R' C2 R; R is computed once.
+    Without the `interval`, which takes most of the time, its ends are nan.
     """
+    if min(len(real), len(generated)) < 2:
+        return UNKNOWN
     distance, n = _distance(real, generated), len(generated)
+    value = distance(torch.ones(n, dtype=torch.float64)).item()
+    if not interval:
+        return UNKNOWN._replace(value=value)
     resamples = RESAMPLES if real.shape[1] <= LARGE else FEWER
-    drawn = torch.stack([distance(count) for count in counts(n, resamples)])
-    return around(distance(torch.ones(n, dtype=torch.float64)).item(), drawn)
+    return around(value, torch.stack([distance(count) for count in counts(n, resamples)]))
 
 
 def _distance(
@@ -158,3 +178,66 @@ def _within(points: Float[Tensor, "p d"], others: Float[Tensor, "o d"], neighbou
     parts = others.split(ROWS)  # the nearest of all to a point is itself
     radius = torch.cat([torch.cdist(p, others).kthvalue(neighbours + 1).values for p in parts])
     return torch.cat([(torch.cdist(part, others) <= radius).any(1) for part in points.split(ROWS)])
+
+
+class FrechetDistance(EvaluationMetric):
+    """FID, and by name of `which` whatever else comes of the same features: FID at infinity, KID, inception
+    score, precision and recall.
+
+    Args:
+        prefix: of the figures' names: `rfid`.
+        intervals: whether FID has one, which takes most of the time.
+    """
+
+    columns = ("features",)
+
+    def __init__(
+        self, network: FeatureNet, which: Sequence[str] = ("fid",), prefix: str = "", intervals: bool = True
+    ) -> None:
+        super().__init__()
+        self.network, self.which, self.prefix, self.intervals = network, which, prefix, intervals
+
+    @property
+    def reference(self) -> dict:
+        return self.network.facts
+
+    def rows(self, image: UInt8[Tensor, "B 3 H W"], captions: list[str]) -> Rows:
+        return {"features": self.network(image)}
+
+    def called(self, figure: str) -> str:
+        return self.prefix + self.network.called(figure)
+
+    def figures(self, made: Rows, real: Rows, captions: list[str]) -> dict[str, Figure]:
+        """The name of a distance that is mostly bias says so: `fid_biased`."""
+        sets = real["features"], made["features"]
+        for features, whose in zip(sets, ("real", "evaluated"), strict=True):
+            if bad := int((~features.isfinite().all(1)).sum()):
+                raise UserError(
+                    f"the features of {bad} of {len(features)} {whose} pictures are not finite; "
+                    "are the feature network's weights whole?"
+                )
+        found = {}
+        if "fid" in self.which:
+            fewest, dimension = min(map(len, sets)), sets[0].shape[1]
+            name = self.called("fid")
+            if fewest <= dimension:
+                self.notes.append(
+                    f"{name}_biased: {fewest} pictures are too few for {dimension} features; the figure is "
+                    "mostly bias, compare it only with figures of as many pictures"
+                )
+                name = f"{name}_biased"
+            elif self.intervals:
+                self.notes.append(
+                    f"{name}: the interval is of the estimate at n={fewest}, not of the distance of endless "
+                    f"pictures, which is lower ({self.called('fid_infinity')})"
+                )
+            found[name] = frechet(*sets, self.intervals)
+        if "fid_infinity" in self.which:
+            found[self.called("fid_infinity")] = frechet_infinity(*sets)
+        if "kid" in self.which:
+            found[self.called("kid")] = kid(*sets)
+        if "inception" in self.which and self.network.head is not None:
+            found["inception_score"] = inception_score(sets[1] @ self.network.head.cpu().T)
+        if "precision_recall" in self.which:
+            found[self.called("precision")], found[self.called("recall")] = precision_recall(*sets)
+        return found

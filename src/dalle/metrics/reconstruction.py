@@ -1,76 +1,63 @@
 """How well an autoencoder gives pictures back, as the 8 bits they are saved with.
 
-psnr, ssim              against the originals (dB over all pixels; mean over pictures)
-rfid or rfid_random     distance of the two sets; the name says whose features: the FID Inception's, or
-                        a fixed random network's, which compares only with itself
-judge_reconstruction    share of pictures in which the judge of `shapes` finds all of the caption
+psnr, ssim              against the originals, means over pictures (dB; -1 to 1)
+lpips, perceptual_*     as a network sees them, where one is named: see `perceptual.py`
 """
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from functools import cache
+from typing import Literal
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
-from torchmetrics import MeanMetric
-from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+from torch import Tensor, nn
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from dalle.images import from_uint8, to_uint8
-from dalle.metrics.frechet import FrechetDistance, find_inception
-from dalle.metrics.perceptual import RandomFeatures
+from dalle.metrics.metric import EvaluationMetric, Rows
+from dalle.metrics.perceptual import perceptual_distance
 
-Judge = Callable[[Tensor, list[str]], dict[str, Tensor]]
+Perceptual = Literal["vgg", "effnet", "random"]
+PERCEPTUAL = {"vgg": "lpips", "effnet": "perceptual_effnet", "random": "perceptual_random"}
 
 
-class ReconstructionMetrics:
-    """Fed with batches of reconstructions, originals and captions; gives the table as a flat dict.
-
-    A plain object: an Inception never gets into a stage's checkpoint. Sums over all ranks; every rank must
-    call `compute`.
-
-    Args:
-        judge: a `Judge`, where captions are of the grammar of `shapes`.
-        inception: path of the FID Inception's weights; None looks into torch.hub's cache.
+class Likeness(EvaluationMetric):
+    """`psnr`, `ssim` and, where features are named, the distance of pictures on these: each picture against
+    its original.
     """
 
-    def __init__(self, judge: Judge | None = None, inception: str | Path | None = None) -> None:
-        features = find_inception(inception)
-        if features is None:
-            self.frechet = FrechetDistance(RandomFeatures(), "rfid_random")
-        else:
-            self.frechet = FrechetDistance(features, "rfid")
-        self.psnr = PeakSignalNoiseRatio(data_range=(-1.0, 1.0))
-        self.ssim = StructuralSimilarityIndexMeasure(data_range=(-1.0, 1.0))
-        self.judge, self.right = judge, MeanMetric()
+    def __init__(self, perceptual: Perceptual | None = None) -> None:
+        if perceptual:
+            distance_of(perceptual)  # what is missing is told now
+        distance = [PERCEPTUAL[perceptual]] if perceptual else []
+        self.columns = ("psnr", "ssim", *distance)
+        super().__init__()
+        self.perceptual: Perceptual | None = perceptual
 
-    def to(self, device: torch.device | str) -> "ReconstructionMetrics":
-        for metric in (self.frechet, self.psnr, self.ssim, self.right):
-            metric.to(device)
-        return self
-
-    @torch.no_grad()
     def update(
-        self,
-        reconstruction: Float[Tensor, "B 3 H W"],
-        image: Float[Tensor, "B 3 H W"],
-        captions: Sequence[str],
+        self, made: Float[Tensor, "B 3 H W"], image: Float[Tensor, "B 3 H W"], items: Sequence[int]
     ) -> None:
         """Adds pictures in [-1, 1] and what they were made from."""
-        made, real = from_uint8(to_uint8(reconstruction)), from_uint8(to_uint8(image))
-        self.psnr.update(made, real)
-        self.ssim.update(made, real)
-        self.frechet.update(real, real=True)
-        self.frechet.update(made, real=False)
-        if self.judge is not None:
-            self.right.update(self.judge(made.cpu(), list(captions))["all"].to(image.device))
+        self.keep(likeness(made, image, self.perceptual), items)
 
-    def compute(self) -> dict[str, Tensor]:
-        table = {"psnr": self.psnr.compute(), "ssim": self.ssim.compute()}
-        if (
-            self.frechet.name == "rfid"
-            or self.frechet.real_features_num_samples > RandomFeatures.num_features
-        ):
-            table[self.frechet.name] = self.frechet.compute().float()
-        if self.judge is not None:
-            table["judge_reconstruction"] = self.right.compute()
-        return table
+
+def likeness(
+    made: Float[Tensor, "B 3 H W"], image: Float[Tensor, "B 3 H W"], perceptual: Perceptual | None = None
+) -> Rows:
+    """`psnr` and `ssim` (B,) of pictures in [-1, 1], and their distance on the features that are named."""
+    pair = to_uint8(made).float(), to_uint8(image).float()
+    noise = peak_signal_noise_ratio(*pair, data_range=255.0, reduction="none", dim=(1, 2, 3))
+    similar = structural_similarity_index_measure(*pair, data_range=255.0, reduction="none")
+    assert isinstance(similar, Tensor)
+    rows = {"psnr": noise, "ssim": similar.reshape(-1)}
+    if perceptual:
+        with torch.autocast(made.device.type, enabled=False):
+            distance = distance_of(perceptual).to(made.device)
+            rows[PERCEPTUAL[perceptual]] = distance(*(from_uint8(x.byte()) for x in pair))
+    return rows
+
+
+@cache
+def distance_of(perceptual: Perceptual) -> nn.Module:
+    """Raises UserError where its weights cannot be had."""
+    return perceptual_distance(features=perceptual).requires_grad_(False)

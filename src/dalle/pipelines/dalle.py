@@ -21,7 +21,7 @@ from dalle.data.sources import mix
 from dalle.data.tokenizers import TextTokenizer
 from dalle.diffusion.noise import per_sample
 from dalle.errors import UserError
-from dalle.metrics.generation import Embedder
+from dalle.metrics.clip_score import Embedder
 
 log = logging.getLogger(__name__)
 

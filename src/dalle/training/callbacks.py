@@ -3,7 +3,9 @@
 None of it is known to the stages; each callback asks only for what `Stage` promises.
 """
 
+import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,18 @@ from dalle.data.datamodules import SourceDataModule
 from dalle.data.shapes import Shapes
 from dalle.diffusion.noise import per_sample
 from dalle.images import from_uint8, grid, save_png, to_uint8
-from dalle.metrics.frechet import find_inception
-from dalle.metrics.generation import GenerationMetrics
-from dalle.metrics.judge import Judge
+from dalle.metrics.clip_score import CLIPScore, Embedder
+from dalle.metrics.distances import FrechetDistance
+from dalle.metrics.features import find_inception, usual_features
+from dalle.metrics.judge_accuracy import JudgeAccuracy
+from dalle.metrics.metric import EvaluationMetric, PictureCount, update_all, values_of
 from dalle.ranges import Decay, Depth, File, NonNegativeInt, Place, PositiveInt, Seed
 from dalle.stages.base import Stage
 from dalle.training.loggers import log_picture, log_verdicts
 from dalle.training.restorable import alike_tensors
 from dalle.weight_names import as_today
+
+log = logging.getLogger(__name__)
 
 
 class Ema(lightning.Callback):
@@ -180,6 +186,7 @@ class GenerationTest(lightning.Callback):
         items: how many pictures, over all ranks.
         inception: local weights of the FID Inception; without them (and none in torch's cache) it is
             `fid_clip`, or nothing without a CLIP.
+        extra_metrics: of your own, see `dalle.metrics.metric`.
     """
 
     def __init__(
@@ -189,10 +196,11 @@ class GenerationTest(lightning.Callback):
         seed: Seed = 0,
         inception: File | None = None,
         rows: NonNegativeInt = 64,
+        extra_metrics: Sequence[EvaluationMetric] | None = None,
     ) -> None:
         self.directory, self.items, self.seed = Path(directory), items, seed
-        self.inception, self.rows = inception, rows
-        self.metrics: GenerationMetrics | None = None
+        self.inception, self.rows, self.extra_metrics = inception, rows, extra_metrics
+        self.metrics: list[EvaluationMetric] = []
 
     def setup(self, trainer: lightning.Trainer, pl_module: Stage, stage: str) -> None:
         if pl_module.makes_images:
@@ -202,14 +210,15 @@ class GenerationTest(lightning.Callback):
         self.shown: list[tuple[str, Tensor]] = []
         rank, ranks = trainer.global_rank, trainer.world_size
         self.room = self.items // ranks + (rank < self.items % ranks)  # items that are still to be drawn here
+        self.metrics = []
         if not pl_module.makes_images:
             return
         data: SourceDataModule = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        source = data.split("test")
-        self.unseen = source.unseen if isinstance(source, Shapes) else None
-        judge = Judge() if isinstance(source, Shapes) else None
         clip = data.clip.to(pl_module.device) if data.clip else None
-        self.metrics = GenerationMetrics(clip, judge, self.inception).to(pl_module.device)
+        self.metrics = usual_metrics(clip, isinstance(data.split("test"), Shapes), self.inception)
+        self.metrics += self.extra_metrics or ()
+        for metric in self.metrics:
+            metric.reset()
 
     def on_test_batch_end(
         self,
@@ -220,30 +229,44 @@ class GenerationTest(lightning.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if self.room == 0 or self.metrics is None:
+        if self.room == 0 or not self.metrics:
             return
         batch = take(batch, self.room)
         items = batch["index"].tolist()
         self.room -= len(items)
         made = pl_module.sample(batch, randn=per_sample([self.seed + i for i in items], pl_module.device))
         images = trainer.datamodule.pictures(made)  # pyright: ignore[reportAttributeAccessIssue]
-        groups = (
-            None if self.unseen is None else ["unseen" if u else "seen" for u in self.unseen(items).tolist()]
-        )
-        self.metrics.update(images, batch["image"], batch["caption"], groups)
+        update_all(self.metrics, images, batch["image"], batch["caption"], items)
         left = self.rows - len(self.shown)
         self.shown += zip(batch["caption"][:left], to_uint8(images[:left]).cpu(), strict=True)
 
     def on_test_epoch_end(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
-        if self.metrics is not None:
-            table = self.metrics.compute()
+        if self.metrics:
+            table = {name.removesuffix("_biased"): value for name, value in values_of(self.metrics).items()}
             pl_module.log_dict({f"test/{key}": value for key, value in table.items()}, rank_zero_only=True)
+            if trainer.is_global_zero:
+                for note in (note for metric in self.metrics for note in metric.notes):
+                    log.warning(note)
             if self.shown and trainer.is_global_zero:
                 captions, pixels = zip(*self.shown, strict=True)
-                images, judge = from_uint8(torch.stack(pixels)), self.metrics.judge
-                verdicts = judge(images, list(captions)) if judge else {}
+                images = from_uint8(torch.stack(pixels))
+                judges = [metric.judge for metric in self.metrics if isinstance(metric, JudgeAccuracy)]
+                verdicts = judges[0](images, list(captions)) if judges else {}
                 picture = log_verdicts(trainer, "test/verdicts", captions, images, verdicts)
                 save_png(picture, self.directory / "test.png")
+
+
+def usual_metrics(
+    clip: Embedder | None, judged: bool, inception: str | Path | None = None
+) -> list[EvaluationMetric]:
+    """What generated pictures are measured by in training: FID on Inception's features or the CLIP's, CLIP
+    score, and the judge of `shapes`; and how many they are.
+    """
+    features = usual_features(clip, inception)
+    metrics: list[EvaluationMetric] = [PictureCount()]
+    metrics += [FrechetDistance(features, intervals=False)] if features else []
+    metrics += [CLIPScore(clip)] if clip else []
+    return metrics + ([JudgeAccuracy(chance=False)] if judged else [])
 
 
 def is_logging(trainer: Any) -> bool:

@@ -18,9 +18,11 @@ from dalle.data.batch import Batch
 from dalle.data.shapes import Shapes
 from dalle.images import grid, save_png
 from dalle.metrics.codebook_usage import CodeUse, code_use, diagnose
-from dalle.metrics.frechet import find_inception
-from dalle.metrics.judge import Judge
-from dalle.metrics.reconstruction import ReconstructionMetrics
+from dalle.metrics.distances import FrechetDistance
+from dalle.metrics.features import find_inception, inception_features, random_features
+from dalle.metrics.judge_accuracy import JudgeAccuracy
+from dalle.metrics.metric import EvaluationMetric, update_all, values_of
+from dalle.metrics.reconstruction import Likeness, Perceptual
 from dalle.ranges import File, Place, PositiveInt
 from dalle.stages.base import Stage
 from dalle.training.loggers import log_picture
@@ -31,13 +33,15 @@ BINS = 256  # of the histogram of codes
 
 
 class Reconstructions(lightning.Callback):
-    """Logs `ReconstructionMetrics` and `CodeUse`; draws pictures into ``samples/``; tells of collapse.
+    """Logs `psnr`, `ssim`, `rfid` and `CodeUse`, and in the test `judge_reconstruction`; draws pictures into
+    ``samples/``; tells of collapse.
 
     Args:
         every: steps between two sheets of pictures, at a validation.
         count: pictures on a sheet.
         inception: local weights of the FID Inception; without them (and none in torch's cache) the distance
-            is `rfid_random`.
+            is `rfid_random`, where there are more pictures than features.
+        perceptual: features of a further distance of pictures (`lpips`, `perceptual_effnet` ...); None: none.
     """
 
     def __init__(
@@ -46,13 +50,16 @@ class Reconstructions(lightning.Callback):
         every: PositiveInt = 1000,
         count: PositiveInt = 8,
         inception: File | None = None,
+        perceptual: Perceptual | None = None,
     ) -> None:
         self.directory, self.every, self.count, self.inception = Path(directory), every, count, inception
+        self.perceptual: Perceptual | None = perceptual
         self.due = 0
         self.forget()
 
     def forget(self) -> None:
-        self.metrics: ReconstructionMetrics | None = None
+        self.metrics: list[EvaluationMetric] = []
+        self.likeness = Likeness(self.perceptual)
         self.codes: CodeUse | None = None
         self.shown: tuple[Tensor, Tensor, list[str]] | None = None
 
@@ -61,8 +68,10 @@ class Reconstructions(lightning.Callback):
 
     def begin(self, trainer: lightning.Trainer, stage: Stage, split: str, outputs: dict[str, Tensor]) -> None:
         source = trainer.datamodule.split(split)  # pyright: ignore[reportAttributeAccessIssue]
-        judge = Judge() if split == "test" and isinstance(source, Shapes) else None
-        self.metrics = ReconstructionMetrics(judge, self.inception).to(stage.device)
+        features = inception_features(self.inception) or random_features()
+        self.metrics = [FrechetDistance(features, prefix="r", intervals=False)]
+        if split == "test" and isinstance(source, Shapes):
+            self.metrics.append(JudgeAccuracy(chance=False))
         if "codes" in outputs:
             self.codes = CodeUse(stage.net.vocab_size).to(stage.device)
 
@@ -70,18 +79,25 @@ class Reconstructions(lightning.Callback):
         if not isinstance(outputs, dict) or "reconstruction" not in outputs:
             return
         made, image = outputs["reconstruction"], batch["image"]
-        if self.metrics is None:
+        if not self.metrics:
             self.begin(trainer, stage, split, outputs)
             self.shown = image[: self.count], made[: self.count], batch["caption"][: self.count]
-        assert self.metrics is not None
-        self.metrics.update(made, image, batch["caption"])
+        items = batch["index"].tolist()
+        self.likeness.update(made, image, items)
+        update_all(self.metrics, made, image, batch["caption"], items)
         if self.codes is not None:
             self.codes.update(outputs["codes"])
 
     def tell(self, trainer: lightning.Trainer, stage: Stage, split: str) -> None:
-        if self.metrics is None:
+        if not self.metrics:
             return
-        table = self.metrics.compute()
+        found = values_of([self.likeness, *self.metrics])
+        found.pop("rfid_random_biased", None)
+        table: dict[str, Any] = {
+            name.removesuffix("_biased"): value for name, value in found.items() if "judge" not in name
+        }
+        if "judge/all" in found:
+            table["judge_reconstruction"] = found["judge/all"]
         if self.codes is not None:
             counts = self.codes.compute().cpu()
             table |= code_use(counts)

@@ -1,4 +1,4 @@
-"""Meters: names of figures, what a perfect CLIP finds, captions that are the same, broken features."""
+"""Metrics of evaluations: names, what a perfect CLIP finds, equal captions, broken features, own metrics."""
 
 import pytest
 import torch
@@ -9,10 +9,12 @@ from dalle.data.frozen import FrozenCLIP
 from dalle.data.scenes import draw, parse
 from dalle.data.shapes import prompts
 from dalle.errors import UserError
-from dalle.evaluation.metrics import Distances, Scores, Verdicts, ZeroShot, recalls
 from dalle.images import to_uint8
+from dalle.metrics.clip_score import CLIPScore, ZeroShotAccuracy, recalls
+from dalle.metrics.distances import FrechetDistance
 from dalle.metrics.features import FeatureNet
 from dalle.metrics.intervals import of_share
+from dalle.metrics.judge_accuracy import JudgeAccuracy
 
 
 class Head(nn.Module):
@@ -25,8 +27,8 @@ class Head(nn.Module):
 
 def distances(
     name: str, prefix: str = "", metrics=("fid", "kid", "inception", "precision_recall")
-) -> Distances:
-    return Distances(metrics, FeatureNet(Head(), name, "none"), prefix)
+) -> FrechetDistance:
+    return FrechetDistance(FeatureNet(Head(), name, "none"), metrics, prefix)
 
 
 def sets(n: int, m: int) -> list[dict[str, torch.Tensor]]:
@@ -52,10 +54,10 @@ def test_other_networks_and_reconstructions_are_named():
 
 @pytest.mark.parametrize(("made", "real", "biased"), [(5, 5, False), (4, 40, True), (40, 4, True)])
 def test_a_distance_of_too_few_pictures_says_so_in_its_name(made, real, biased):
-    meter = distances("clip", metrics=("fid",))
+    metric = distances("clip", metrics=("fid",))
     name = "fid_clip_biased" if biased else "fid_clip"
-    assert set(meter.figures(*sets(made, real), [])) == {name}
-    (note,) = meter.notes
+    assert set(metric.figures(*sets(made, real), [])) == {name}
+    (note,) = metric.notes
     assert ("mostly bias" in note) == biased
     assert (f"the interval is of the estimate at n={made}" in note) != biased
 
@@ -100,11 +102,11 @@ def test_zero_shot_classes_of_a_clip_that_sees_colours():
     labels = torch.tensor([0, 1, 2, 1, -1])
     shown = torch.tensor([0, 1, 2, 0, 0])  # the fourth looks like another class, the fifth has none
     image = (F.one_hot(shown, 3) * 255).to(torch.uint8)[:, :, None, None].expand(-1, -1, 4, 4)
-    meter = ZeroShot(["zero_shot"], Colours(), (classes, labels))
-    rows = meter.rows(image, ["a red"] * 5, list(range(5)))
-    found = meter.figures({}, rows, [])
+    metric = ZeroShotAccuracy(Colours(), ["zero_shot"], (classes, labels))
+    rows = metric.rows(image, ["a red"] * 5)
+    found = metric.figures({}, rows, [])
     assert found["zero_shot/top1"].value == 0.75
-    assert meter.notes == ["zero_shot: 4 pictures of 3 classes"]
+    assert metric.notes == ["zero_shot: 4 pictures of 3 classes"]
 
 
 def words(image_size: int = 64):
@@ -140,21 +142,21 @@ def test_hard_negatives_see_the_word_that_a_clip_score_hardly_does():
     sees, blind = Knowing(captions), Knowing(captions, blind=(1,))
     shares = {}
     for name, clip in {"sees": sees, "blind": blind}.items():
-        meter = Scores(["clip_score", "hard_negatives"], clip)
-        rows = meter.rows(image, captions, list(range(60)))
-        found = meter.figures(rows, rows, captions)
+        metric = CLIPScore(clip, ["clip_score", "hard_negatives"])
+        rows = metric.rows(image, captions)
+        found = metric.figures(rows, rows, captions)
         shares[name] = {key.split("/")[1]: f.value for key, f in found.items() if "negatives/" in key}
         assert found["hard_negatives_real/colour"] == found["hard_negatives/colour"]
     assert shares["sees"]["colour"] == shares["sees"]["shape"] == 1
     assert shares["blind"]["colour"] == 1
     assert shares["blind"]["shape"] == 0  # a tie is no success
     assert shares["blind"]["all"] == 0
-    meter = Scores(["clip_score", "hard_negatives"], sees)
-    rows = meter.rows(image, captions, list(range(60)))
+    metric = CLIPScore(sees, ["clip_score", "hard_negatives"])
+    rows = metric.rows(image, captions)
     things = [parse(caption).things[0] for caption in captions]
     other = [sees.vector(thing.colour, (thing.shape + 1) % 6) for thing in things]
     wrong = {**rows, "image_embed": F.normalize(torch.stack(other), dim=1)}
-    found = meter.figures(wrong, rows, captions)
+    found = metric.figures(wrong, rows, captions)
     assert found["clip_score"].value > 0.4 * found["clip_score_real"].value
     assert found["hard_negatives/shape"].value == 0
     assert found["hard_negatives/colour"].value == 1
@@ -162,13 +164,13 @@ def test_hard_negatives_see_the_word_that_a_clip_score_hardly_does():
 
 def test_verdicts_of_groups_chance_and_what_training_read():
     captions = ["a red circle", "a pink triangle", "a small pink shape", "a blue square"]
-    meter = Verdicts(["judge"], lambda: {"a red circle", "a pink triangle"})
+    metric = JudgeAccuracy(lambda: {"a red circle", "a pink triangle"})
     nan = torch.nan
     rows = {
         "all": torch.tensor([1.0, 0.0, 0.0, 0.0]), "size": torch.tensor([nan, nan, 1.0, nan]),
         "residual": torch.tensor([0.1, 0.2, 0.3, 0.4]),
     }  # fmt: skip
-    found = meter.figures(rows, {}, captions)
+    found = metric.figures(rows, {}, captions)
     values = {name: figure.value for name, figure in found.items()}
     chances = {name: values.pop(name) for name in list(values) if name.startswith("chance/")}
     assert values == pytest.approx({
@@ -178,4 +180,4 @@ def test_verdicts_of_groups_chance_and_what_training_read():
     })  # fmt: skip
     assert {"chance/all", "chance/seen/all", "chance/unseen/all", "chance/shape"} <= set(chances)
     assert found["judge/all"] == of_share(torch.tensor([1, 0, 0, 0]))
-    assert "judge/seen_new/all" not in Verdicts(["judge"]).figures(rows, {}, captions)
+    assert "judge/seen_new/all" not in JudgeAccuracy().figures(rows, {}, captions)

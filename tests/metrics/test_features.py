@@ -1,6 +1,4 @@
 import logging
-import math
-from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -12,20 +10,10 @@ from torch_fidelity import feature_extractor_inceptionv3 as fidelity_inception
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from dalle.errors import UserError
-from dalle.images import from_uint8, to_uint8
-from dalle.metrics.frechet import CLIPFeatures, FrechetDistance, find_inception, frechet_distance
-
-
-class Lookup(nn.Module):
-    """The feature vector of a picture is the row of a table that its first pixel names."""
-
-    def __init__(self, table):
-        super().__init__()
-        self.table, self.num_features = table, table.shape[1]
-
-    def forward(self, image):
-        assert image.dtype == torch.uint8
-        return self.table[image[:, 0, 0, 0].long()]
+from dalle.images import to_uint8
+from dalle.metrics.distances import FrechetDistance, frechet
+from dalle.metrics.features import CLIPFeatures, FeatureNet, find_inception, usual_features
+from dalle.metrics.metric import update_all, values_of
 
 
 def exact_sample(mean, covariance, count=40):
@@ -36,15 +24,8 @@ def exact_sample(mean, covariance, count=40):
     return torch.from_numpy(white @ np.linalg.cholesky(np.asarray(covariance, float)).T + mean)
 
 
-def numbered(indices):
-    return from_uint8(torch.as_tensor(indices, dtype=torch.uint8)).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
-
-
 def distance_of_tables(real, generated):
-    metric = FrechetDistance(Lookup(torch.cat([real, generated])), "fid_table")
-    metric.update(numbered(range(len(real))), real=True)
-    metric.update(numbered(range(len(real), len(real) + len(generated))), real=False)
-    return metric.compute().item()
+    return frechet(real, generated, interval=False).value
 
 
 @pytest.mark.parametrize("offset", [0.0, 2000.0])
@@ -84,6 +65,10 @@ class SmallFeatures(nn.Module):
 
     def forward(self, image):
         return self.net(image.float() / 255)
+
+
+def small_features() -> FeatureNet:
+    return FeatureNet(SmallFeatures(), "small", "none")
 
 
 class FidelityFeatures(FeatureExtractorBase):
@@ -133,52 +118,32 @@ def test_parity_with_torch_fidelity_on_the_same_pictures():
         save_cpu_ram=True,
     )["frechet_inception_distance"]
 
-    metric = FrechetDistance(SmallFeatures(), "fid_small")
-    for part in range(0, 60, 20):
-        metric.update(real[part : part + 20], real=True)
-        metric.update(generated[part : part + 20], real=False)
+    metric = FrechetDistance(small_features())
+    for part in (range(20), range(20, 40), range(40, 60)):
+        update_all([metric], generated[part], real[part], [""] * 20, part)
     assert expected > 0.01
-    assert metric.compute().item() == pytest.approx(expected, rel=1e-4)
+    assert values_of([metric]) == pytest.approx({"fid_small": expected}, rel=1e-4)
 
 
-def test_two_ranks_give_what_one_gives():
-    torch.manual_seed(2)
-    real, generated = torch.rand(40, 3, 16, 16) * 2 - 1, torch.rand(40, 3, 16, 16) - 0.5
-    whole = FrechetDistance(SmallFeatures(), "fid_small")
-    ranks = [deepcopy(whole), deepcopy(whole)]
-    for metric, part in [(whole, slice(0, 40)), (ranks[0], slice(0, 13)), (ranks[1], slice(13, 40))]:
-        metric.update(real[part], real=True)
-        metric.update(generated[part], real=False)
-    for state, reduce in ranks[0]._reductions.items():  # what torchmetrics does with the states it gathers
-        setattr(ranks[0], state, reduce(torch.stack([getattr(rank, state) for rank in ranks])))
-    assert ranks[0].compute().item() == pytest.approx(whole.compute().item(), rel=1e-6)
-
-
-def test_too_few_pictures_are_said_once(caplog):
-    metric = FrechetDistance(SmallFeatures(), "fid_small")
+def test_few_pictures_have_another_name_and_a_note():
+    metric = FrechetDistance(small_features())
     images = torch.rand(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    metric.update(images, real=True)
-    metric.update(-images, real=False)
-    with caplog.at_level(logging.WARNING):
-        metric.compute()
-        metric.update(images, real=True)
-        metric.compute()
-    assert len(caplog.records) == 1
-    assert "5 pictures are too few for 6 features" in caplog.text
+    update_all([metric], -images, images, [""] * 5, range(5))
+    assert metric.compute().keys() == {"fid_small_biased"}
+    (note,) = metric.notes
+    assert "5 pictures are too few for 6 features" in note
 
 
 def test_without_a_covariance_the_distance_is_nan():
-    metric = FrechetDistance(SmallFeatures(), "fid_small")
-    metric.update(torch.zeros(1, 3, 16, 16), real=True)
-    assert math.isnan(metric.compute().item())
+    assert np.isnan(frechet(torch.zeros(1, 3), torch.zeros(4, 3)).value)
 
 
 class FakeCLIP(nn.Module):
-    embed_dim = 2
+    embed_dim, image_size = 2, 4
 
     def __init__(self):
         super().__init__()
-        self.unused = nn.Linear(3, 3)
+        self.net = nn.Linear(3, 3)
 
     def embed_image(self, image):
         return image.mean((2, 3))[:, :2].bfloat16()
@@ -186,9 +151,9 @@ class FakeCLIP(nn.Module):
 
 def test_clip_features_name_the_figure_and_keep_the_clip_out(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    metric = frechet_distance(FakeCLIP())
-    assert metric.name == "fid_clip"
-    assert not list(metric.parameters())
+    network = usual_features(FakeCLIP())
+    assert network.called("fid") == "fid_clip"
+    assert not list(network.net.parameters())
     image = torch.tensor([[0.5, -0.5, 0]]).view(1, 3, 1, 1).expand(1, 3, 4, 4)
     features = CLIPFeatures(FakeCLIP())(to_uint8(image))
     assert features.dtype == torch.float32
@@ -221,9 +186,9 @@ def test_inception_features_equal_torch_fidelity(inception_file):
 
 def test_a_cached_inception_is_found_and_named_fid(inception_file, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(inception_file.parent.parent))
-    metric = frechet_distance(FakeCLIP())
-    assert metric.name == "fid"
-    assert metric.real_features_sum.numel() == 2048
+    network = usual_features(FakeCLIP())
+    assert network.called("fid") == "fid"
+    assert network(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).shape == (1, 2048)
 
 
 def test_nothing_is_downloaded_without_being_asked(tmp_path, monkeypatch, caplog):
