@@ -7,11 +7,7 @@ unless `figures` says otherwise:
     class Contrast(EvaluationMetric):
         columns = ("contrast",)
 
-        @property
-    def reference(self) -> Any:
-        return None
-
-    def rows(self, image, captions):
+        def rows(self, image, captions):
             return {"contrast": image.float().std((1, 2, 3))}
 
 The line is ``extra_metrics=[{_target_: mylab.contrast.Contrast}]`` of evaluate.py, and in training
