@@ -122,7 +122,7 @@ class Demo:
             grid=side // dvae["factor"],
         )
         net = DALLE(**self.dalle_sizes)
-        self.dalle, self.codes = DalleStage(net), net.codes
+        self.dalle, self.codes = DalleStage(net, temperature=1.0, guidance=1.0), net.codes
         text = tokenizer(captions[: settings("model/dalle")["at_most"]["batch_size"]])
         codes = torch.randint(dvae["vocab_size"], (len(text), self.codes))
         self.batches["dalle"] = {"text": text, "codes": codes}

@@ -62,6 +62,7 @@ def clip_train(spec: CLIPSpec, ctx: Context) -> list[Case]:
     def make() -> tuple[Stage, Batch]:
         net = CLIP(
             image_size=spec.image_size,
+            vision="vit",
             patch_size=spec.patch,
             vision_width=spec.dim,
             vision_layers=spec.depth,
@@ -92,6 +93,7 @@ def dalle(spec: DalleSpec, style: str, ctx: Context) -> tuple[DalleStage, Batch]
         text_vocab=spec.text_vocab,
         text_length=spec.text_len,
         image_vocab=spec.image_vocab,
+        image_levels=None,
         grid=spec.grid,
         width=spec.dim,
         depth=spec.depth,
@@ -101,7 +103,8 @@ def dalle(spec: DalleSpec, style: str, ctx: Context) -> tuple[DalleStage, Batch]
     text = ctx.randint(1, spec.text_vocab - 1, (spec.batch, spec.text_len))
     text[:, -1] = spec.text_vocab - 1  # the end token
     codes = ctx.randint(0, spec.image_vocab, (spec.batch, spec.image_len))
-    stage = DalleStage(net, guidance=spec.guidance, top_k=spec.image_vocab // 2)  # half, as the peers
+    # half of the codes, as the peers
+    stage = DalleStage(net, guidance=spec.guidance, temperature=1.0, top_k=spec.image_vocab // 2)
     return stage.to(ctx.device), {"text": text, "codes": codes}
 
 
@@ -199,6 +202,8 @@ def decoder(spec: DecoderSpec, ctx: Context) -> tuple[DecoderStage, Batch]:
         head_dim=min(64, spec.dim),
         embed_dim=spec.clip_dim,
         text_width=spec.clip_dim,
+        patch=1,
+        positions=False,
         resample="block",  # brings parameters and FLOPs closest to the peers'
     )
     denoiser = partial(Denoiser, schedule=Schedule("cosine", steps=spec.train_steps), prediction="eps")

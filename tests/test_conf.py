@@ -9,16 +9,17 @@ import torch
 from conftest import untrained
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from tiny import ROOT, configure
 
 from dalle.diffusion.samplers import Sampler
 from dalle.errors import UserError
 from dalle.instantiate import check, instantiate
 from dalle.run_dir import Run
-from dalle.training.defaults import fill_sizes
+from dalle.training.defaults import fill_sizes, nodes
 from dalle.training.fit import check_machine, make_trainer, prepare
 from dalle.training.preflight import count
+from dalle.trust import composed
 
 CONF = ROOT / "conf"
 FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*.yaml"))
@@ -67,6 +68,8 @@ def command_of(file: str) -> tuple[str, list[str]]:
         return "train", [f"model={model_of(name)}", f"model/net={name}"]
     if group == "model/datamodule":
         return "train", [f"model={USES_DATA[name]}"]
+    if group == "data/files":
+        return "train", ["data=folder"]
     if group in ("pipeline", "paths", "debug"):
         return "sample", [f"{group}={name}"]
     return "train", [f"{group}={name}"]
@@ -135,6 +138,51 @@ def test_a_default_of_lightnings_trainer_that_changes_is_noticed():
     ours = OmegaConf.to_container(OmegaConf.load(CONF / "trainer" / "auto.yaml"))
     parameters = inspect.signature(lightning.Trainer).parameters
     assert {name: parameters[name].default for name in ours} == {**ours, **LIGHTNINGS}
+
+
+def with_its_own_defaults(file: str) -> DictConfig:
+    """A file of conf/ over those of its group that it begins with."""
+    config = OmegaConf.load(CONF / f"{file}.yaml")
+    assert isinstance(config, DictConfig)
+    for entry in config.pop("defaults", []):
+        pairs = [("", entry)] if isinstance(entry, str) else entry.items()
+        bases = [name.split("@")[0] for group, name in pairs if not group and name != "_self_"]
+        bases += [f"{group.split('@')[0]}/{name}" for group, name in pairs if group.endswith("@_here_")]
+        for base in bases:
+            config = OmegaConf.merge(with_its_own_defaults(f"{file.rpartition('/')[0]}/{base}"), config)
+            assert isinstance(config, DictConfig)
+    return config
+
+
+def values_of_conf() -> list[tuple[str, str, str, object]]:
+    """What files of conf/ give to classes of ours: (file, class path, argument, value). The files that
+    train.yaml chooses come first, then presets after what they are made from.
+    """
+    chosen = OmegaConf.to_container(OmegaConf.load(CONF / "train.yaml").defaults)
+    first = [f"{g}/{name}" for entry in chosen if not isinstance(entry, str) for g, name in entry.items()]
+    found = []
+    for file in sorted((f for f in FILES if "/" in f), key=lambda file: (file not in first, file)):
+        for node in nodes(OmegaConf.to_container(with_its_own_defaults(file))):
+            if (target := str(node.get("_target_", ""))).startswith("dalle."):
+                found += [(file, target, key, value) for key, value in node.items() if key[0] != "_"]
+    return found
+
+
+def test_a_default_lives_in_one_place():
+    """What a file of conf/ says, a signature says too, or it has no default. Where several files build one
+    class, the first choice counts and the others are presets; `auto` has no other default beside it.
+    """
+    seen, differ = {}, []
+    for file, target, key, value in values_of_conf():
+        parameter = inspect.signature(composed(target)).parameters.get(key)
+        referred = isinstance(value, dict) or "${" in str(value)
+        if seen.setdefault((target, key), file) != file or parameter is None or referred:
+            continue
+        default = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
+        if default is not parameter.empty and (default, type(default)) != (value, type(value)):
+            differ.append(f"{file}.yaml: {key}={value}, but {target} has {default}")
+    assert not differ, "\n".join(differ)
+    assert len(seen) > 150
 
 
 def test_a_net_with_other_options_than_the_preset_is_refused():

@@ -4,6 +4,7 @@ Their files were written by the code of that month and are never written again. 
 generations in logs/tiny, `last.ckpt` of the decoder, sampled pictures with their recipes, and an evaluation.
 """
 
+import inspect
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from dalle.evaluation.results import Result
 from dalle.pipelines.load import load_dalle, load_unclip
 from dalle.run_dir import Run, load_stage
 from dalle.training.checkpoints import DurableIO, read_checkpoint
+from dalle.trust import LACKED, composed, renamed
 
 MONTHS = sorted(path.name for path in (ROOT / "tests" / "old_runs").iterdir())
 STAGES = ("clip", "prior", "decoder", "dvae", "dalle")
@@ -90,3 +92,12 @@ def test_the_average_in_an_old_checkpoint_is_found_under_todays_names(old):
     assert loaded["state_dict"].keys() == stage.state_dict().keys()
     average = loaded["callbacks"]["Ema"]["average"]
     assert average.keys() == stage.net.state_dict().keys()
+
+
+def test_what_came_later_is_as_it_was_then():
+    """An argument that a run does not name, as there was none, does not take today's default."""
+    tower = {"_target_": "dalle.nets.clip.CLIP", "image_size": 16}
+    assert renamed({"net": tower}) == {"net": tower | {"vision": "vit"}}
+    assert renamed(tower | {"vision": "conv"}) == tower | {"vision": "conv"}
+    for target, arguments in LACKED.items():
+        assert arguments.keys() <= inspect.signature(composed(target)).parameters.keys()

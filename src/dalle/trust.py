@@ -64,6 +64,11 @@ MOVED = {  # names in files of earlier versions -> what is called so today; modu
     "dalle.stages.optim.Recipe": "dalle.optim.factory.OptimizerFactory",
 }
 ARGUMENTS = {"dalle.nets.dvae.DVAE": {"inlet": "code_dim"}}  # the same of arguments, by today's class
+LACKED = {  # arguments that came later -> what runs that do not name them were made with
+    "dalle.nets.clip.CLIP": {"vision": "vit"},
+    "dalle.nets.dalle.DALLE": {"image_levels": None},
+    "dalle.nets.unet.UNet": {"positions": False},
+}
 
 _trusted: tuple[str, ...] = ()  # packages of the user's own, by `set_trusted`
 
@@ -177,7 +182,7 @@ def current(target: str) -> str:
 
 
 def renamed(node: Any) -> Any:
-    """A configuration of an earlier version with today's names in it."""
+    """A configuration of an earlier version with today's names and arguments in it."""
     if isinstance(node, list):
         return [renamed(item) for item in node]
     if not isinstance(node, dict):
@@ -186,7 +191,8 @@ def renamed(node: Any) -> Any:
         return {key: renamed(value) for key, value in node.items()}
     target = current(target)
     arguments = ARGUMENTS.get(target, {})
-    return {arguments.get(k, k): target if k == "_target_" else renamed(v) for k, v in node.items()}
+    named = {arguments.get(k, k): target if k == "_target_" else renamed(v) for k, v in node.items()}
+    return LACKED.get(target, {}) | named
 
 
 def _parts(target: Any) -> list[str]:

@@ -16,7 +16,13 @@ from dalle.nets.dalle import ATTENTION, DALLE, STYLES
 def grown(**changes) -> DALLE:
     """With weights so large that every token matters."""
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"text_vocab": 20, "text_length": 6, "image_vocab": 11, "grid": 3, "kernel": 3}
+    sizes: dict[str, Any] = {
+        "text_vocab": 20,
+        "text_length": 6,
+        "image_vocab": 11,
+        "grid": 3,
+        "image_levels": None,
+    }
     net = DALLE(**sizes | {"width": 32, "depth": 3, "heads": 4} | changes)
     for p in net.parameters():
         torch.nn.init.normal_(p, std=0.4)

@@ -16,7 +16,9 @@ def data(context_length):
     def tokenizer(captions):
         return CaptionTokenizer.train(captions, 300, context_length)
 
-    return TextImageDataModule(source, tokenizer, batch_size=8)
+    return TextImageDataModule(
+        source, tokenizer, batch_size=8, val_items=None, test_items=None, train_items=None
+    )
 
 
 def test_cut_captions_are_counted_with_their_share():

@@ -33,6 +33,8 @@ QUIET = {
 }
 pytestmark = pytest.mark.filterwarnings("ignore:.*(many workers|logging interval|to create the checkpoint).*")
 
+ALL = {"val_items": None, "test_items": None, "train_items": None}
+
 
 class Dots:
     """Item i is a picture of one gray; captions name it in up to three ways. Counts the pictures it draws."""
@@ -100,6 +102,9 @@ class Recorder(L.LightningModule):
 
 
 class Plain(SourceDataModule):
+    def __init__(self, source, batch_size, **options):
+        super().__init__(source, batch_size, **ALL | options)
+
     def dataset(self, name):
         return SourceDataset(self.split(name), seed=self.seed if name == "train" else None)
 
@@ -203,7 +208,7 @@ def test_a_batch_larger_than_the_data_names_both_numbers():
 
 
 def test_text_image_batches():
-    datamodule = TextImageDataModule(Dots, tokenizer(), batch_size=4)
+    datamodule = TextImageDataModule(Dots, tokenizer(), batch_size=4, **ALL)
     batch = next(iter(datamodule.train_dataloader()))
     assert set(batch) == {"image", "caption", "index", "text"}
     assert batch["image"].shape == (4, 3, 4, 4)
@@ -215,7 +220,7 @@ def test_text_image_batches():
 
 def test_a_tokenizer_is_trained_on_the_training_captions():
     train = partial(CaptionTokenizer.train, vocab_size=280, context_length="auto")
-    datamodule = TextImageDataModule(Dots, train, batch_size=4)
+    datamodule = TextImageDataModule(Dots, train, batch_size=4, **ALL)
     own = CaptionTokenizer.train([c for i in range(23) for c in Dots("train").captions(i)], 280, "auto")
     assert tokenizer_facts(datamodule.tokenizer) == tokenizer_facts(own)
 
@@ -241,9 +246,9 @@ def same(one, other):
 @pytest.mark.parametrize("kind", ["train", "val"])
 @pytest.mark.parametrize("module", [EmbeddingDataModule, ImageEmbeddingDataModule])
 def test_cached_and_fresh_embeddings_are_the_same(tmp_path, clip, module, kind):
-    cached = embedding_batches(module(Dots, clip, 4, tmp_path), kind)
-    fresh = embedding_batches(module(Dots, clip, 4, tmp_path, cache_items=0), kind)
-    no_text = embedding_batches(module(Dots, clip, 4, tmp_path, cache_text_gb=0.0), kind)
+    cached = embedding_batches(module(Dots, clip, 4, tmp_path, **ALL), kind)
+    fresh = embedding_batches(module(Dots, clip, 4, tmp_path, cache_items=0, **ALL), kind)
+    no_text = embedding_batches(module(Dots, clip, 4, tmp_path, cache_text_gb=0.0, **ALL), kind)
     expected = {"image_embed", "text_embed", "text_hidden", "text_mask", "text", "caption", "index"}
     assert set(cached[0]) == expected | ({"image"} if module is ImageEmbeddingDataModule else set())
     assert len(cached) == len(fresh) == len(no_text) > 1
@@ -255,7 +260,7 @@ def test_cached_and_fresh_embeddings_are_the_same(tmp_path, clip, module, kind):
 
 
 def test_embeddings_belong_to_their_items_and_captions(tmp_path, clip):
-    datamodule = EmbeddingDataModule(Dots, clip, 4, tmp_path, image_embed_norm="none")
+    datamodule = EmbeddingDataModule(Dots, clip, 4, tmp_path, image_embed_norm="none", **ALL)
     for batch in embedding_batches(datamodule):
         raw = clip.embed_image(Dots("train").images(batch["index"].tolist()))
         torch.testing.assert_close(batch["image_embed"], raw)
@@ -263,15 +268,15 @@ def test_embeddings_belong_to_their_items_and_captions(tmp_path, clip):
 
 
 def test_with_a_cache_no_picture_is_read(tmp_path, clip):
-    embedding_batches(EmbeddingDataModule(Dots, clip, 4, tmp_path))
-    again = EmbeddingDataModule(Dots, clip, 4, tmp_path)
+    embedding_batches(EmbeddingDataModule(Dots, clip, 4, tmp_path, **ALL))
+    again = EmbeddingDataModule(Dots, clip, 4, tmp_path, **ALL)
     embedding_batches(again)
     embedding_batches(again, "val")
     assert again.split("train").drawn == again.split("val").drawn == 0
 
 
 def test_pictures_that_change_are_never_cached(tmp_path, clip):
-    datamodule = EmbeddingDataModule(partial(Dots, fixed=False), clip, 4, tmp_path)
+    datamodule = EmbeddingDataModule(partial(Dots, fixed=False), clip, 4, tmp_path, **ALL)
     embedding_batches(datamodule)
     assert list(tmp_path.iterdir()) == []
     assert datamodule.split("train").drawn == 20
@@ -280,7 +285,7 @@ def test_pictures_that_change_are_never_cached(tmp_path, clip):
 @pytest.mark.parametrize("cache_items", [0, 100])
 def test_standardized_is_fitted_on_training_embeddings(tmp_path, clip, cache_items):
     datamodule = EmbeddingDataModule(
-        Dots, clip, 4, tmp_path, image_embed_norm="standardized", cache_items=cache_items
+        Dots, clip, 4, tmp_path, image_embed_norm="standardized", cache_items=cache_items, **ALL
     )
     embedding_batches(datamodule)
     raw = clip.embed_image(Dots("train").images(range(23)))
@@ -290,14 +295,14 @@ def test_standardized_is_fitted_on_training_embeddings(tmp_path, clip, cache_ite
 
 
 def test_a_test_alone_embeds_no_training_set(tmp_path, clip):
-    datamodule, module = EmbeddingDataModule(Dots, clip, 4, tmp_path), Recorder()
+    datamodule, module = EmbeddingDataModule(Dots, clip, 4, tmp_path, **ALL), Recorder()
     L.Trainer(**QUIET).test(module, datamodule=datamodule, verbose=False)
     assert [i for batch in module.val for i in batch] == list(range(5))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_sizes_and_description(tmp_path, clip):
-    datamodule = ImageEmbeddingDataModule(Dots, clip, 4, tmp_path, val_items=3)
+    datamodule = ImageEmbeddingDataModule(Dots, clip, 4, tmp_path, **ALL | {"val_items": 3})
     assert datamodule.sizes == {
         "image_size": 4,
         "vocab_size": clip.tokenizer.vocab_size,
@@ -312,14 +317,14 @@ def test_sizes_and_description(tmp_path, clip):
 
 
 def test_embedding_batches_under_a_trainer_with_workers(tmp_path, clip):
-    datamodule = EmbeddingDataModule(Dots, clip, 4, tmp_path, num_workers=1)
+    datamodule = EmbeddingDataModule(Dots, clip, 4, tmp_path, num_workers=1, **ALL)
     module, _ = fit(datamodule, 7)
     plain, _ = fit(Plain(Dots, 4), 7)
     assert module.seen == plain.seen
 
 
 def test_train_items_bounds_what_is_trained_on():
-    data = SourceDataModule(Dots, batch_size=4, train_items=10)
+    data = Plain(Dots, batch_size=4, train_items=10)
     assert data.items("train") == 10
     assert len(data.split("train")) == 23
     data.dataset = lambda name: SourceDataset(data.split(name))
@@ -369,7 +374,7 @@ class Coded(Recorder):
 
 
 def coded(tmp_path, make=tokenizer, source=Dots, **options) -> CodeDataModule:
-    options = {"batch_size": 5, "val_items": 3, **options}
+    options = {"batch_size": 5, **ALL, "val_items": 3, "bpe_dropout": 0.1, **options}
     return CodeDataModule(source, make(), FrozenTokenizer(Cells()), cache_dir=tmp_path, **options)
 
 

@@ -15,7 +15,7 @@ def frozen() -> FrozenCLIP:
     torch.manual_seed(0)
     net = CLIP(
         image_size=16, patch_size=8, vision_width=32, vision_layers=1, text_width=24, text_layers=1,
-        context_length=12, vocab_size=tokenizer.vocab_size, embed_dim=20,
+        context_length=12, vocab_size=tokenizer.vocab_size, embed_dim=20, text_heads=None, vision="vit",
     )  # fmt: skip
     return FrozenCLIP(net, tokenizer)
 

@@ -400,7 +400,7 @@ def test_samplers_that_do_not_exist(arguments, says):
             "must be one of auto, small, large",
         ),
         ({"method": "ddpm", "variance": "learned"}, "learned_variance=true"),
-        ({"method": "ddpm", "variance": "analytic"}, "50 numbers"),
+        ({"method": "ddpm", "variance": "analytic"}, "25 numbers"),
     ],
 )
 def test_sampling_that_cannot_be(arguments, says):

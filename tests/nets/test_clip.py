@@ -14,7 +14,7 @@ from dalle.nets.clip import CLIP, PIXEL_MEAN, PIXEL_STD
 TINY = {
     "image_size": 32, "patch_size": 8, "vision_width": 64, "vision_layers": 2, "vision_heads": 2,
     "text_width": 48, "text_layers": 2, "text_heads": 3, "context_length": 12, "vocab_size": 100,
-    "embed_dim": 40,
+    "embed_dim": 40, "vision": "vit",
 }  # fmt: skip
 
 
@@ -113,7 +113,8 @@ def test_parameter_counts_of_the_known_models(vision_width, text_width, embed_di
     with torch.device("meta"):
         net = CLIP(
             image_size=224, patch_size=32, vision_width=vision_width, vision_layers=12, text_width=text_width,
-            text_layers=12, context_length=77, vocab_size=49408, embed_dim=embed_dim,
+            text_layers=12, text_heads=None, context_length=77, vocab_size=49408, embed_dim=embed_dim,
+            vision="vit",
         )  # fmt: skip
     assert sum(p.numel() for p in net.parameters()) == parameters
     assert net.visual.transformer.resblocks[0].attn.heads == vision_width // 64

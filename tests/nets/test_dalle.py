@@ -21,7 +21,7 @@ from dalle.nets.dalle import (
 
 SMALL: dict[str, Any] = {
     "text_vocab": 20, "text_length": 6, "image_vocab": 11, "grid": 4, "width": 32, "depth": 3, "heads": 4,
-    "kernel": 3,
+    "kernel": 3, "image_levels": None,
 }  # fmt: skip
 END = 19
 
@@ -242,14 +242,14 @@ class TestDigits:
                 logits = net.step(codes[:, rank], rank, cache)
 
     def test_all_tables_learn(self):
-        net = DALLE(**SMALL | {"image_vocab": 60}, image_levels=self.LEVELS)
+        net = DALLE(**SMALL | {"image_vocab": 60, "image_levels": self.LEVELS})
         net(*inputs(net))[1].square().mean().backward()
         tables = (net.image_embedding.weight, net.image_head.weight, net.digits.read, net.digits.write)
         assert all(table.grad.abs().sum() > 0 for table in tables)
 
     def test_of_another_vocabulary_are_refused(self):
         with pytest.raises(UserError, match=r"image_levels=\(3, 5, 4\) make 60 codes, but image_vocab=11"):
-            DALLE(**SMALL, image_levels=self.LEVELS)
+            DALLE(**SMALL | {"image_levels": self.LEVELS})
 
 
 class TestText:
@@ -404,7 +404,7 @@ class TestPeers:
 def test_papers_sizes(text_length, width, depth, heads, about, exactly):
     """12 width^2 in each layer, which is 12.09e9 of the paper's, and what goes in and out."""
     with torch.device("meta"):
-        net = DALLE(16384, text_length, 8192, 32, width, depth, heads, attention="dalle")
+        net = DALLE(16384, text_length, 8192, 32, width, depth, heads, "dalle", kernel=11, image_levels=None)
     layers = sum(p.numel() for p in net.layers.parameters())
     assert layers == depth * (12 * width**2 + 13 * width)
     rest = (2 * (16384 + text_length + 8192) + text_length + 2 * 32 + 2) * width

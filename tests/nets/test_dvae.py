@@ -1,5 +1,7 @@
 """The discrete VAE: the released sizes and names, the pixel map, codes soft and hard."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -7,11 +9,12 @@ from dalle.errors import UserError
 from dalle.nets.dvae import DVAE
 
 SMALL = {"image_size": 16, "vocab_size": 12, "factor": 4, "width": 8, "code_dim": 8, "groups": 2, "blocks": 1}
+RELEASED: dict[str, Any] = {"patch": 1, "gain": None, "logit_gain": None}
 
 
 def make(**options) -> DVAE:
     torch.manual_seed(0)
-    return DVAE(**(SMALL | options))
+    return DVAE(**(SMALL | RELEASED | options))
 
 
 def pictures(n: int = 3, size: int = 16) -> torch.Tensor:
@@ -22,7 +25,7 @@ class TestReleased:
     @pytest.fixture(scope="class")
     def net(self) -> DVAE:
         with torch.device("meta"):
-            return DVAE(256, 8192, factor=8, width=256, code_dim=128, groups=4, blocks=2)
+            return DVAE(256, 8192, factor=8, width=256, code_dim=128, groups=4, blocks=2, **RELEASED)
 
     def test_parameters(self, net):
         assert sum(p.numel() for p in net.encoder.parameters()) == 53_786_240

@@ -124,7 +124,22 @@ def test_sizes_that_do_not_fit_are_refused():
 def test_papers_decoder_has_the_papers_size():
     """3.5B with its text encoder; without, "roughly 2.3 billion" (Nichol et al. 2021, GLIDE, sec. 4.1)."""
     with torch.device("meta"):
-        net = UNet(64, 3, 6, 512, (1, 2, 3, 4), 3, (32, 16, 8), 64, 1024, 2048, dropout=0.1, resample="block")
+        net = UNet(
+            64,
+            3,
+            6,
+            512,
+            (1, 2, 3, 4),
+            3,
+            (32, 16, 8),
+            64,
+            1024,
+            2048,
+            1,
+            dropout=0.1,
+            resample="block",
+            positions=False,
+        )
     assert sum(p.numel() for p in net.parameters()) == 2_259_067_398
 
 

@@ -14,6 +14,7 @@ SMALL = {
     "blocks": 1,
     "code_dim": 6,
     "patch": 2,
+    "dead_below": 0.0,
 }
 
 

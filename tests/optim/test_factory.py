@@ -12,7 +12,9 @@ from dalle.optim.factory import OptimizerFactory
 
 
 def recipe(**options) -> OptimizerFactory:
-    return OptimizerFactory(torch.optim.AdamW, **({"lr": 1.0} | options))
+    return OptimizerFactory(
+        torch.optim.AdamW, **({"lr": 1.0, "weight_decay": 0.0, "warmup": 0, "decay_start": 0.0} | options)
+    )
 
 
 def test_warmup_is_a_straight_line_that_never_is_zero():

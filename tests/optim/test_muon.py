@@ -23,7 +23,7 @@ class Net(nn.Module):
 
 def recipe(**options) -> OptimizerFactory:
     return OptimizerFactory(
-        Muon, **{"lr": 0.01, "muon_lr": 0.02, "weight_decay": 0.1, "decay": "constant"} | options
+        Muon, **{"lr": 0.01, "muon_lr": 0.02, "weight_decay": 0.1, "warmup": 0, "decay": "constant"} | options
     )
 
 

@@ -39,6 +39,7 @@ def clip():
         vocab_size=tokenizer.vocab_size,
         context_length=T,
         embed_dim=E,
+        vision="vit",
     )
     return FrozenCLIP(net, tokenizer)
 
@@ -57,6 +58,7 @@ def unclip(clip):
         blocks=1,
         attention=[8],
         head_dim=16,
+        patch=1,
         **sizes,
     )
     for net in (prior_net, decoder_net):  # outputs are zero at birth: nothing would depend on anything

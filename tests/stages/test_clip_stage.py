@@ -42,7 +42,7 @@ def make_net() -> CLIP:
     torch.manual_seed(0)
     return CLIP(
         image_size=16, patch_size=8, vision_width=32, vision_layers=1, text_width=32, text_layers=1,
-        context_length=6, vocab_size=32, embed_dim=16,
+        context_length=6, vocab_size=32, embed_dim=16, text_heads=None, vision="vit",
     )  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def trainer(tmp_path: Path, **options) -> lightning.Trainer:
 
 
 def sgd(lr: float) -> OptimizerFactory:
-    return OptimizerFactory(torch.optim.SGD, lr=lr, decay="constant")
+    return OptimizerFactory(torch.optim.SGD, lr=lr, weight_decay=0.0, warmup=0, decay="constant")
 
 
 @pytest.mark.parametrize(("scale", "expected"), [(1 / 0.07, 0.3243309809136014), (1.0, 0.8582987277040255)])
@@ -168,7 +168,11 @@ def test_logit_scale_stays_in_bounds(tmp_path, direction, bound, accumulate):
 
 
 def test_validation_measures_retrieval_and_training_learns(tmp_path):
-    stage = ClipStage(make_net(), OptimizerFactory(torch.optim.AdamW, lr=3e-3), Retrieval(ks=(1,)))
+    stage = ClipStage(
+        make_net(),
+        OptimizerFactory(torch.optim.AdamW, lr=3e-3, weight_decay=0.0, warmup=0),
+        Retrieval(ks=(1,)),
+    )
     data = pairs(12, captions=6)
     fit = trainer(tmp_path, max_epochs=40, check_val_every_n_epoch=40)
     before = fit.validate(stage, DataLoader(data, batch_size=5), verbose=False)[0]

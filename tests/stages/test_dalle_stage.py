@@ -20,11 +20,11 @@ N = GRID**2
 def tiny(**options) -> DalleStage:
     torch.manual_seed(0)
     net = DALLE(
-        text_vocab=V, text_length=T, image_vocab=K, grid=GRID, width=16, depth=2, heads=2, attention="full"
+        text_vocab=V, text_length=T, image_vocab=K, image_levels=None, grid=GRID, width=16, depth=2, heads=2
     )
     for p in net.parameters():
         nn.init.normal_(p, std=0.3)
-    return DalleStage(net, **options).eval()
+    return DalleStage(net, **({"temperature": 1.0, "guidance": 1.0} | options)).eval()
 
 
 def batch() -> dict:

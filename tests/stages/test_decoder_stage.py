@@ -21,7 +21,7 @@ def make_net(channels: int = 3) -> UNet:
     net = UNet(
         image_size=16, channels=3, out_channels=channels, width=16, multipliers=[1, 1], blocks=1,
         attention=[4], head_dim=8, embed_dim=EMBED, text_width=TEXT, image_tokens=2,
-        patch=2, dropout=0.0, resample="conv",
+        patch=2, dropout=0.0, resample="conv", positions=False,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():  # zero-initialised outputs would make every condition the same

@@ -1,6 +1,7 @@
 """The discrete VAE's loss by hand: likelihood, divergence, schedules; codes soft in training, hard in use."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -9,11 +10,18 @@ from dalle.nets.dvae import DVAE
 from dalle.optim.factory import OptimizerFactory
 from dalle.stages.dvae import DVAEStage, Ramp, kl_to_uniform, logit_laplace, logit_normal
 
+RELEASED: dict[str, Any] = {"patch": 1, "gain": None, "logit_gain": None}
+
 
 def make_stage(temperature: float = 1.0, beta: float = 0.0, seed: int = 0, **options) -> DVAEStage:
     torch.manual_seed(seed)
-    net = DVAE(image_size=16, vocab_size=12, factor=4, width=8, code_dim=8, groups=2, blocks=1)
-    return DVAEStage(net, Ramp(temperature, temperature, 0), Ramp(beta, beta, 0), **options)
+    net = DVAE(image_size=16, vocab_size=12, factor=4, width=8, code_dim=8, groups=2, blocks=1, **RELEASED)
+    return DVAEStage(
+        net,
+        Ramp(temperature, temperature, 0),
+        Ramp(beta, beta, 0),
+        **({"likelihood": "laplace", "ln_b": None} | options),
+    )
 
 
 def make_batch(size: int = 3) -> dict:
@@ -72,7 +80,15 @@ class TestRamp:
          (2_000_000, 1.25e-06)],
     )  # fmt: skip
     def test_step_size_of_the_paper(self, step, expected):
-        recipe = OptimizerFactory(torch.optim.AdamW, lr=1e-4, decay_end=0.4, final=0.0125)
+        recipe = OptimizerFactory(
+            torch.optim.AdamW,
+            lr=1e-4,
+            weight_decay=0.0,
+            warmup=0,
+            decay_start=0.0,
+            decay_end=0.4,
+            final=0.0125,
+        )
         assert 1e-4 * recipe.factor(step, 3_000_000) == pytest.approx(expected, rel=1e-9)
 
     def test_without_steps_it_has_arrived(self):
@@ -110,7 +126,9 @@ class TestStep:
 
     def test_the_kl_weight_of_the_paper_is_one_192nd_of_beta(self):
         stage = make_stage(beta=6.6).train()
-        stage.net = DVAE(image_size=32, vocab_size=12, factor=8, width=4, code_dim=4, groups=3, blocks=1)
+        stage.net = DVAE(
+            image_size=32, vocab_size=12, factor=8, width=4, code_dim=4, groups=3, blocks=1, **RELEASED
+        )
         out = stage.step({"image": torch.zeros(1, 3, 32, 32)})
         torch.testing.assert_close(out["loss"] - out["nll"], 6.6 / 192 * out["kl"])
 

@@ -254,7 +254,9 @@ class SpoiltOnOne(Stage):
     """In its second step one rank has a loss that is no number."""
 
     def __init__(self) -> None:
-        super().__init__(OptimizerFactory(torch.optim.SGD, lr=0.1, decay="constant"))
+        super().__init__(
+            OptimizerFactory(torch.optim.SGD, lr=0.1, weight_decay=0.0, warmup=0, decay="constant")
+        )
         torch.manual_seed(0)
         self.net = torch.nn.Linear(4, 1)
 

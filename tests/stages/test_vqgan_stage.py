@@ -17,9 +17,18 @@ def random_distance() -> nn.Module:
 
 def make_stage(**options) -> VQGANStage:
     torch.manual_seed(0)
-    net = VQGAN(image_size=16, vocab_size=12, width=8, multipliers=[1, 2], blocks=1, code_dim=6, patch=2)
+    net = VQGAN(
+        image_size=16,
+        vocab_size=12,
+        width=8,
+        multipliers=[1, 2],
+        blocks=1,
+        code_dim=6,
+        patch=2,
+        dead_below=0.0,
+    )
     net.train()(make_batch(16)["image"])
-    return VQGANStage(net, PatchDiscriminator(8, 2), random_distance, **options)
+    return VQGANStage(net, PatchDiscriminator(8, 2), random_distance, **({"disc_start": 0} | options))
 
 
 def make_batch(size: int = 4) -> dict:

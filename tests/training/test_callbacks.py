@@ -28,7 +28,9 @@ class Line(Stage):
     makes_images = True
 
     def __init__(self):
-        super().__init__(OptimizerFactory(torch.optim.SGD, lr=1, decay="constant"))
+        super().__init__(
+            OptimizerFactory(torch.optim.SGD, lr=1, weight_decay=0.0, warmup=0, decay="constant")
+        )
         self.net = nn.Linear(1, 1, bias=False)
         self.other = nn.Parameter(torch.zeros(1))
         self.net.register_buffer("count", torch.zeros((), dtype=torch.int64))

@@ -46,7 +46,7 @@ def test_every_stage(command, untrained_stages, tmp_path, model):
 
 class Toy(Stage):
     def __init__(self, n_in: int, width: int, n_out: int) -> None:
-        super().__init__(OptimizerFactory(torch.optim.Adam, lr=1e-3, weight_decay=0.0))
+        super().__init__(OptimizerFactory(torch.optim.Adam, lr=1e-3, weight_decay=0.0, warmup=0))
         self.net = nn.Sequential(nn.Linear(n_in, width), nn.ReLU(), nn.Linear(width, n_out))
 
     def step(self, batch):

@@ -81,9 +81,10 @@ class SourceDataModule(L.LightningDataModule):
         batch_size: PositiveInt,
         num_workers: Workers = 0,
         seed: Seed = 0,
-        val_items: PositiveInt | None = None,
-        test_items: PositiveInt | None = None,
-        train_items: PositiveInt | None = None,
+        *,
+        val_items: PositiveInt | None,
+        test_items: PositiveInt | None,
+        train_items: PositiveInt | None,
     ):
         super().__init__()
         if batch_size < 1:
@@ -226,11 +227,15 @@ class TextImageDataModule(SourceDataModule):
         batch_size: PositiveInt,
         num_workers: Workers = 0,
         seed: Seed = 0,
-        val_items: PositiveInt | None = None,
-        test_items: PositiveInt | None = None,
-        train_items: PositiveInt | None = None,
+        *,
+        val_items: PositiveInt | None,
+        test_items: PositiveInt | None,
+        train_items: PositiveInt | None,
     ):
-        super().__init__(source, batch_size, num_workers, seed, val_items, test_items, train_items)
+        super().__init__(
+            source, batch_size, num_workers, seed,
+            val_items=val_items, test_items=test_items, train_items=train_items,
+        )  # fmt: skip
         self._tokenizer = tokenizer
 
     @property
@@ -294,14 +299,18 @@ class EmbeddingDataModule(SourceDataModule):
         cache_dir: Place,
         num_workers: Workers = 0,
         seed: Seed = 0,
-        val_items: PositiveInt | None = None,
-        test_items: PositiveInt | None = None,
-        train_items: PositiveInt | None = None,
+        *,
+        val_items: PositiveInt | None,
+        test_items: PositiveInt | None,
+        train_items: PositiveInt | None,
         image_embed_norm: str = "unit_times_sqrt_dim",
         cache_items: NonNegativeInt = 100_000,
         cache_text_gb: NonNegative = 1.0,
     ):
-        super().__init__(source, batch_size, num_workers, seed, val_items, test_items, train_items)
+        super().__init__(
+            source, batch_size, num_workers, seed,
+            val_items=val_items, test_items=test_items, train_items=train_items,
+        )  # fmt: skip
         self.clip: FrozenCLIP = clip  # pyright: ignore[reportIncompatibleVariableOverride]: never None here
         self.cache_dir = Path(cache_dir)
         self.cache_items, self.text_bytes = cache_items, int(cache_text_gb * 2**30)
@@ -406,13 +415,17 @@ class CodeDataModule(TextImageDataModule):
         cache_dir: Place,
         num_workers: Workers = 0,
         seed: Seed = 0,
-        val_items: PositiveInt | None = None,
-        test_items: PositiveInt | None = None,
-        train_items: PositiveInt | None = None,
+        *,
+        val_items: PositiveInt | None,
+        test_items: PositiveInt | None,
+        train_items: PositiveInt | None,
         cache_items: NonNegativeInt = 1_000_000,
-        bpe_dropout: Fraction = 0.1,
+        bpe_dropout: Fraction = 0.0,
     ):
-        super().__init__(source, tokenizer, batch_size, num_workers, seed, val_items, test_items, train_items)
+        super().__init__(
+            source, tokenizer, batch_size, num_workers, seed,
+            val_items=val_items, test_items=test_items, train_items=train_items,
+        )  # fmt: skip
         self.image_tokenizer, self.cache_dir = image_tokenizer, Path(cache_dir)
         self.cache_items, self.bpe_dropout = cache_items, bpe_dropout
         if bpe_dropout and isinstance(tokenizer, ClipBPE):

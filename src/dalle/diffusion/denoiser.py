@@ -38,7 +38,7 @@ class Denoiser(nn.Module):
         self,
         net: nn.Module,
         schedule: Schedule,
-        prediction: str = "eps",
+        prediction: str = "x0",
         weighting: str = "none",
         time_sampling: str = "uniform",
         learned_variance: bool = False,

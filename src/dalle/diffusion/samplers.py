@@ -183,7 +183,7 @@ class Sampler:
     heun: churn). Raises UserError for an unknown method, spacing or option.
     """
 
-    def __init__(self, method: str = "ddim", steps: Steps = 50, spacing: Text | None = None, **options):
+    def __init__(self, method: str = "ddim", steps: Steps = 25, spacing: Text | None = None, **options):
         if method not in METHODS:
             raise UserError(f"unknown sampler '{method}': choose one of {', '.join(METHODS)}")
         arguments = list(inspect.signature(METHODS[method]).parameters.items())[3:]

@@ -178,7 +178,7 @@ class CLIP(nn.Module):
     """The two towers and the learned temperature.
 
     `vision` is vit, the paper's transformer on patches, or conv, the `ConvTower`, whose `vision_layers` are
-    levels. `vision_heads` and `text_heads` are width / 64 where left out, as in the paper's models.
+    levels. `vision_heads` and `text_heads` are width / 64 where None, as in the paper's models.
 
     Raises:
         UserError: the heads do not divide the width, or there is no such tower or activation.
@@ -198,11 +198,11 @@ class CLIP(nn.Module):
         context_length: Length,
         vocab_size: Vocabulary,
         embed_dim: Width,
+        text_heads: PositiveInt | None,
         vision_heads: PositiveInt | None = None,
-        text_heads: PositiveInt | None = None,
         activation: str = "gelu",
         checkpoint: bool = False,
-        vision: str = "vit",
+        vision: str = "conv",
     ) -> None:
         super().__init__()
         self.image_size, self.embed_dim = image_size, embed_dim

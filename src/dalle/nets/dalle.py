@@ -314,12 +314,13 @@ class DALLE(nn.Module):
         depth: Depth,
         heads: PositiveInt,
         attention: str = "full",
-        kernel: PositiveInt = 11,
+        kernel: PositiveInt = 3,
         dropout: Dropout = 0.0,
         style: str = "gpt",
         shift: bool = False,
         checkpoint: bool = False,
-        image_levels: Levels | None = None,
+        *,
+        image_levels: Levels | None,
     ):
         super().__init__()
         made = math.prod(map(math.prod, grouped(image_levels or ())))

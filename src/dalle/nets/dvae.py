@@ -163,9 +163,9 @@ class DVAE(nn.Module):
         code_dim: Width,
         groups: Depth,
         blocks: Depth,
-        gain: NonNegative | None = None,
-        patch: Side = 1,
-        logit_gain: Positive | None = None,
+        patch: Side,
+        gain: NonNegative | None = 0.5,
+        logit_gain: Positive | None = 4.0,
     ):
         super().__init__()
         halvings = max(1, factor // max(1, patch)).bit_length() - 1

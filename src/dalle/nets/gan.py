@@ -108,7 +108,7 @@ class Generator(nn.Module):
         condition_width: Width,
         embed_dim: Width,
         text_width: Width,
-        patch: Side = 1,
+        patch: Side,
     ):
         super().__init__()
         check_sizes(image_size, patch, width, multipliers, attention, head_dim)
@@ -217,7 +217,7 @@ class Discriminator(nn.Module):
         width: Width,
         multipliers: Multipliers,
         features: Width,
-        patch: Side = 1,
+        patch: Side,
         spectral_norm: bool = False,
     ):
         super().__init__()

@@ -76,7 +76,7 @@ class SmallUNet(nn.Module):
         condition_width: Width,
         embed_dim: Width,
         text_width: Width,
-        patch: Side = 1,
+        patch: Side,
         image_tokens: Length = 4,
         dropout: Dropout = 0.0,
         checkpoint: bool = False,

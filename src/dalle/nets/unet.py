@@ -113,11 +113,11 @@ class UNet(nn.Module):
         head_dim: Width,
         embed_dim: Width,
         text_width: Width,
-        patch: Side = 1,
+        patch: Side,
         image_tokens: Length = 4,
         dropout: Dropout = 0.0,
         resample: str = "conv",
-        positions: bool = False,
+        positions: bool = True,
         checkpoint: bool = False,
     ):
         super().__init__()

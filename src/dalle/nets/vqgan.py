@@ -134,10 +134,10 @@ class VQGAN(nn.Module):
         multipliers: Multipliers,
         blocks: Depth,
         code_dim: Width,
-        patch: Side = 1,
+        patch: Side,
         commitment: Weight = 0.25,
         decay: Decay = 0.99,
-        dead_below: NonNegative = 0.0,
+        dead_below: NonNegative = 1.0,
         levels: Levels | None = None,
         patchwise: Width | None = None,
     ):

@@ -47,10 +47,10 @@ class DalleStage(Stage):
         image_weight: Weight = 7 / 8,
         text_dropout: Fraction = 0.1,
         pad_loss: bool = True,
-        temperature: NonNegative = 1.0,
+        temperature: NonNegative = 0.5,
         top_k: PositiveInt | None = None,
         top_p: Share | None = None,
-        guidance: Guidance = 1.0,
+        guidance: Guidance = 2.0,
     ) -> None:
         super().__init__(optimizer)
         self.net: TransformerNet = check_interface(net, TransformerNet)

@@ -1,8 +1,8 @@
 """The decoder: a picture from a CLIP image embedding and, optionally, the caption (DALL-E 2, sec. 2.1 and
 App. C).
 
-A diffusion model on pixels. The image embedding is dropped for 10 % of the training pictures and the caption
-for 50 %, independently, so that each can be guided by a scale of its own.
+A diffusion model on pixels. Image embedding and caption are dropped for 10 % of the training pictures each,
+independently, so that each can be guided by a scale of its own. The paper drops 50 % of the captions.
 """
 
 from collections.abc import Callable
@@ -47,7 +47,7 @@ class DecoderStage(Stage):
         sampler: Sampler,
         optimizer: OptimizerFactory | None = None,
         image_dropout: Fraction = 0.1,
-        text_dropout: Fraction = 0.5,
+        text_dropout: Fraction = 0.1,
         guidance: Guidance = 2.0,
         text_guidance: Guidance | None = None,
         rescale: Fraction = 0.0,

@@ -82,8 +82,8 @@ class DVAEStage(Stage):
         temperature: Ramp,
         kl_weight: Ramp,
         optimizer: OptimizerFactory | None = None,
-        likelihood: Literal["laplace", "normal"] = "laplace",
-        ln_b: Exponent | None = None,
+        likelihood: Literal["laplace", "normal"] = "normal",
+        ln_b: Exponent | None = -2.0,
     ) -> None:
         super().__init__(optimizer)
         for name in ("start", "end"):

@@ -48,11 +48,11 @@ class VQGANStage(Stage):
         net: nn.Module,
         discriminator: nn.Module,
         perceptual: Callable[[], nn.Module],
+        disc_start: NonNegativeInt,
         optimizer: OptimizerFactory | None = None,
         pixel_loss: Literal["l1", "mse"] = "l1",
         perceptual_weight: Weight = 1.0,
         adversarial_weight: Weight = 0.8,
-        disc_start: NonNegativeInt = 0,
     ) -> None:
         super().__init__(optimizer)
         self.automatic_optimization = False

@@ -41,7 +41,7 @@ class Ema(lightning.Callback):
     none would ever move.
     """
 
-    def __init__(self, decay: Decay = 0.999, every: PositiveInt = 1) -> None:
+    def __init__(self, decay: Decay = 0.998, every: PositiveInt = 1) -> None:
         self.decay, self.every = decay, every
         self.updates = 0
         self.average: dict[str, Tensor] = {}
@@ -192,7 +192,7 @@ class GenerationTest(lightning.Callback):
     def __init__(
         self,
         directory: Place,
-        items: PositiveInt = 256,
+        items: PositiveInt = 128,
         seed: Seed = 0,
         inception: File | None = None,
         rows: NonNegativeInt = 64,

@@ -83,7 +83,7 @@ class LastCheckpoint(Checkpoint):
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 
-    def __init__(self, directory: Place, every: PositiveInt = 1000) -> None:
+    def __init__(self, directory: Place, every: PositiveInt = 500) -> None:
         self.path, self.every = Path(directory) / "last.ckpt", every
         self.saved_step: int | None = None  # None: training has not begun, there is nothing to save
         self.asked = self.agreed = False
