@@ -1,6 +1,7 @@
 """Folder: every kind of picture and caption file, splits that stay put, and bad input reported once."""
 
 import json
+import multiprocessing
 import os
 import struct
 import warnings
@@ -16,7 +17,7 @@ from PIL import Image, ImageCms, features
 from torch.utils.data import DataLoader
 
 from dalle.data.folder import Folder
-from dalle.data.image_files import to_rgb
+from dalle.data.image_files import BadPicture, read, to_rgb
 from dalle.data.sources import EpochSampler, Source, SourceDataset, identity_collate
 from dalle.data.splits import divide
 from dalle.errors import UserError
@@ -458,6 +459,26 @@ def test_a_bomb_is_not_decoded(tmp_path):
         folder(tmp_path)
 
 
+@pytest.mark.parametrize(("copies", "others"), [(20, 0), (20, 1)])
+def test_fewer_than_three_different_pictures_are_in_every_split(tmp_path, capsys, copies, others):
+    """Copies of one picture go where the first goes, which would leave nothing to validate with."""
+    for k in range(copies + others):
+        put(tmp_path, f"{k:02}.png", picture((max(0, k + 1 - copies), 0, 0)), caption=f"number {k}")
+    with pytest.warns(UserWarning, match=rf"{copies} equal to another \(1 different ones\) \("):
+        sizes = [len(Folder(split, tmp_path, 8)) for split in ("train", "val", "test")]
+    assert sizes == [copies + others] * 3
+    assert "fewer than 3 different ones are in every split" in capsys.readouterr().out
+
+
+def test_copies_of_three_pictures_are_divided(tmp_path):
+    for k in range(20):
+        put(tmp_path, f"{k:02}.png", picture((k % 3, 0, 0)))
+    with pytest.warns(UserWarning, match="20 equal to another .3 different ones., kept in one split"):
+        sizes = [len(Folder(split, tmp_path, 8)) for split in ("train", "val", "test")]
+    assert sum(sizes) == 20
+    assert min(sizes) >= 6
+
+
 def test_a_picture_that_breaks_while_being_read_is_replaced_with_its_caption(tmp_path):
     for name in "abc":
         put(tmp_path, f"{name}.png", picture((ord(name), 0, 0), (64, 64)), caption=name)
@@ -519,6 +540,36 @@ def test_each_file_is_decoded_once_also_across_workers(tmp_path):
     for path in tmp_path.glob("*.png"):
         path.unlink()  # what workers have read, this process knows
     assert torch.equal(source.images(range(6)), first)
+
+
+@pytest.mark.filterwarnings("ignore:.*worker processes in total")
+def test_workers_name_a_broken_picture_once(tmp_path, monkeypatch):
+    """Two that read it at the same time."""
+    for name in "abc":
+        put(tmp_path, f"{name}.png", picture((ord(name), 0, 0)))
+    source, both = folder(tmp_path), multiprocessing.get_context("fork").Barrier(2, timeout=60)
+
+    def read_at_once(path, *others):
+        if path.name == "a.png":
+            both.wait()
+            raise BadPicture("broken")
+        return read(path, *others)
+
+    def note(line):
+        with (tmp_path / "said").open("a") as file:
+            file.write(f"{line}\n")
+
+    monkeypatch.setattr("dalle.data.folder.read", read_at_once)
+    monkeypatch.setattr("dalle.data.folder.rank_zero_warn", note)
+    batches = DataLoader(
+        SourceDataset(source), batch_sampler=[[0], [0]], collate_fn=identity_collate, num_workers=2,
+        multiprocessing_context="fork",
+    )  # fmt: skip
+    one, other = (batch["image"] for batch in batches)
+    assert torch.equal(one, other)
+    assert torch.equal(one, source.images([1]))
+    (line,) = (tmp_path / "said").read_text().splitlines()
+    assert line.endswith("a.png: broken; another picture takes its place")
 
 
 def test_the_fingerprint_follows_what_images_and_captions_depend_on(tmp_path):

@@ -5,11 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from tiny import COMMON, ENVIRONMENT, ROOT, SECONDS, column, configure, weights
+from PIL import Image
+from tiny import COMMON, ENVIRONMENT, NETS, ROOT, SECONDS, column, configure, weights
 
 from dalle.run_dir import Run
 from dalle.training import fit
@@ -19,9 +22,9 @@ pytestmark = pytest.mark.slow
 SGD = ("optimizer=sgd", "optimizer.warmup=2", "trainer.max_steps=4", "trainer.log_every_n_steps=1")
 
 
-def start(cwd: Path, *overrides: str) -> subprocess.Popen:
+def start(cwd: Path, *overrides: str, common: Sequence[str] = COMMON) -> subprocess.Popen:
     """train.py in a process group of its own, as a shell starts it."""
-    command = [sys.executable, str(ROOT / "train.py"), *overrides, *COMMON, "trainer=ddp_cpu", "batch_size=4"]
+    command = [sys.executable, str(ROOT / "train.py"), *overrides, *common, "trainer=ddp_cpu", "batch_size=4"]
     return subprocess.Popen(
         command,
         cwd=cwd,
@@ -154,3 +157,21 @@ def test_interrupted_on_all_ranks_and_resumed(work):
     assert code == 0, output
     assert run.manifest()["steps"] == step + 2
     assert list(column(run, "train/loss")) == list(range(step + 2))
+
+
+def test_ranks_and_their_workers_say_once_what_was_read(tmp_path):
+    for k in range(24):
+        noise = np.random.default_rng(k).integers(0, 256, (16, 16, 3), np.uint8)
+        path = tmp_path / "pictures" / f"{k:02}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(noise).save(path)
+        path.with_suffix(".txt").write_text(f"number {k}", encoding="utf-8")
+    (tmp_path / "pictures" / "odd.png").write_bytes(b"no picture")
+    settings = ("trainer.max_steps=2", "datamodule.num_workers=1", *NETS["dvae"])
+    plain = [word for word in COMMON if not word.startswith(("data.size", "batch_size"))]
+    code, output = finish(
+        start(tmp_path, "model=dvae", "data=folder", "data.root=pictures", *settings, common=plain)
+    )
+    assert code == 0, output
+    assert output.count("24 pictures with 24 captions") == 1, output
+    assert output.count("odd.png") == 1, output

@@ -37,7 +37,7 @@ from dalle.data.image_files import (
     read,
 )
 from dalle.data.sources import mix
-from dalle.data.splits import Split, divide, folder_splits, split_folder
+from dalle.data.splits import FEWEST, Split, divide, folder_splits, split_folder
 from dalle.data.text import encoded, shown
 from dalle.errors import UserError
 from dalle.ranges import Fraction, Place, PositiveInt, Seed, Side, Text
@@ -71,7 +71,7 @@ class Folder:
         image_size: S; the short side is resized to it, then the middle square is taken (`crop="center"`) or,
             in training, one drawn per epoch (`crop="random"`).
         val_fraction, test_fraction: of the pictures, where there are no folders `val` and `test`. From three
-            pictures on, no split with a fraction above 0 is empty; fewer than three are in every split. Equal
+            different pictures on, no split with a fraction above 0 is empty; fewer are in every split. Equal
             pictures are in one.
         seed: of the splits and crops.
         max_pixels: larger pictures are left out, as their size may be a lie that eats the memory.
@@ -173,8 +173,7 @@ class Folder:
             try:
                 picture = read(path, self.image_size, aspect, self.max_pixels, self.fit)
             except BadPicture as error:
-                self._memory.state[item] = BROKEN
-                if (broken := int((self._memory.state == BROKEN).sum())) <= NAMED:
+                if 0 < (broken := self._memory.give_up(item)) <= NAMED:
                     more = "; more of the kind are not named" if broken == NAMED else ""
                     rank_zero_warn(f"{shown(str(path))}: {error}; another picture takes its place{more}")
             else:
@@ -274,7 +273,8 @@ def _equal(digests: Mapping[str, str], given: Mapping[str, str]) -> dict[str, li
         places[digests[name]].add(given[name])
     apart = [name for name in equal if len(places[digests[name]]) > 1]
     different = len({digests[name] for name in equal})
-    found = {f"equal to another ({different} different ones), kept in one split": equal} if equal else {}
+    where = ", kept in one split" if len(set(digests.values())) >= FEWEST else ""
+    found = {f"equal to another ({different} different ones){where}": equal} if equal else {}
     return {"equal to one in another split: take them out of the one or the other": apart} if apart else found
 
 
@@ -316,6 +316,8 @@ def introduce(root: Path, scanned: Scan, sizes: Mapping[str, int], fit: str, cro
     n, captions = len(scanned.captions), sum(map(len, scanned.captions.values()))
     folders = sorted({word for name in scanned.given if (word := split_folder(name))})
     how = "by a hash of their names"
+    if len(set(scanned.digests.values())) < FEWEST:
+        how = f"fewer than {FEWEST} different ones are in every split"
     if scanned.given:
         how = f"by the folders {', '.join(map(shown, folders))}" if folders else "as the tables say"
     divided = ", ".join(f"{size} {split}" for split, size in sizes.items())

@@ -5,7 +5,9 @@ import hashlib
 import mmap
 import os
 import stat
+import tempfile
 import warnings
+from collections.abc import Iterator
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -13,6 +15,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, features
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 MAX_PIXELS = 64_000_000  # of a picture, where nobody says another number: more would eat the memory
 AVIF = (".avif",) if features.check("avif") else ()
@@ -262,12 +269,16 @@ class Memory:
         slot: bytes for one; 0 = keep no pictures, only whether they can be read.
     """
 
+    _turn: Any = None  # a file without a name, whose lock tells whose turn it is
+
     def __init__(self, items: int, slot: int):
         self.items, self.slot = items, slot
         # Anonymous shared memory: physical pages come with use, and the size of /dev/shm does not matter.
         self.state = np.frombuffer(mmap.mmap(-1, max(4, items)), np.uint8)
         self.sides = np.frombuffer(mmap.mmap(-1, max(4, 4 * items)), np.uint16)
         self.bytes = np.frombuffer(mmap.mmap(-1, max(4, slot * items)), np.uint8)
+        with contextlib.suppress(OSError):  # no place for temporary files
+            self._turn = tempfile.TemporaryFile()  # noqa: SIM115
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Memory, (self.items, self.slot)  # a spawned process starts with its own, empty
@@ -283,3 +294,23 @@ class Memory:
             self.bytes[item * self.slot : item * self.slot + picture.size] = picture.reshape(-1)
             self.sides[2 * item : 2 * item + 2] = picture.shape[:2]
             self.state[item] = WHOLE  # last: another process may be looking
+
+    def give_up(self, item: int) -> int:
+        """Marks a picture as broken -> how many are so by now; 0 where another process was first."""
+        with self._alone():
+            if self.state[item] == BROKEN:
+                return 0
+            self.state[item] = BROKEN
+            return int((self.state == BROKEN).sum())
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One process at a time; the lock of one that dies is free again."""
+        if fcntl is None or self._turn is None:
+            yield
+            return
+        fcntl.lockf(self._turn, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._turn, fcntl.LOCK_UN)

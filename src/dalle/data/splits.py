@@ -11,7 +11,7 @@ from dalle.data.text import encoded
 
 Split = Literal["train", "val", "test"]
 
-FEWEST = 3  # pictures that can be divided into three splits
+FEWEST = 3  # different pictures that can be divided into three splits
 DEEPEST = 3  # levels below the root at which folders of splits are looked for
 NAMES: dict[str, str] = {
     "train": "train", "training": "train", "restval": "train",
@@ -65,7 +65,7 @@ def divide(
     """Names -> {train, val, test}, each in the order of `names`.
 
     Given splits stay; one that is not given is drawn from `train`. A split that the hash leaves empty takes
-    the name that came closest; with fewer than three names, every split has them all.
+    the name that came closest; with fewer than three different pictures, every split has them all.
 
     Args:
         given: splits of names; None: as their folders say.
@@ -78,10 +78,10 @@ def divide(
     pool = out["train"] or list(names)
     fractions: dict[str, float] = {"val": val_fraction, "test": test_fraction}
     wanted = {split: fraction for split, fraction in fractions.items() if fraction > 0 and not out[split]}
-    if len(pool) < FEWEST:
-        return out | dict.fromkeys(("train", *wanted), pool)
     firsts: dict[str, str] = {}
     first = {name: firsts.setdefault(same[name] if same else name, name) for name in pool}
+    if len(firsts) < FEWEST:
+        return out | dict.fromkeys(("train", *wanted), pool)
     order = sorted((_place(name, seed), name) for name in firsts.values())
     splits: dict[str, str] = {}
     start, edge = 0, 0.0
