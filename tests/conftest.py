@@ -97,7 +97,7 @@ def untrained_stages(tmp_path_factory) -> Path:
     Read only: copy what you change.
     """
     logs = tmp_path_factory.mktemp("untrained") / "logs"
-    for model in ("clip", "prior", "decoder", "dvae", "dalle"):
+    for model in ("clip", "prior", "ar_prior", "decoder", "dvae", "dalle"):
         untrained(model, logs)
     return logs
 

@@ -27,7 +27,7 @@ FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CON
 
 USES_DATA = {  # batches -> a model that trains on them
     "images": "dvae", "text_images": "clip", "codes": "dalle", "embeddings": "prior",
-    "image_embeddings": "gan",
+    "image_embeddings": "gan", "embedding_codes": "ar_prior",
 }  # fmt: skip
 
 
@@ -57,8 +57,10 @@ def command_of(file: str) -> tuple[str, list[str]]:
     if not group:
         return name, []
     if group == "experiment/stage":
-        experiment, model = name.rsplit("_", 1)
-        assert experiment in files_of("experiment"), f"{file} is never used"
+        fitting = [some for some in files_of("experiment") if name.startswith(f"{some}_")]
+        assert fitting, f"{file} is never used"
+        experiment = max(fitting, key=len)
+        model = name.removeprefix(f"{experiment}_")
         return "train", [f"experiment={experiment}", f"model={model}"]
     if group == "hparams_search/stage":
         search, model = name.split("_", 1)
@@ -98,7 +100,7 @@ def test_composes(file):
         check_all(config)
 
 
-@pytest.mark.parametrize("model", ["clip", "prior", "decoder", "dvae", "dalle", "gan"])
+@pytest.mark.parametrize("model", ["clip", "prior", "ar_prior", "decoder", "dvae", "dalle", "gan"])
 def test_groups_switch_freely(model):
     """Every choice of every group under every model, several groups at a time."""
     groups = ("debug", "optimizer", "precision", "trainer", "sampler", "data", "callbacks", "image_tokenizer")
@@ -199,11 +201,12 @@ LAPTOP += [(model_of(net), net) for net in files_of("model/net")]
 
 
 @pytest.mark.parametrize(("model", "net"), LAPTOP)
-def test_laptop_sizes(untrained_stages, model, net):
+def test_laptop_sizes(untrained_stages, tmp_path, model, net):
     """At their real size, on the sizes that data and CLIP have."""
     upstream = [f"upstream.{name}='{untrained_stages / 'default' / name}'" for name in ("clip", "dvae")]
     size = 16 if model == "dalle" else 32  # that of the dVAE
-    small = ("data.size=64", f"data.image_size={size}", "trainer=cpu")
+    cache = f"paths.cache='{tmp_path}'"  # of the embeddings that an ar_prior's codes are fitted on
+    small = ("data.size=64", f"data.image_size={size}", "trainer=cpu", cache)
     config = config_of(f"model={model}", *upstream, *small, *([f"model/net={net}"] if net else []))
     wanted = {key for key, value in config["model"]["net"].items() if value == "auto"}
     assert wanted

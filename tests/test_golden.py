@@ -28,6 +28,7 @@ DECODER = (
     "model.denoiser.schedule.name=flow", "model.denoiser.schedule.shift=1.0",
 )  # fmt: skip
 PRIOR = ("model.text_dropout=0.1", "model.denoiser.prediction=x0", "model.denoiser.schedule.name=cosine")
+AR_PRIOR = ("model.text_dropout=0.1", "datamodule.kept_variance=0.95")
 DALLE = ("model.text_dropout=0.1", "datamodule.bpe_dropout=0.1", "model.net.shift=false")
 DVAE = (
     "model.likelihood=laplace", "model.ln_b=null", "model.temperature.steps=10", "model.kl_weight.end=1.0",
@@ -40,12 +41,14 @@ GAN = (
     "model.d_steps=1", "model.d_lr=1.0", "model.beta1=0.5", "model.augment=[translation]",
 )  # fmt: skip
 OF_STAGE = {
-    "clip": (), "prior": PRIOR, "decoder": DECODER, "dit": DECODER,
+    "clip": (), "prior": PRIOR, "ar_prior": AR_PRIOR, "decoder": DECODER, "dit": DECODER,
     "dvae": DVAE, "vqgan": VQGAN, "vae": VAE, "gan": GAN, "dalle": DALLE,
 }  # fmt: skip
 
 
-UPSTREAM = {"prior": "clip", "decoder": "clip", "dit": "clip", "gan": "clip", "dalle": "dvae"}
+UPSTREAM = {
+    "prior": "clip", "ar_prior": "clip", "decoder": "clip", "dit": "clip", "gan": "clip", "dalle": "dvae",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

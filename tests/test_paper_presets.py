@@ -16,7 +16,9 @@ from dalle.training.preflight import count
 
 # CLIP has the parameters of the released ViT-B/32, the dVAE those of encoder and decoder as released.
 # Table 3 of Ramesh et al. 2022: 1B for the prior, 3.5B for a decoder with a text transformer, absent here.
-PRIOR, DECODER = 1_221_524_992, 2_249_628_166
+# "1B" for the autoregressive prior, whose own text encoder of 2048 x 24 is absent here, too.
+PRIOR, AR_PRIOR, DECODER = 1_221_524_992, 805_576_704, 2_249_628_166
+KEPT = "datamodule.dims=319"  # of 1024 in the paper
 # those of DALL-E are worked out in tests/nets/test_dalle.py
 DALLE = {"dalle_paper": 12_293_824_256, "dalle_1b": 1_310_183_424}
 
@@ -51,9 +53,12 @@ def dvae() -> FrozenTokenizer:
     return FrozenTokenizer(stage.net)
 
 
-@pytest.mark.parametrize(("name", "size"), [("prior_paper", PRIOR), ("decoder_paper", DECODER)])
-def test_prior_and_decoder_stand_on_clip(clip, name, size):
-    stage = made(name, clip=clip)
+@pytest.mark.parametrize(
+    ("name", "size", "more"),
+    [("prior_paper", PRIOR, ()), ("ar_prior_paper", AR_PRIOR, (KEPT,)), ("decoder_paper", DECODER, ())],
+)
+def test_priors_and_decoder_stand_on_clip(clip, name, size, more):
+    stage = made(name, *more, clip=clip)
     assert (stage.net.embed_dim, stage.net.text_width) == (clip.embed_dim, clip.text_width) == (512, 512)
     assert count(stage.net) == size
 
@@ -76,11 +81,14 @@ def test_the_decoder_samples_as_in_the_paper(clip):
     assert stage.denoiser.learned_variance
 
 
-@pytest.mark.parametrize("name", ["clip_paper", "dvae_paper", "prior_paper", "decoder_paper", "dalle_paper"])
+@pytest.mark.parametrize(
+    "name", ["clip_paper", "dvae_paper", "prior_paper", "ar_prior_paper", "decoder_paper", "dalle_paper"]
+)
 def test_clipping_and_averages_are_the_papers(name):
     config = config_of(f"model={name}")
     clip = {"dalle_paper": 4.0}.get(name)
     decay = {"dvae_paper": 0.999, "prior_paper": 0.9999, "decoder_paper": 0.9999, "dalle_paper": 0.9996}
+    decay["ar_prior_paper"] = 0.999
     assert config["trainer"]["gradient_clip_val"] == clip
     assert (config["callbacks"]["ema"] or {}).get("decay") == decay.get(name)
 
@@ -95,6 +103,7 @@ def test_any_sampler_goes_with_them(name, sampler):
 
 def test_what_is_missing_is_trained_at_the_papers_size():
     assert train.model_for("clip", ["model=prior_paper", "name=x"]) == "clip_paper"
+    assert train.model_for("clip", ["model=ar_prior_paper"]) == "clip_paper"
     assert train.model_for("dvae", ["model=dalle_1b"]) == "dvae_paper"
     assert train.model_for("vqgan", ["model=dalle_paper"]) == "vqgan"  # there is none of a paper's size
     assert train.model_for("clip", ["model=prior"]) == train.model_for("clip", []) == "clip"

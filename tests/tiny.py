@@ -34,6 +34,10 @@ NETS = {
         "model.net.text_width=16", "model.net.text_layers=1", "model.net.text_heads=2",
     ),
     "prior": ("model.net.width=16", "model.net.depth=1", "model.net.heads=2"),
+    "ar_prior": (
+        "model.net.width=16", "model.net.depth=1", "model.net.heads=2", "datamodule.buckets=32",
+        "model.net.waves=4",
+    ),
     "decoder": (
         "model.net.width=16", "model.net.multipliers=[1,1]", "model.net.blocks=[1,1]",
         "model.net.attention=[4]", "model.net.head_dim=8", "model.net.condition_width=16",

@@ -43,6 +43,7 @@ SCHEMA = len(MIGRATIONS) + 1
 ADVICE = "restore it or train the stage again"
 IMAGE_TOKENIZERS = ("dvae", "vqgan")  # the stages that turn pictures into codes
 NEEDS = {  # what a manifest must say for a stage to be of use
+    "ar_prior": ("clip", "image_embed_norm"),
     "prior": ("clip", "image_embed_norm"),
     "decoder": ("clip", "image_embed_norm"),
     "gan": ("clip", "image_embed_norm"),

@@ -22,7 +22,7 @@ from dalle.training import fit
 from dalle.training.checks import check_config
 
 ALONE = ("clip", "vae", "dvae", "vqgan")  # need no other stage: tried up to the first step
-MODELS = (*ALONE, "prior", "decoder", "gan", "dalle", "dit")
+MODELS = (*ALONE, "prior", "ar_prior", "decoder", "gan", "dalle", "dit")
 GROUPS = (
     "optimizer",
     "sampler",

@@ -11,6 +11,7 @@ from torch import nn
 
 from dalle.data.datamodules import (
     CodeDataModule,
+    EmbeddingCodeDataModule,
     EmbeddingDataModule,
     ImageEmbeddingDataModule,
     SourceDataModule,
@@ -21,6 +22,7 @@ from dalle.data.frozen import FrozenCLIP, FrozenTokenizer
 from dalle.data.sources import SourceDataset
 from dalle.data.tokenizers import CaptionTokenizer, ClipBPE
 from dalle.errors import UserError
+from dalle.nets.ar_prior import EmbeddingCodes, dims_for, principal_components
 
 QUIET = {
     "accelerator": "cpu",
@@ -58,6 +60,13 @@ class Dots:
 
     def fingerprint(self):
         return f"dots {self.split} {self.n} {self.fixed}"
+
+
+class Gradients(Dots):
+    """Item i is a picture of its own."""
+
+    def images(self, items, epoch=0):
+        return torch.stack([torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(i)) for i in items])
 
 
 class TinyCLIP(nn.Module):
@@ -292,6 +301,36 @@ def test_standardized_is_fitted_on_training_embeddings(tmp_path, clip, cache_ite
     assert datamodule.norm.mean is not None
     torch.testing.assert_close(datamodule.norm.mean, raw.mean(0))
     torch.testing.assert_close(datamodule.norm.std, raw.std(0, correction=0))
+
+
+@pytest.mark.parametrize("cache_items", [0, 100])
+def test_codes_of_embeddings_are_fitted_on_training_pairs(tmp_path, clip, cache_items):
+    """Before there is a Trainer: the number of their dimensions is a size of the network."""
+    datamodule = EmbeddingCodeDataModule(
+        Gradients, clip, 4, tmp_path, cache_items=cache_items, kept_variance=0.9, buckets=8
+    )
+    source = Gradients("train")
+    embeds = datamodule.norm.encode(clip.embed_image(source.images(range(23))))
+    captions = [item["caption"][0] for item in map(datamodule.dataset("train").__getitem__, range(23))]
+    variances = principal_components(embeds)[1]
+    dims = dims_for(variances, 0.9)
+    assert 1 < dims < 6
+    assert datamodule.sizes["dims"] == dims
+    assert datamodule.sizes["buckets"] == 8
+    text = clip.embed_captions(captions)["text_embed"]
+    expected = EmbeddingCodes(6, dims, 8).fit(embeds, torch.cosine_similarity(embeds, text))
+    assert datamodule.codes.state_dict().keys() == expected.state_dict().keys()
+    for name, values in expected.state_dict().items():
+        torch.testing.assert_close(datamodule.codes.state_dict()[name], values, rtol=1e-4, atol=1e-5)
+
+
+def test_the_number_of_dimensions_may_be_given(tmp_path, clip):
+    datamodule = EmbeddingCodeDataModule(Gradients, clip, 4, tmp_path, dims=2)
+    assert datamodule.sizes["dims"] == 2
+    assert not list(tmp_path.iterdir())  # nothing had to be embedded
+    assert datamodule.codes.dims == 2
+    with pytest.raises(UserError, match=r"datamodule.dims=7, but CLIP's embeddings have 6 dimensions"):
+        EmbeddingCodeDataModule(Gradients, clip, 4, tmp_path, dims=7)
 
 
 def test_a_test_alone_embeds_no_training_set(tmp_path, clip):

@@ -94,6 +94,21 @@ def test_a_sweep_leaves_one_table_and_one_report(command, stages, jobs, tmp_path
     assert rows(report.parent / "002") == rows(report)
 
 
+def test_priors_side_by_side(command, stages, jobs, tmp_path):
+    """Alone, and by what the decoder draws after each."""
+    both = "run='logs/default/prior','logs/default/ar_prior'"
+    ended = command("evaluate.py", "-m", both, "n=8", "precision=fp32", "trainer=cpu")
+    assert ended.code == 0, ended
+    reports = tmp_path / "logs" / "default" / "reports"
+    assert [row["kind"] for row in rows(reports / "001")] == ["prior", "ar_prior"]
+    assert len({row["protocol"] for row in rows(reports / "001")}) == 1
+    assert all(row["cosine_image"] and row["parameters"] for row in rows(reports / "001"))
+    ended = command("evaluate.py", "-m", "prior=prior,ar_prior", "metrics=[judge]", *FAST)
+    assert ended.code == 0, ended
+    assert ", ar_prior)" in ended.out
+    assert len(rows(reports / "002")) == 2
+
+
 def test_a_job_that_fails_does_not_stop_the_others(command, stages, jobs, tmp_path):
     ended = command("evaluate.py", "-m", "steps=2,0,3", "metrics=[judge]", *FAST[1:])
     mistake = "steps must be a whole number from 1 to 100000 or null, got 0"

@@ -47,6 +47,10 @@ def test_results_are_called_by_what_differs():
     assert labels([result(), result(kind="gan")]) == ["unclip", "gan"]
     assert labels([result(), result(name="other")]) == ["unclip (demo)", "unclip (other)"]
     assert labels([result()]) == ["unclip"]
+    both = [result(), result()]
+    for some, prior in zip(both, ("prior", "ar_prior"), strict=True):
+        some.target["paths"] = {"prior": f"logs/demo/{prior}", **some.target["paths"]}
+    assert labels(both) == ["unclip (demo) (prior, decoder)", "unclip (demo) (ar_prior, decoder)"]
 
 
 def test_everything_is_written(tmp_path):

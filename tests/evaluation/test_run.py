@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import files_below, untrained
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -16,6 +17,7 @@ from tiny import ROOT
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from dalle.data.shapes import Shapes
+from dalle.diffusion.samplers import Sampler
 from dalle.errors import UserError
 from dalle.evaluation import run as evaluation
 from dalle.evaluation.results import Result
@@ -27,7 +29,8 @@ from dalle.metrics.features import effnet_features, random_features
 from dalle.metrics.judge import Judge
 from dalle.metrics.metric import update_all, values_of
 from dalle.metrics.perceptual import RandomFeatures
-from dalle.run_dir import load_clip
+from dalle.pipelines.load import load_unclip
+from dalle.run_dir import load_clip, load_stage
 
 FAST = ("steps=2", "pipeline.prior_sampler.steps=2")
 COMMON = ("precision=fp32", "trainer=cpu", "n=12", "batch_size=8")
@@ -317,9 +320,40 @@ def test_mistakes_write_nothing(measure, tmp_path, monkeypatch, settings, messag
 
 def test_a_stage_that_is_part_of_a_pipeline(measure, untrained_stages):
     with pytest.raises(
-        UserError, match=r"holds a prior, which is measured as part of a pipeline: give pipeline="
+        UserError, match=r"holds a decoder, which is measured as part of a pipeline: give pipeline="
     ):
-        measure(f"run='{untrained_stages / 'default' / 'prior'}'")
+        measure(f"run='{untrained_stages / 'default' / 'decoder'}'")
+
+
+@pytest.mark.parametrize(("stage", "option"), [("prior", "candidates"), ("ar_prior", "top_k")])
+def test_a_prior_alone(measure, untrained_stages, stage, option):
+    runs = untrained_stages / "default"
+    result = measure(f"run='{runs / stage}'", f"pipeline.prior_{option}=2", "seed=3")
+    assert result.target["kind"] == stage
+    assert result.target["options"]["prior"][option] == 2
+    assert result.parameters == {stage: sum(p.numel() for p in load_stage(runs / stage)[0].net.parameters())}
+    assert set(result.metrics) == {"cosines", "retrieval"}
+    found = values(result)
+    assert {"retrieval/image_to_text_r1", "retrieval_of_data/image_to_text_r1"} <= found.keys()
+    assert found["seconds_per_embedding"] > 0
+    # the embeddings are those that a pipeline hands to its decoder
+    pipeline = load_unclip(runs / "decoder", runs / stage).pipeline
+    source = Shapes("test", image_size=16, size=32)
+    batch = pipeline.embed([source.captions(item)[0] for item in range(12)])
+    options = {option: 2} | ({"sampler": Sampler("ddim", 2)} if stage == "prior" else {})
+    made = pipeline.imagine(batch, [(3, item, 0) for item in range(12)], options)["image_embed"]
+    image = pipeline.clip.embed_image(from_uint8(to_uint8(source.images(list(range(12))))))
+    expected = {"cosine_image": (made, image), "cosine_caption": (made, batch["text_embed"])}
+    expected["cosine_caption_of_data"] = (image, batch["text_embed"])
+    for name, pair in expected.items():
+        assert found[name] == pytest.approx(F.cosine_similarity(*pair).mean().item(), abs=1e-5)
+
+
+def test_a_pipeline_with_an_autoregressive_prior(measure):
+    result = measure("prior=ar_prior", "metrics=[judge]", "pipeline.prior_temperature=0.5")
+    assert result.target["paths"]["prior"].endswith("ar_prior")
+    assert result.target["options"]["prior"]["temperature"] == 0.5
+    assert "judge/all" in result.figures
 
 
 def test_a_pipeline_whose_stages_are_missing_or_do_not_fit(measure, untrained_stages, tmp_path):

@@ -160,6 +160,17 @@ def test_an_occupied_folder_stays_as_it_is(make, tmp_path):
         ([PROMPT, "+sampler.churn=1"], "sampler ddim has no option 'churn'"),
         ([PROMPT, "pipeline.prior_sampler.method=euclid"], "unknown sampler 'euclid'"),
         ([PROMPT, "pipeline.prior_candidates=2.5"], "candidates of the prior must be a whole number"),
+        (
+            [PROMPT, "pipeline.prior_top_k=3"],
+            "pipeline.prior_top_k=3 is for an autoregressive prior, which .*",
+        ),
+        ([PROMPT, "prior=ar_prior", "pipeline.prior_top_k=x"], "top_k of the prior must be a whole number"),
+        (
+            [PROMPT, "prior=ar_prior", "pipeline.prior_top_k=99"],
+            "top_k is 1 to 32, the codes there are, not 99",
+        ),
+        ([PROMPT, "prior=arprior"], "default.arprior holds no finished run"),
+        ([PROMPT, "prior=clip"], "clip holds a clip, but a prior or ar_prior is needed here"),
         ([PROMPT, "n=ten"], "n must be a whole number of at least 1, got 'ten'"),
         ([PROMPT, "n=0"], "n must be a whole number of at least 1, got 0"),
         ([PROMPT, "guidance=strong"], "guidance must be a number from 0 to 1000 or null"),
@@ -176,6 +187,28 @@ def test_mistakes_write_nothing(make, tmp_path, settings, message):
         make("out", *settings, fast=fast)
     assert files_below(tmp_path) == {}
     assert not (tmp_path / "out").exists()
+
+
+def test_an_autoregressive_prior(make):
+    options = ("pipeline.prior_temperature=0.5", "pipeline.prior_candidates=2", "pipeline.prior_guidance=2")
+    out = make("one", PROMPT, "prior=ar_prior", "n=2", *options)
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert recipe["stages"]["prior"]["path"].endswith("ar_prior")
+    assert recipe["options"]["prior"] == {
+        "temperature": 0.5, "top_k": None, "top_p": None, "dot_quantile": None, "guidance": 2, "candidates": 2
+    }  # fmt: skip
+    assert (out / "000-00.png").read_bytes() != (out / "000-01.png").read_bytes()
+    assert pngs(make("again", f"recipe='{out / 'recipe.yaml'}'")) == pngs(out)
+    assert pngs(make("other", PROMPT, "n=2")) != pngs(out)
+
+
+def test_an_option_of_the_other_prior_in_a_recipe(make, tmp_path):
+    recipe = make("one", PROMPT) / "recipe.yaml"
+    content = yaml.safe_load(recipe.read_text())
+    content["options"]["prior"]["temperature"] = 0.5
+    recipe.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match="temperature is no option of this prior, which takes sampler, guid"):
+        make("again", f"recipe='{recipe}'")
 
 
 def test_long_prompts_may_be_cut(make):

@@ -14,7 +14,8 @@ from dalle.diffusion.noise import per_sample
 from dalle.diffusion.samplers import Sampler
 from dalle.diffusion.schedule import Schedule
 from dalle.nets.prior import Prior
-from dalle.stages.prior import PriorStage, best, text_of
+from dalle.stages.embedding_stage import best, text_of
+from dalle.stages.prior import PriorStage
 
 WIDTH, EMBED, LENGTH = 16, 8, 6
 

@@ -31,7 +31,7 @@ from dalle.errors import UserError
 from dalle.run_dir import Run, load_stage
 from dalle.training import fit
 
-STAGES = ("clip", "prior", "decoder", "dvae", "dalle")
+STAGES = ("clip", "prior", "decoder", "dvae", "dalle", "ar_prior")
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +156,7 @@ def test_metrics_of_each_stage(trained):
     assert {"test/clip_score", "test/judge/all"} <= metrics["decoder"].keys()
     assert metrics["decoder"]["test/pictures"] == metrics["dalle"]["test/pictures"] == 4
     assert any(name.startswith("test/fid") for name in metrics["decoder"])
+    assert {"test/cosine_image", "test/cosine_of_codes", "test/bits_per_code"} <= metrics["ar_prior"].keys()
     codes = {"test/text_loss", "test/image_loss", "test/bits_per_code", "test/accuracy", "test/judge/all"}
     assert codes <= metrics["dalle"].keys()
 
@@ -312,6 +313,9 @@ def test_another_network_cannot_go_on(logs, probe):
         ("decoder", ("model.net.checkpoint=true",)),
         ("decoder", ("precision=bf16", "optimizer=adam", "optimizer.warmup=2")),
         ("prior", ("precision=bf16", "optimizer=sgd", "datamodule.image_embed_norm=standardized")),
+        ("ar_prior", ("precision=bf16", "model.net.checkpoint=true", "datamodule.cache_items=0",
+                      "datamodule.image_embed_norm=standardized")),
+        ("ar_prior", ("trainer.accumulate_grad_batches=2", "datamodule.dims=3", "model.net.waves=0")),
         ("clip", ("precision=bf16", "model.net.checkpoint=true", "optimizer=adam")),
         ("dalle", ("precision=bf16", "model.net.attention=dalle", "model.net.checkpoint=true")),
         ("dalle", ("model.net.style=llama", "model.pad_loss=false", "datamodule.cache_items=0")),

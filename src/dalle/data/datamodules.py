@@ -9,20 +9,20 @@ import hashlib
 import json
 import signal
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dalle.data.code_cache import CodeCache, CodeDataset, cached_codes
 from dalle.data.embed_norm import EmbedNorm
-from dalle.data.embedding_cache import CachedDataset, EmbeddingCache, cached_embeddings
+from dalle.data.embedding_cache import CachedDataset, EmbeddingCache, cached_embeddings, chunks
 from dalle.data.frozen import FrozenCLIP, FrozenTokenizer
 from dalle.data.sources import (
     EpochSampler,
@@ -34,10 +34,22 @@ from dalle.data.sources import (
 )
 from dalle.data.tokenizers import ClipBPE, TextTokenizer
 from dalle.errors import UserError
-from dalle.ranges import Fraction, NonNegative, NonNegativeInt, Place, PositiveInt, Seed, Workers
+from dalle.nets.ar_prior import EmbeddingCodes, dims_for, principal_components
+from dalle.ranges import (
+    Fraction,
+    NonNegative,
+    NonNegativeInt,
+    Place,
+    PositiveInt,
+    Seed,
+    Share,
+    Vocabulary,
+    Workers,
+)
 
 TOKENIZER_ITEMS = 20_000  # items whose captions train a tokenizer
 NORM_ITEMS = 10_000  # items on which an embedding normalisation is fitted
+CODES_ITEMS = 50_000  # items on which codes of embeddings are fitted
 
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
@@ -383,6 +395,82 @@ class EmbeddingDataModule(SourceDataModule):
             "clip": {"weights": self.clip.weights_hash, "embed_dim": self.clip.embed_dim},
             "image_embed_norm": self.norm.to_dict(),
         }
+
+
+class EmbeddingCodeDataModule(EmbeddingDataModule):
+    """The batches of `EmbeddingDataModule`, and what makes codes of their image embeddings: what an
+    autoregressive prior trains on.
+
+    Args:
+        dims: principal components that are kept; None: as few as keep `kept_variance`.
+        kept_variance: share of the variance of normalised image embeddings.
+        buckets: values of a code.
+
+    Raises:
+        UserError: more dimensions than CLIP's embeddings have.
+    """
+
+    def __init__(
+        self,
+        source: SourceFactory,
+        clip: FrozenCLIP,
+        batch_size: PositiveInt,
+        cache_dir: Place,
+        num_workers: Workers = 0,
+        seed: Seed = 0,
+        val_items: PositiveInt | None = None,
+        test_items: PositiveInt | None = None,
+        train_items: PositiveInt | None = None,
+        image_embed_norm: str = "unit_times_sqrt_dim",
+        cache_items: NonNegativeInt = 100_000,
+        cache_text_gb: NonNegative = 1.0,
+        dims: PositiveInt | None = None,
+        kept_variance: Share = 0.99,
+        buckets: Vocabulary = 1024,
+    ):
+        super().__init__(
+            source, clip, batch_size, cache_dir, num_workers, seed, val_items, test_items, train_items,
+            image_embed_norm, cache_items, cache_text_gb,
+        )  # fmt: skip
+        if dims is not None and dims > clip.embed_dim:
+            raise UserError(
+                f"datamodule.dims={dims}, but CLIP's embeddings have {clip.embed_dim} dimensions; give at "
+                "most so many, or datamodule.kept_variance"
+            )
+        self.dims, self.kept_variance, self.buckets = dims, kept_variance, buckets
+
+    @cached_property
+    def codes(self) -> EmbeddingCodes:
+        """Fitted on the training split, or on its first items where it is large."""
+        images, dots = self.training_pairs()
+        variances = principal_components(images)[1]
+        dims = self.dims or dims_for(variances, self.kept_variance)
+        kept = (variances[:dims].sum() / variances.sum()).item()
+        rank_zero_info(
+            f"{dims} of {len(variances)} dimensions keep {kept:.1%} of the variance of {len(images):,} image "
+            "embeddings"
+        )
+        return EmbeddingCodes(len(variances), dims, self.buckets).fit(images, dots)
+
+    def training_pairs(self) -> tuple[Tensor, Tensor]:
+        """Normalised image embeddings (n, E), and their dot products with the caption embeddings (n,)."""
+        if not self.trainer and torch.cuda.is_available():
+            self.clip.to("cuda")  # before there is a Trainer to ask
+        self._embed(verify=self.trainer is None)
+        dataset, images, dots = self.dataset("train"), [], []
+        for items in chunks(min(self.items("train"), CODES_ITEMS)):
+            on_device: Any = {
+                key: value.to(self.clip.device) if isinstance(value, Tensor) else value
+                for key, value in dataset.__getitems__(items).items()
+            }
+            batch = self.on_after_batch_transfer(on_device, 0)
+            images.append(batch["image_embed"].cpu())
+            dots.append(self.norm.dot(batch["image_embed"], batch["text_embed"]).cpu())
+        return torch.cat(images), torch.cat(dots)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return super().sizes | {"dims": self.dims or self.codes.dims, "buckets": self.buckets}
 
 
 class ImageEmbeddingDataModule(EmbeddingDataModule):

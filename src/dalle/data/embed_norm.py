@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import cosine_similarity, normalize
 
 from dalle.errors import UserError
 
@@ -67,6 +67,12 @@ class EmbedNorm:
     def project(self, normalised: Float[Tensor, "b e"]) -> Float[Tensor, "b e"]:
         """The nearest that an encoded embedding can be: of the right length for the two unit kinds."""
         return self.encode(self.decode(normalised)) if self.kind in UNIT else normalised
+
+    def dot(self, normalised: Float[Tensor, "b e"], text: Float[Tensor, "b e"]) -> Float[Tensor, " b"]:
+        """Dot products with caption embeddings: of unit vectors where these are, else of raw ones."""
+        if self.kind in UNIT:
+            return cosine_similarity(normalised, text)
+        return (self.decode(normalised) * text).sum(1)
 
     def scale(self, dim: int) -> float:
         """Length of an encoded vector of the two unit kinds."""

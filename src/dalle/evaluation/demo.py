@@ -25,7 +25,7 @@ from dalle.metrics.chance import chance
 from dalle.metrics.intervals import of_share
 from dalle.metrics.judge import Judge
 from dalle.metrics.metric import update_all, values_of
-from dalle.pipelines.load import Loaded, load_dalle, load_unclip
+from dalle.pipelines.load import PRIORS, Loaded, load_dalle, load_unclip
 from dalle.ranges import PositiveInt, Seed, describe, fits
 from dalle.run_dir import Run
 from dalle.training.callbacks import usual_metrics
@@ -33,10 +33,10 @@ from dalle.training.callbacks import usual_metrics
 KINDS = {"one object": "one", "two objects, relation": "two"}
 
 
-def load(runs: Path, pipeline: str) -> Loaded:
+def load(runs: Path, pipeline: str, prior: str = "prior") -> Loaded:
     """The stages of a folder of runs; DALL-E's come with a CLIP, for its score, where there is one."""
     if pipeline == "unclip":
-        return load_unclip(runs / "decoder", runs / "prior")
+        return load_unclip(runs / "decoder", runs / prior)
     clip = runs / "clip"
     return load_dalle(runs / "dalle", clip=clip if Run(clip).finished else None)
 
@@ -96,7 +96,7 @@ def report(table: dict[str, float], loaded: Loaded, runs: Path, grid: Path | Non
         lines.append(f"{'CLIP score (of real pictures)':<34}{scores}")
     lines.append(f"{'seconds per image':<34}{table['seconds_per_image']:7.3f}")
     for stage, count in loaded.parameters.items():
-        trained = Run(runs / stage)
+        trained = Run(Path(loaded.paths[stage]))
         seconds = trained.manifest().get("seconds_training") if trained.finished else None
         took = "" if seconds is None else f"   trained in {seconds:.0f} s"
         lines.append(f"{'parameters of ' + stage:<34}{count / 1e6:6.2f}M{took}")
@@ -122,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="dalle demo", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", type=Path, help="folder with the runs of the stages, e.g. logs/demo")
     parser.add_argument("--pipeline", choices=["unclip", "dalle"], default="unclip")
+    parser.add_argument("--prior", choices=PRIORS, default="prior", help="of unclip")
     parser.add_argument("--n", type=int, default=64, help="prompts of each of the four kinds")
     parser.add_argument("--split", choices=["val", "test"], default="test", help="val: to choose by")
     parser.add_argument("--seed", type=int, default=0)
@@ -130,9 +131,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for option, hint in {"n": PositiveInt, "seed": Seed, "batch_size": PositiveInt}.items():
         if not fits(value := getattr(args, option), hint):
             raise UserError(f"--{option.replace('_', '-')} must be {describe(hint)}, got {value}")
-    loaded = load(args.runs, args.pipeline)
+    loaded = load(args.runs, args.pipeline, args.prior)
     table = measure(loaded, args.n, args.seed, args.batch_size, args.split)
-    path = args.runs / ("report.json" if args.pipeline == "unclip" else f"report-{args.pipeline}.json")
+    kind = args.prior if args.pipeline == "unclip" else args.pipeline
+    path = args.runs / ("report.json" if kind == "prior" else f"report-{kind}.json")
     write_json(path, {"n": args.n, "seed": args.seed, "split": args.split, **table})
     grids = sorted((args.runs / "samples").glob("*/grid.png"))
     print(report(table, loaded, args.runs, grids[-1] if grids else None))

@@ -4,6 +4,7 @@ Whatever cannot work is refused here, before anything is made or written.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from dalle.data.shapes import Shapes
 from dalle.data.sources import Source
 from dalle.errors import UserError
 from dalle.evaluation.results import Result, machine
-from dalle.evaluation.targets import Clip, Target, classes_of, scorer_of
+from dalle.evaluation.targets import Clip, Prior, Target, classes_of, scorer_of
 from dalle.instantiate import instantiate
 from dalle.metrics.clip_score import CLIPScore, ZeroShotAccuracy
 from dalle.metrics.distances import (
@@ -34,6 +35,7 @@ from dalle.metrics.features import (
     inception_features,
     random_features,
 )
+from dalle.metrics.imagined import ImaginedEmbeddings
 from dalle.metrics.intervals import RESAMPLES
 from dalle.metrics.judge_accuracy import JudgeAccuracy
 from dalle.metrics.metric import EvaluationMetric
@@ -54,6 +56,7 @@ NEEDS = {  # metric -> the fewest pictures it can be made of
     "judge": 1,
     "reconstruction": 1,
     "zero_shot": 2,
+    "cosines": 1,
     "speed": 1,
     "flops": 1,
 }
@@ -179,6 +182,10 @@ class Plan:
             if classes is None:
                 lacking["zero_shot"] = "the data have no classes (data=imagefolder has)"
             yield ZeroShotAccuracy(self.scorer, self.wanted, classes)
+        if isinstance(self.target, Prior):
+            imagine = partial(self.target.imagine, seed=self.seed)
+            key = [self.target.facts[k] for k in ("weights", "options", "precision", "batch_size")]
+            yield ImaginedEmbeddings(self.target.clip, imagine, [*key, self.seed, machine()], self.wanted)
         distances = [m for m in DISTANCES if m in self.wanted]
         network = self.features(config) if distances else None
         if network is None:

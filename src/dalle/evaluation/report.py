@@ -20,14 +20,17 @@ from dalle.files import as_cell, write_text
 from dalle.metrics.intervals import Figure
 
 MAIN_FIGURES = (  # of the table, in this order; a prefix takes all that begin so
-    "fid", "kid", "inception_score", "precision", "recall", "clip_score", "retrieval/image_to_text_r1",
+    "fid", "kid", "inception_score", "precision", "recall", "clip_score", "cosine_image", "cosine_caption",
+    "cosine_caption_of_data", "retrieval/image_to_text_r1", "retrieval_of_data/image_to_text_r1",
     "hard_negatives/all", "hard_negatives/shape", "judge/all", "chance/all", "judge/seen/all",
     "chance/seen/all", "judge/seen_new/all", "judge/unseen/all", "chance/unseen/all", "judge_residual",
     "zero_shot/top1", "psnr", "ssim", "code_usage",
-    "seconds_per_image", "peak_memory_gb", "gflops_per_image", "parameters", "training/",
+    "seconds_per_embedding", "seconds_per_image", "peak_memory_gb", "gflops_per_image", "parameters",
+    "training/",
 )  # fmt: skip
 SHARES = (  # figures from 0 to 1, by how their names begin
-    "judge/", "chance/", "retrieval/", "hard_negatives/", "zero_shot/", "precision", "recall", "code_usage",
+    "judge/", "chance/", "retrieval/", "retrieval_of_data/", "hard_negatives/", "zero_shot/", "precision",
+    "recall", "code_usage",
 )  # fmt: skip
 
 
@@ -63,8 +66,9 @@ def labels(results: Sequence[Result]) -> list[str]:
         if len(kinds) == 1:  # settings of other kinds are other settings: their names say nothing here
             said += [f"{key.rsplit('.', 1)[-1]}={own[key]}" for key in differing if own.get(key) is not None]
         names.append(" ".join(said) or result.target["kind"])
-    if len(set(names)) < len(names):  # other weights with the same settings
-        names = [f"{name} ({home(result)})" for name, result in zip(names, results, strict=True)]
+    for place in (home, runs):  # other weights with the same settings
+        if len(set(names)) < len(names):
+            names = [f"{name} ({place(result)})" for name, result in zip(names, results, strict=True)]
     return names
 
 
@@ -77,6 +81,11 @@ def home(result: Result) -> str:
     """The folder of the runs, or of the pictures."""
     last = Path(list(result.target["paths"].values())[-1])
     return last.name if result.target["kind"] == "folder" else last.parent.name
+
+
+def runs(result: Result) -> str:
+    """The folders of the stages: those of a prior and an ar_prior have one home."""
+    return ", ".join(Path(path).name for path in result.target["paths"].values())
 
 
 def table_columns(results: Sequence[Result]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What can be evaluated: a pipeline, an image tokenizer, a CLIP, a folder of pictures.
+"""What can be evaluated: a pipeline, an image tokenizer, a CLIP, a prior, a folder of pictures.
 
 The only place that knows how they differ. Each makes picture number i of a list, whatever part of the list a
 process is given.
@@ -25,20 +25,23 @@ from dalle.data.image_files import FILTER, MAX_PIXELS, SUFFIXES, BadPicture, ins
 from dalle.data.imagefolder import ImageFolder
 from dalle.data.scenes import COLOURS, SHAPES
 from dalle.data.shapes import Shapes
-from dalle.data.sources import Source, captions_of
+from dalle.data.sources import Source, captions_of, mix
+from dalle.diffusion.noise import per_sample
 from dalle.errors import UserError
 from dalle.evaluation.results import identity
 from dalle.evaluation.seen_captions import captions_read
 from dalle.images import from_uint8
+from dalle.machine import fast_in_bf16
 from dalle.metrics.clip_score import Classes
 from dalle.metrics.codebook_usage import code_use
 from dalle.metrics.distances import DISTANCES
 from dalle.metrics.intervals import Figure, exact, of_mean
 from dalle.metrics.metric import Rows
 from dalle.metrics.reconstruction import Likeness, Perceptual, likeness
-from dalle.pipelines.load import load_any_clip
+from dalle.pipelines.load import PRIORS, load_any_clip, load_prior
 from dalle.pipelines.recipe import SampleRecipe
-from dalle.pipelines.sampling import arguments, kind_of, make_recipe
+from dalle.pipelines.sampling import arguments, kind_of, make_recipe, prior_options
+from dalle.pipelines.unclip import PRIOR
 from dalle.pipelines.unconditional import Unconditional
 from dalle.run_dir import IMAGE_TOKENIZERS, Run, load_clip, load_image_tokenizer
 
@@ -182,6 +185,43 @@ class Clip(Target):
         self.facts = {"kind": "clip", "weights": {"clip": self.clip.weights_hash}, "paths": {"clip": path}}
 
 
+class Prior(Target):
+    """A prior: no picture is made, but an image embedding for each caption, as a pipeline would have it."""
+
+    makes = False
+    metrics = ("cosines", "retrieval")
+
+    def __init__(self, path: str, config: dict[str, Any]) -> None:
+        settings = {**config["pipeline"], "prior": path}
+        options = prior_options(settings)
+        self.options = arguments(options, "prior")
+        loaded = load_prior(path, settings.get("clip"))
+        self.module, (self.clip, self.stage) = loaded.pipeline, loaded.pipeline.values()
+        run = Run(Path(path))
+        self.home, self.data = run.path.parent, run.source()
+        facts = run.manifest("stage", "image_size")
+        self.image_size = facts["image_size"]
+        self.parameters = {facts["stage"]: loaded.parameters["prior"]}
+        self.half = config["precision"] == "bf16-mixed" or (config["precision"] == "auto" and fast_in_bf16())
+        self.facts = {
+            "kind": facts["stage"],
+            "weights": loaded.weights,
+            "paths": loaded.paths,
+            "options": {"prior": options},
+            "precision": "bf16" if self.half else "fp32",
+            "batch_size": config["batch_size"],
+        }
+
+    def imagine(self, captions: list[str], items: list[int], seed: int) -> tuple[Tensor, Tensor]:
+        """The captions' own embeddings (B, E) and those imagined for them, whose noise is the pipeline's."""
+        features = self.clip.embed_captions(captions)
+        device = features["text"].device
+        randn = per_sample([mix(seed, item, 0, PRIOR) for item in items], device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.half):
+            made = self.stage.sample(features, randn=randn, **self.options).float()
+        return features["text_embed"], self.stage.norm.decode(made)
+
+
 class Folder(Target):
     """Pictures from wherever, all of one size, read again as they are.
 
@@ -284,6 +324,8 @@ def target_of(config: dict[str, Any]) -> Target:
         return Clip(run)
     if stage in IMAGE_TOKENIZERS:
         return Tokenizer(run, config["perceptual"])
+    if stage in PRIORS:
+        return Prior(run, config)
     raise UserError(
         f"run={run} holds a {stage}, which is measured as part of a pipeline: give pipeline= and name="
     )

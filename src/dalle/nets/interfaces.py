@@ -72,6 +72,43 @@ class PriorNet(Called, Protocol):
 
 
 @runtime_checkable
+class ARPriorNet(Called, Protocol):
+    """Of `model=ar_prior`: codes (B, 1 + D) after a caption -> logits of the last D (B, D, K).
+
+    codes: the module that makes them of image embeddings (`nets.ar_prior.EmbeddingCodes`), of the dot product
+    with the caption's first; dims: D; buckets: K. Drawing reads a caption and the first code once (`prefill`)
+    and then writes a code at a time (`step`), with a cache of the network's own.
+    """
+
+    embed_dim: int
+    dims: int
+    buckets: int
+    codes: Any
+
+    def forward(
+        self,
+        codes: Int64[Tensor, "B C"],
+        *,
+        text_embed: Float[Tensor, "B E"],
+        text_hidden: Float[Tensor, "B T S"],
+        text_mask: Bool[Tensor, "B T"],
+        keep_text: Bool[Tensor, "B"] | None = None,
+    ) -> Float[Tensor, "B N K"]: ...
+
+    def prefill(
+        self,
+        codes: Int64[Tensor, "B P"],
+        *,
+        text_embed: Float[Tensor, "B E"],
+        text_hidden: Float[Tensor, "B T S"],
+        text_mask: Bool[Tensor, "B T"],
+        keep_text: Bool[Tensor, "B"] | None = None,
+    ) -> tuple[Float[Tensor, "B K"], Any]: ...
+
+    def step(self, code: Int64[Tensor, "B"], rank: int, cache: Any) -> Float[Tensor, "B K"]: ...
+
+
+@runtime_checkable
 class CLIPNet(Called, Protocol):
     """Of `model=clip`, and frozen in the DataModules of prior and decoder.
 

@@ -6,6 +6,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from dalle.data.embed_norm import EmbedNorm
 from dalle.data.frozen import Frozen, FrozenCLIP, weights_hash
 from dalle.data.open_clip import load_open_clip
@@ -18,6 +20,7 @@ from dalle.run_dir import Run, load_clip, load_image_tokenizer, load_stage
 from dalle.stages.base import Stage
 from dalle.trust import listed
 
+PRIORS = ("prior", "ar_prior")  # stages that make an image embedding of a caption
 PUBLIC = "open_clip/"  # a CLIP of the open_clip collection: open_clip/NAME/PRETRAINED
 
 
@@ -41,7 +44,7 @@ def load_unclip(
     """
     stages = {"decoder": load_stage(decoder, "decoder")}
     if prior is not None:
-        stages["prior"] = load_stage(prior, "prior")
+        stages["prior"] = load_stage(prior, *PRIORS)
     manifests = {name: manifest for name, (_, manifest) in stages.items()}
     check_fit(manifests)
     frozen, where = _clip_of(Path(decoder), clip)
@@ -54,6 +57,19 @@ def load_unclip(
     pipeline = UnCLIP(frozen, modules.get("prior"), modules["decoder"], norms.get("prior"), norms["decoder"])
     paths = {"clip": where, "prior": str(prior), "decoder": str(decoder)}
     return _loaded(pipeline, paths, {"clip": frozen, **modules})
+
+
+def load_prior(prior: str | Path, clip: str | Path | None = None) -> Loaded:
+    """A prior alone, as `prior` beside its `clip`, on the CPU: image embeddings of captions.
+
+    `clip` None is the one it was trained with. Raises UserError as the others do.
+    """
+    stage, manifest = load_stage(prior, *PRIORS)
+    frozen, where = _clip_of(Path(prior), clip)
+    own = {"weights": frozen.weights_hash, "embed_dim": frozen.embed_dim}
+    check_fit({"clip": {"clip": own}, "prior": manifest})
+    parts = {"clip": frozen, "prior": stage}
+    return _loaded(nn.ModuleDict(parts), {"clip": where, "prior": str(prior)}, parts)
 
 
 def load_dalle(

@@ -24,6 +24,7 @@ from dalle.machine import fast_in_bf16, pick_device
 from dalle.pipelines.load import PUBLIC, Loaded, load_dalle, load_gan, load_unclip, load_vae
 from dalle.pipelines.recipe import SampleRecipe
 from dalle.ranges import (
+    Fraction,
     Guidance,
     NonNegative,
     NonNegativeInt,
@@ -48,8 +49,13 @@ OPTIONS: dict[str, Any] = {  # of stages, where they are given in words and numb
     "temperature": NonNegative,
     "top_k": PositiveInt,
     "top_p": Share,
+    "dot_quantile": Fraction,
     "candidates": PositiveInt,
     "prefix": list[NonNegativeInt],
+}
+PRIOR_TAKES = {  # by stage that makes image embeddings, what it can be told
+    "prior": ("sampler", "guidance", "candidates"),
+    "ar_prior": ("temperature", "top_k", "top_p", "dot_quantile", "guidance", "candidates"),
 }
 RUNS = ("clip", "prior", "decoder", "dalle", "image_tokenizer", "gan", "vae")  # that pipelines are made of
 
@@ -137,7 +143,7 @@ class UnclipSamplingConfig(SamplingConfig):
 
     main = "decoder"
     takes: ClassVar = {
-        "prior": ("sampler", "guidance", "candidates"),
+        "prior": tuple(dict.fromkeys(key for some in PRIOR_TAKES.values() for key in some)),
         "decoder": ("sampler", "guidance", "text_guidance"),
     }
 
@@ -154,12 +160,7 @@ class UnclipSamplingConfig(SamplingConfig):
         if self.steps is not None:
             sampler["steps"] = self.steps
         decoder = {"sampler": sampler, "guidance": self.guidance, "text_guidance": self.text_guidance}
-        prior = {
-            "sampler": self.pipeline["prior_sampler"],
-            "guidance": self.pipeline["prior_guidance"],
-            "candidates": self.pipeline["prior_candidates"],
-        }
-        return {"prior": prior if self.pipeline["prior"] else {}, "decoder": decoder}
+        return {"prior": prior_options(self.pipeline) if self.pipeline["prior"] else {}, "decoder": decoder}
 
     @staticmethod
     def load(runs: Mapping[str, str | None]) -> Loaded:
@@ -167,6 +168,24 @@ class UnclipSamplingConfig(SamplingConfig):
         assert decoder
         # A recipe names a public CLIP by its name; that one is made from the decoder's config again.
         return load_unclip(decoder, runs.get("prior"), clip if clip and Path(clip).exists() else None)
+
+
+def prior_options(pipeline: Mapping[str, Any]) -> dict[str, Any]:
+    """What the prior of these settings is told.
+
+    Raises:
+        UserError: something that is for the other kind of prior.
+    """
+    run = Run(Path(pipeline["prior"]))
+    stage = run.manifest().get("stage", "") if run.finished else ""
+    takes = PRIOR_TAKES.get(stage, PRIOR_TAKES["prior"])  # what is missing or no prior is said on loading
+    for key in PRIOR_TAKES["ar_prior"]:
+        if key not in takes and (value := pipeline.get(f"prior_{key}")) is not None:
+            raise UserError(
+                f"pipeline.prior_{key}={shown(value)} is for an autoregressive prior, which {run} is not; "
+                "leave it out, or give prior=ar_prior"
+            )
+    return {key: pipeline.get(f"prior_{key}") for key in takes}
 
 
 @dataclass(frozen=True, kw_only=True)

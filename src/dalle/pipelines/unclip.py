@@ -5,6 +5,7 @@ Picture j of prompt i is drawn from noise of its own, seeded by (seed, i, j): th
 and with any number of other prompts after it (up to the rounding of a batched matrix product).
 """
 
+import inspect
 import logging
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
@@ -99,6 +100,7 @@ class UnCLIP(nn.Module):
             UserError: no captions, or one that is too long.
         """
         self.check(captions, n, batch_size, truncate)
+        self.check_options(prior or {})
         jobs = [(i, j) for i in range(len(captions)) for j in range(n)]
         images = []
         order = range(len(captions)) if numbers is None else numbers
@@ -148,6 +150,16 @@ class UnCLIP(nn.Module):
             )
         elif too_long:
             raise UserError(self._too_long(too_long[0]))
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Refuses what is for another kind of prior."""
+        if self.prior is None:
+            return
+        takes = inspect.signature(self.prior.sample).parameters  # pyright: ignore[reportArgumentType]
+        anything = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+        if unknown := [key for key in options if key not in takes and not anything]:
+            known = ", ".join(key for key in takes if key not in ("batch", "randn"))
+            raise UserError(f"{unknown[0]} is no option of this prior, which takes {known}; leave it out")
 
     def _too_long(self, caption: str) -> str:
         words = caption.split()

@@ -11,22 +11,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from dalle.data.batch import Batch
-from dalle.data.embed_norm import EmbedNorm
 from dalle.diffusion.denoiser import Denoiser
 from dalle.diffusion.guidance import guide, one_scale
 from dalle.diffusion.samplers import Randn, Sampler
 from dalle.nets.interfaces import PriorNet, check_interface
 from dalle.optim.factory import OptimizerFactory
 from dalle.ranges import Depth, Fraction, Guidance, NonNegativeInt
-from dalle.stages.base import Stage
+from dalle.stages.embedding_stage import EmbeddingStage, text_of
 
 
-class PriorStage(Stage):
+class PriorStage(EmbeddingStage):
     """Trains `net` to sample normalised image embeddings (B, E).
 
     Args:
@@ -39,8 +37,6 @@ class PriorStage(Stage):
         val_samples: how many validation captions are sampled for the cosines.
     """
 
-    norm: EmbedNorm | None = None  # the space of `image_embed`; known once there is data or a manifest
-
     def __init__(
         self,
         net: nn.Module,
@@ -52,54 +48,19 @@ class PriorStage(Stage):
         candidates: Depth = 2,
         val_samples: NonNegativeInt = 256,
     ) -> None:
-        super().__init__(optimizer)
+        super().__init__(optimizer, candidates, val_samples)
         self.denoiser, self.sampler = denoiser(check_interface(net, PriorNet)), sampler
         self.text_dropout, self.guidance = text_dropout, guidance
-        self.candidates, self.val_samples, self.room = candidates, val_samples, val_samples
 
     @property
     def net(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.denoiser.net
-
-    def setup(self, stage: str) -> None:
-        self.norm = self.trainer.datamodule.norm  # pyright: ignore[reportAttributeAccessIssue]
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         embed = batch["image_embed"]
         keep = torch.rand(len(embed), device=embed.device) >= self.text_dropout
         losses, t = self.denoiser.losses(embed, **text_of(batch), keep_text=keep)
         return {"loss": losses.mean(), "per_sample": losses, "t": t}
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        return {**super().validation_step(batch, batch_idx), **self.log_cosines("val", batch, batch_idx)}
-
-    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        return {**super().test_step(batch, batch_idx), **self.log_cosines("test", batch, batch_idx)}
-
-    def log_cosines(self, split: str, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Cosines of sampled embeddings with the true image's, its caption's, and another caption's."""
-        if batch_idx == 0:
-            ranks = self.trainer.world_size if self._trainer else 1
-            self.room = -(-self.val_samples // ranks)  # captions that are still to be sampled here
-        values: Any = batch
-        batch = Batch(**{key: value[: self.room] for key, value in values.items()})
-        if not (size := len(batch["text_embed"])):
-            return {}
-        self.room -= size
-        generator = torch.Generator().manual_seed(batch_idx)
-        made = self.sample(batch, randn=lambda x: torch.randn(x.shape, generator=generator).to(x))
-        text = batch["text_embed"]
-        assert self.norm is not None
-        cosines = {
-            "cosine_image": F.cosine_similarity(made, batch["image_embed"]).mean(),
-            "cosine_caption": F.cosine_similarity(self.norm.decode(made), text).mean(),
-            "cosine_other_caption": F.cosine_similarity(self.norm.decode(made), text.roll(1, 0)).mean(),
-            "cosine_caption_of_data": F.cosine_similarity(
-                self.norm.decode(batch["image_embed"]), text
-            ).mean(),
-        }
-        self.log_scalars(split, cosines, batch)
-        return cosines
 
     @torch.inference_mode()
     def sample(
@@ -127,21 +88,4 @@ class PriorStage(Stage):
             run(denoise, randn(like), self.denoiser.schedule, randn=randn)
             for _ in range(candidates or self.candidates)
         ]
-        made = best(drawn, text["text_embed"], self.norm or EmbedNorm("unit"))
-        # the mean of what an embedding may be is shorter than each: the decoder has seen the true length only
-        return made if self.norm is None else self.norm.project(made)
-
-
-def best(drawn: list[Tensor], text_embed: Float[Tensor, "B E"], norm: EmbedNorm) -> Float[Tensor, "B E"]:
-    """Of several embeddings per caption the one of the largest dot product with the caption's (Ramesh et al.
-    2022, sec. 2.2), of unit vectors where the norm is a unit one.
-    """
-    if len(drawn) == 1:
-        return drawn[0]
-    scores = torch.stack([(norm.decode(z) * text_embed).sum(1) for z in drawn])
-    return torch.stack(drawn)[scores.argmax(0), torch.arange(len(text_embed), device=text_embed.device)]
-
-
-def text_of(batch: Batch) -> dict[str, Any]:
-    """The part of a batch that says what the caption says."""
-    return {key: batch[key] for key in ("text_embed", "text_hidden", "text_mask")}
+        return self.choose(drawn, text["text_embed"])

@@ -173,6 +173,7 @@ def check_stage(config: Config) -> None:
 PLAUSIBLE = {
     "image_size": 64, "embed_dim": 64, "text_width": 64, "context_length": 32, "vocab_size": 512,
     "text_vocab": 512, "text_length": 32, "image_vocab": 2**16, "image_levels": None, "grid": 8,
+    "dims": 8, "buckets": 1024,
 }  # fmt: skip
 
 

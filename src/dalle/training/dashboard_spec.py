@@ -47,6 +47,10 @@ STAGES: dict[str, Panels] = {
         "Pictures found for captions": ("val/text_to_image_r*",),
         "Scale of the logits": ("train/scale",),
     },
+    "ar_prior": {
+        "Bits per code": ("train/bits_per_code", "val/bits_per_code"),
+        "Cosine similarities": ("val/cosine_*",),
+    },
     "prior": {**_TIMES, "Cosine similarities": ("val/cosine_*",)},
     "decoder": {**_TIMES, **_MADE},
     "dvae": {
@@ -85,6 +89,7 @@ STAGES: dict[str, Panels] = {
 # And pictures, by the names under which loggers get them
 PICTURES: dict[str, tuple[str, ...]] = {
     "clip": (),
+    "ar_prior": (),
     "prior": (),
     "decoder": ("samples", "test/verdicts_sheet"),
     "dvae": ("reconstructions",),
