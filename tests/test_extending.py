@@ -47,3 +47,7 @@ def test_a_page_works_through_to_its_end(page, tmp_path):
             timeout=SECONDS,
         )  # fmt: skip
         assert ended.returncode == 0, (words, ended.stdout, ended.stderr)
+
+
+def test_every_addition_has_its_page():
+    assert {page.stem for page in PAGES} == {"sampler", "network", "stage", "source", "metric", "pipeline"}
