@@ -349,6 +349,17 @@ def test_a_prior_alone(measure, untrained_stages, stage, option):
         assert found[name] == pytest.approx(F.cosine_similarity(*pair).mean().item(), abs=1e-5)
 
 
+def test_a_prior_of_another_clip_or_with_an_option_it_has_not(measure, untrained_stages, tmp_path):
+    prior = f"run='{untrained_stages / 'default' / 'prior'}'"
+    with pytest.raises(UserError, match=r"pipeline.prior_top_p=0.5 is for an autoregressive prior, which"):
+        measure(prior, "pipeline.prior_top_p=0.5")
+    with pytest.raises(UserError, match=r"judge cannot be measured of this prior; it has cosines, retrieval"):
+        measure(prior, "metrics=[judge]")
+    untrained("clip", tmp_path / "other", seed=5)
+    with pytest.raises(UserError, match=r"clip and prior do not fit together: the CLIP \(hash"):
+        measure(prior, f"pipeline.clip='{tmp_path / 'other' / 'default' / 'clip'}'")
+
+
 def test_a_pipeline_with_an_autoregressive_prior(measure):
     result = measure("prior=ar_prior", "metrics=[judge]", "pipeline.prior_temperature=0.5")
     assert result.target["paths"]["prior"].endswith("ar_prior")

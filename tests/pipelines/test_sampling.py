@@ -241,9 +241,10 @@ def test_stages_of_another_clip_do_not_fit(make, tmp_path):
     untrained("clip", tmp_path / "other", seed=5)
     with pytest.raises(UserError, match=r"clip and \w+ do not fit together: the CLIP \(hash"):
         make("out", PROMPT, f"pipeline.clip='{tmp_path / 'other' / 'default' / 'clip'}'")
-    untrained("prior", tmp_path / "other")
-    with pytest.raises(UserError, match=r"do not fit together"):
-        make("out", PROMPT, f"pipeline.prior='{tmp_path / 'other' / 'default' / 'prior'}'")
+    for prior in ("prior", "ar_prior"):
+        untrained(prior, tmp_path / "other")
+        with pytest.raises(UserError, match=r"do not fit together"):
+            make("out", PROMPT, f"pipeline.prior='{tmp_path / 'other' / 'default' / prior}'")
     with pytest.raises(UserError, match=r"prior holds a prior, but a decoder is needed here"):
         make("out", PROMPT, f"pipeline.decoder='{tmp_path / 'other' / 'default' / 'prior'}'")
     assert not (tmp_path / "out").exists()
