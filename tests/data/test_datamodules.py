@@ -307,7 +307,7 @@ def test_standardized_is_fitted_on_training_embeddings(tmp_path, clip, cache_ite
 def test_codes_of_embeddings_are_fitted_on_training_pairs(tmp_path, clip, cache_items):
     """Before there is a Trainer: the number of their dimensions is a size of the network."""
     datamodule = EmbeddingCodeDataModule(
-        Gradients, clip, 4, tmp_path, cache_items=cache_items, kept_variance=0.9, buckets=8
+        Gradients, clip, 4, tmp_path, cache_items=cache_items, kept_variance=0.9, buckets=8, **ALL
     )
     source = Gradients("train")
     embeds = datamodule.norm.encode(clip.embed_image(source.images(range(23))))
@@ -325,12 +325,12 @@ def test_codes_of_embeddings_are_fitted_on_training_pairs(tmp_path, clip, cache_
 
 
 def test_the_number_of_dimensions_may_be_given(tmp_path, clip):
-    datamodule = EmbeddingCodeDataModule(Gradients, clip, 4, tmp_path, dims=2)
+    datamodule = EmbeddingCodeDataModule(Gradients, clip, 4, tmp_path, dims=2, **ALL)
     assert datamodule.sizes["dims"] == 2
     assert not list(tmp_path.iterdir())  # nothing had to be embedded
     assert datamodule.codes.dims == 2
     with pytest.raises(UserError, match=r"datamodule.dims=7, but CLIP's embeddings have 6 dimensions"):
-        EmbeddingCodeDataModule(Gradients, clip, 4, tmp_path, dims=7)
+        EmbeddingCodeDataModule(Gradients, clip, 4, tmp_path, dims=7, **ALL)
 
 
 def test_a_test_alone_embeds_no_training_set(tmp_path, clip):

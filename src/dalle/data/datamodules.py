@@ -418,9 +418,10 @@ class EmbeddingCodeDataModule(EmbeddingDataModule):
         cache_dir: Place,
         num_workers: Workers = 0,
         seed: Seed = 0,
-        val_items: PositiveInt | None = None,
-        test_items: PositiveInt | None = None,
-        train_items: PositiveInt | None = None,
+        *,
+        val_items: PositiveInt | None,
+        test_items: PositiveInt | None,
+        train_items: PositiveInt | None,
         image_embed_norm: str = "unit_times_sqrt_dim",
         cache_items: NonNegativeInt = 100_000,
         cache_text_gb: NonNegative = 1.0,
@@ -429,8 +430,9 @@ class EmbeddingCodeDataModule(EmbeddingDataModule):
         buckets: Vocabulary = 1024,
     ):
         super().__init__(
-            source, clip, batch_size, cache_dir, num_workers, seed, val_items, test_items, train_items,
-            image_embed_norm, cache_items, cache_text_gb,
+            source, clip, batch_size, cache_dir, num_workers, seed,
+            val_items=val_items, test_items=test_items, train_items=train_items,
+            image_embed_norm=image_embed_norm, cache_items=cache_items, cache_text_gb=cache_text_gb,
         )  # fmt: skip
         if dims is not None and dims > clip.embed_dim:
             raise UserError(

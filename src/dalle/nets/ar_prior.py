@@ -165,8 +165,8 @@ class ARPrior(nn.Module):
         width: Width,
         depth: Depth,
         heads: PositiveInt,
+        waves: NonNegativeInt,
         dropout: Dropout = 0.0,
-        waves: NonNegativeInt = 0,
         checkpoint: bool = False,
     ):
         super().__init__()
