@@ -92,6 +92,7 @@ class RunConfig(TypedDict):
 
     model: Node
     stage: NotRequired[Text]
+    command: NotRequired[Text]
     datamodule: NotRequired[Data]
     clip: NotRequired[Node | None]
     image_tokenizer: NotRequired[Node | None]

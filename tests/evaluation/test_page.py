@@ -1,7 +1,9 @@
 """Offline pages: what hostile names can do, what is embedded, and how the pages behave in a browser."""
 
+import html
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -40,7 +42,9 @@ def hostile_runs(folder: Path) -> Path:
     for name, stage in (("good", "clip"), ("bad", f"clip{HOSTILE}")):
         run = folder / "logs" / name
         (run / "samples").mkdir(parents=True)
-        (run / "config.yaml").write_text(f"model: {{_target_: x}}\nstage: {json.dumps(stage)}\n")
+        (run / "config.yaml").write_text(
+            f"model: {{_target_: x}}\nstage: {json.dumps(stage)}\ncommand: {json.dumps(HOSTILE)}\n"
+        )
         rows = "".join(f"{step},{10 / step},{1 / step},nan,0.5\n" for step in range(1, 100))
         columns = f"step,train/loss,val/loss,lr-{HOSTILE},test/judge/{HOSTILE}"
         (run / "metrics.csv").write_text(f"{columns}\n{rows}")
@@ -58,6 +62,23 @@ def test_nothing_that_is_named_becomes_markup(tmp_path, make):
     texts = json.dumps(charts)
     assert charts
     assert not [tag for tag in MARKUP if tag in texts], "plotly.js reads tags in names"
+
+
+def test_a_dashboard_shows_what_was_typed(tmp_path):
+    """Each command once, for the runs that it has started; nothing of a run from before it was kept."""
+    typed = {"a": "dalle train -m model=clip 'data.root=my pictures'", "c": "dalle train model=clip name=c"}
+    typed["b"] = typed["a"]
+    for name in ("a", "b", "c", "old"):
+        run = tmp_path / name / "clip"
+        run.mkdir(parents=True)
+        command = f"command: {json.dumps(typed[name])}\n" if name in typed else ""
+        (run / "config.yaml").write_text(f"model: {{_target_: x}}\nstage: clip\n{command}")
+        (run / "metrics.csv").write_text("step,train/loss\n1,2\n")
+    _, page = parts_of(dashboard.make(tmp_path).read_text(encoding="utf-8"))
+    shown = re.search(r"<pre>(.*?)</pre>", page, re.DOTALL)
+    assert shown
+    lines = html.unescape(shown[1]).splitlines()
+    assert lines == ["# a, b", typed["a"], "# c", typed["c"]]
 
 
 def test_numbers_that_json_does_not_know_are_gaps():

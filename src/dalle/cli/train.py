@@ -5,6 +5,8 @@ any work starts; what happens then is dalle.training.fit, and dalle.launch.sweep
 `-m hydra=sweep`.
 """
 
+import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,26 @@ OWN = ("model", "optimizer", "sampler", "callbacks", "datamodule", "batch_size",
 SEARCHPATH = "hydra.searchpath="  # where configurations are: of all
 
 
+TYPED = "DALLE_COMMAND"  # the variable by which the processes of a command know what was typed
+
+
 def main(arguments: list[str]) -> None:
+    first = TYPED not in os.environ
+    os.environ.setdefault(TYPED, typed(arguments))
+    try:
+        start(arguments)
+    finally:
+        if first:
+            del os.environ[TYPED]
+
+
+def typed(arguments: list[str]) -> str:
+    """The command line of this process, for a shell."""
+    script = Path(sys.argv[0]).name == "train.py"
+    return shlex.join([*(("python", sys.argv[0]) if script else ("dalle", "train")), *arguments])
+
+
+def start(arguments: list[str]) -> None:
     launcher = [a for a in arguments if a.lstrip("+").startswith(("hydra/launcher", "hydra.launcher"))]
     jobs = compose("train", [a for a in arguments if a not in launcher])  # all of them here: see `sweep`
     if not jobs:
@@ -95,6 +116,7 @@ def train(job: Job) -> None:
                 continue
             print(f"{run} holds no finished {stage}: training it first", flush=True)
             run_job(upstream(job.words, stage, run), lock)
+    job.config["command"] = os.environ[TYPED]
     try:
         fit.train(job.config)
     except SystemExit as left:  # what Lightning makes of Ctrl-C

@@ -6,7 +6,7 @@ from what every run leaves in its directory whatever its loggers: metrics.csv, m
 
 import argparse
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,21 @@ def facts(run: Run, table: Table) -> dict[str, str]:
     }
 
 
+def commands(runs: Mapping[str, Run]) -> list[str]:
+    """What was typed to start them, for a shell, and where they are several, for which. Of those that were
+    trained from Python, or before that was kept, there is nothing.
+    """
+    typed: dict[str, list[str]] = defaultdict(list)
+    for name, run in runs.items():
+        if command := run.config().get("command"):
+            typed[command].append(name)
+    return [
+        line
+        for command, names in typed.items()
+        for line in ([f"# {', '.join(names)}", command] if len(runs) > 1 else [command])
+    ]
+
+
 def duration(seconds: float) -> str:
     hours, minutes = int(seconds // 3600), int(seconds % 3600 // 60)
     if hours:
@@ -164,6 +179,7 @@ def make(folder: Path) -> Path:
             "name": stage,
             "runs": shown,
             "facts": list(dict.fromkeys(fact for run in shown for fact in run["facts"])),
+            "commands": commands(dict(zip(short, runs, strict=True))),
             "charts": range(len(charts) - len(own), len(charts)),
             "tests": tested(list(tables.values())),
         })  # fmt: skip

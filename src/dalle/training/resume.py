@@ -24,7 +24,7 @@ from dalle.trust import composed
 
 Config = dict[str, Any]
 WHERE = re.compile(  # places and what is done, which say nothing of the training
-    r"(name|paths|logger|debug|trust|upstream|search|sweep|resume|resumed|overwrite|preflight)(\..*)?|"
+    r"(name|command|paths|logger|debug|trust|upstream|search|sweep|resume|resumed|overwrite|preflight)(\..*)?|"
     r".*\.(path|root|directory|cache_dir|num_workers)|trainer\.enable_.*"
 )
 FREE = re.compile(  # what may change, and is noted
@@ -84,6 +84,8 @@ def check(
         )
     check_restorable(run.checkpoint, checkpoint, stage, trainer)
     config["resumed"] = history
+    if "command" in before:  # with which it began
+        config["command"] = before["command"]
     if noted := without_copies(noted):
         told = ", ".join(f"{key}={now} (was {was})" for key, (was, now) in noted.items())
         if is_main_process():
