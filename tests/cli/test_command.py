@@ -1,5 +1,6 @@
 """The command `dalle`, and the scripts that are doors onto it."""
 
+import os
 import sys
 
 import pytest
@@ -7,6 +8,7 @@ from tiny import ROOT
 
 from dalle import __version__
 from dalle.cli import command as cli
+from dalle.cli.train import TYPED
 from dalle.launch.processes import child_command
 
 
@@ -77,3 +79,47 @@ def test_the_command_line_stays_for_the_ranks_that_lightning_starts(command, mon
 
 def test_children_start_from_any_folder():
     assert child_command("train") == [sys.executable, "-m", "dalle", "train"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("dalle tr", "train"),
+        ("dalle train model=cl", "model=clip"),
+        ("dalle sample pipeline=v", "pipeline=vae"),
+    ],
+)  # fmt: skip
+def test_a_shell_completes_commands_and_settings(monkeypatch, capsys, typed, offered):
+    monkeypatch.setenv("COMP_LINE", typed)
+    monkeypatch.setenv("COMP_POINT", str(len(typed)))
+    dalle(monkeypatch, "-sc", "query=bash")
+    assert offered in capsys.readouterr().out.split()
+
+
+def test_a_shell_learns_to_complete(monkeypatch, capsys):
+    """By the line of the docs."""
+    assert 'eval "$(dalle -sc install=bash)"' in (ROOT / "docs" / "first_steps.md").read_text(
+        encoding="utf-8"
+    )
+    monkeypatch.delenv("COMP_LINE", raising=False)
+    dalle(monkeypatch, "-sc", "install=bash")
+    script = capsys.readouterr().out
+    assert "complete -o nospace" in script
+    assert "dalle" in script.splitlines()[-1].split()
+
+
+def test_a_run_keeps_what_was_typed(monkeypatch, tmp_path):
+    """In its config.yaml, also where a process was started for it by another."""
+    kept, started = [], []
+    monkeypatch.setattr("dalle.training.fit.train", lambda config: kept.append(config["command"]))
+    monkeypatch.setattr("dalle.cli.train.run_job", lambda *_: started.append(os.environ[TYPED]))
+    words = ["model=clip", "trainer=cpu", f"paths.logs={tmp_path}", "name=a b"]
+    dalle(monkeypatch, "train", *words)
+    dalle(monkeypatch, "train", "-m", *words[:3], "name=a,b")
+    typed = f"dalle train -m model=clip trainer=cpu paths.logs={tmp_path} name=a,b"
+    assert kept == [f"dalle train model=clip trainer=cpu paths.logs={tmp_path} 'name=a b'"]
+    assert TYPED not in os.environ
+    monkeypatch.setenv(TYPED, typed)
+    dalle(monkeypatch, "train", *words)
+    assert kept[-1] == typed
+    assert started == [typed] * len(started) != []

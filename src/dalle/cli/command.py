@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -18,6 +19,7 @@ COMMANDS = {
     "gate": ("dalle.evaluation.gate", "compares the demo's figures with recorded ones"),
     "workspace": ("dalle.training.wandb_workspace", "views of a project at W&B, made by code"),
 }
+SETTINGS = ("train", "sample", "evaluate")  # whose words are Hydra's
 
 
 def main() -> None:
@@ -29,10 +31,23 @@ def main() -> None:
         print("usage: dalle COMMAND ...; each COMMAND says more with --help\n")
         for command, (_, line) in COMMANDS.items():
             print(f"  {command:<11}{line}")
+    elif name in ("-sc", "--shell-completion"):
+        complete(arguments)
     elif name == "--version":
         print(f"dalle {__version__}")
     else:
         sys.exit(f"error: there is no command {name!r}{instead(name, COMMANDS, 'dalle ')}")
+
+
+def complete(arguments: Sequence[str]) -> None:
+    """Hydra's completion, ``eval "$(dalle -sc install=bash)"``: of a subcommand, or of its settings."""
+    typed = re.match(rf"\s*\S+\s+({'|'.join(SETTINGS)})\s(.*)", os.environ.get("COMP_LINE", ""), re.DOTALL)
+    if typed:
+        os.environ["COMP_LINE"] = f"dalle {typed[2]}"  # as if the subcommand were the program
+    if typed or not arguments or not arguments[0].startswith("query="):
+        run(typed[1] if typed else "train", ["-sc", *arguments])
+    else:
+        print(" ".join(COMMANDS))
 
 
 def run(name: str, arguments: Sequence[str]) -> None:
