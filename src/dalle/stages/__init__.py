@@ -1,0 +1,1 @@
+"""A LightningModule for each thing that is trained: `step` is its loss, `sample` what it draws."""
