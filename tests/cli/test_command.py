@@ -10,6 +10,7 @@ from dalle import __version__
 from dalle.cli import command as cli
 from dalle.cli.train import TYPED
 from dalle.launch.processes import child_command
+from dalle.training.checks import check_config
 
 
 def dalle(monkeypatch, *arguments: str) -> None:
@@ -111,7 +112,12 @@ def test_a_shell_learns_to_complete(monkeypatch, capsys):
 def test_a_run_keeps_what_was_typed(monkeypatch, tmp_path):
     """In its config.yaml, also where a process was started for it by another."""
     kept, started = [], []
-    monkeypatch.setattr("dalle.training.fit.train", lambda config: kept.append(config["command"]))
+
+    def train(config):
+        check_config(config)
+        kept.append(config["command"])
+
+    monkeypatch.setattr("dalle.training.fit.train", train)
     monkeypatch.setattr("dalle.cli.train.run_job", lambda *_: started.append(os.environ[TYPED]))
     words = ["model=clip", "trainer=cpu", f"paths.logs={tmp_path}", "name=a b"]
     dalle(monkeypatch, "train", *words)

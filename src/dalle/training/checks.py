@@ -68,6 +68,7 @@ class Settings(Needed, total=False):
     """A resolved conf/train.yaml, with whatever its groups have put beside."""
 
     trust: list[Text]
+    command: Text
     at_most: Group
     stop_after_skipped: PositiveInt
     resumed: Any
