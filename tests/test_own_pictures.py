@@ -169,6 +169,21 @@ def test_batches_and_steps_follow_the_number_of_pictures():
         assert 1 <= lengths(items)[0] <= items
 
 
+@pytest.mark.parametrize(
+    ("size", "batch"), [(16, 32), (32, 32), (64, 32), (96, 21), (128, 16), (256, 8), (512, 8)]
+)
+def test_batches_of_large_pictures_are_smaller(size, batch):
+    """Of networks that see them: twice the side, half the pictures, but never fewer than 8 by that."""
+    for net, expected in (({"image_size": "auto"}, batch), ({"width": 128}, 32)):
+        config = {
+            "at_most": {"batch_size": 32, "max_steps": 3600}, "batch_size": "auto", "model": {"net": net},
+            "datamodule": {}, "trainer": {"max_steps": 10}, "data": {"image_size": size},
+        }  # fmt: skip
+        shorter = fill_lengths(config, 40_000)
+        assert config["batch_size"] == expected
+        assert shorter == ({} if expected == 32 else {"batch_size": expected})
+
+
 def test_a_run_that_is_resumed_keeps_what_it_had():
     saved = {"batch_size": 5, "trainer": {"max_steps": 77}}
     assert lengths(40_000, saved=saved)[:2] == (5, 77)

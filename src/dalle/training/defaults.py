@@ -1,6 +1,7 @@
 """What ``auto`` in a configuration becomes: the defaults that follow the pictures' size and number.
 
-Three kinds: lengths (batch, steps) follow how many pictures there are; sizes that the data say (image size,
+Three kinds: lengths (batch, steps) follow how many pictures there are, and above 64 px the batch of a network
+that sees them also their side; sizes that the data say (image size,
 vocabulary) are theirs; and a network itself says what suits the picture's size (`suited` of its class). A
 number that is given stays. What a run was trained with is in its config.yaml, without an ``auto``.
 """
@@ -18,6 +19,7 @@ FEWEST = 8  # pictures in a batch, where there are so many
 BATCHES = 4  # in an epoch of few pictures
 EPOCHS, STEPS = 200, 1000  # no training is longer than so many epochs, unless that were fewer steps
 USUAL = 32  # px, of `shapes`: what differs at other sizes is said
+LARGE = 64  # px, above which a batch is smaller: twice the side, half the pictures
 CHOICES = ("vocab_size", "image_levels")  # sizes that a network may have otherwise than the data
 
 
@@ -50,7 +52,8 @@ def fill_lengths(config: Config, items: int, world: int = 1, saved: Config | Non
                 shorter[name] = node[key]
 
     own = items // world
-    settle(config, "batch_size", "batch_size", max(1, min(own, max(FEWEST, own // BATCHES))))
+    most = min(max(FEWEST, own // BATCHES), largest_batch(config, at_most.get("batch_size", 1)))
+    settle(config, "batch_size", "batch_size", max(1, min(own, most)))
     batch = config["batch_size"]
     if config["datamodule"].get("batch_size") == "auto":
         config["datamodule"]["batch_size"] = batch
@@ -60,6 +63,15 @@ def fill_lengths(config: Config, items: int, world: int = 1, saved: Config | Non
         if node.get("steps") == "auto":
             node["steps"] = trainer["max_steps"]
     return shorter
+
+
+def largest_batch(config: Config, at_most: int) -> int:
+    """What is at most in a batch; of a network that sees pictures fewer of large ones, which take longer."""
+    sees = "image_size" in (config["model"].get("net") or {})
+    side = config["data"].get("image_size") if sees else None
+    if not isinstance(side, int) or side <= LARGE:
+        return at_most
+    return max(min(FEWEST, at_most), at_most * LARGE // side)
 
 
 def fill_sizes(config: Config, sizes: Mapping[str, Any], saved: Config | None = None) -> dict[str, Any]:
