@@ -16,11 +16,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, features
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 MAX_PIXELS = 64_000_000  # of a picture, where nobody says another number: more would eat the memory
 AVIF = (".avif",) if features.check("avif") else ()
 SUFFIXES = (
@@ -269,14 +264,13 @@ class Memory:
         slot: bytes for one; 0 = keep no pictures, only whether they can be read.
     """
 
-    _turn: Any = None  # a file without a name, whose lock tells whose turn it is
-
     def __init__(self, items: int, slot: int):
         self.items, self.slot = items, slot
         # Anonymous shared memory: physical pages come with use, and the size of /dev/shm does not matter.
         self.state = np.frombuffer(mmap.mmap(-1, max(4, items)), np.uint8)
         self.sides = np.frombuffer(mmap.mmap(-1, max(4, 4 * items)), np.uint16)
         self.bytes = np.frombuffer(mmap.mmap(-1, max(4, slot * items)), np.uint8)
+        self._turn: Any = -1  # a file without a name, whose lock tells whose turn it is
         with contextlib.suppress(OSError):  # no place for temporary files
             self._turn = tempfile.TemporaryFile()  # noqa: SIM115
 
@@ -305,11 +299,14 @@ class Memory:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """One process at a time; the lock of one that dies is free again."""
-        if fcntl is None or self._turn is None:
+        """One process at a time, where the system knows locks; that of one that dies is free again."""
+        try:
+            import fcntl
+
+            fcntl.lockf(self._turn, fcntl.LOCK_EX)
+        except (ImportError, OSError, ValueError):  # Windows, some network disks, no file
             yield
             return
-        fcntl.lockf(self._turn, fcntl.LOCK_EX)
         try:
             yield
         finally:
