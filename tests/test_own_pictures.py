@@ -202,7 +202,7 @@ def test_networks_without_memory_make_no_numbers(tmp_path):
     from dalle.training import ladder
 
     torch.manual_seed(3)
-    ladder.check([configure(model, tmp_path) for model in ("clip", "prior", "dvae", "dalle")])
+    ladder.check([configure(model, tmp_path) for model in ("clip", "prior", "ar_prior", "dvae", "dalle")])
     drawn = torch.rand(1)
     torch.manual_seed(3)
     torch.testing.assert_close(drawn, torch.rand(1), rtol=0, atol=0)

@@ -472,7 +472,11 @@ class EmbeddingCodeDataModule(EmbeddingDataModule):
 
     @property
     def sizes(self) -> dict[str, int]:
-        return super().sizes | {"dims": self.dims or self.codes.dims, "buckets": self.buckets}
+        if self.clip.device.type == "meta":  # one that is still to be trained: at most so many
+            dims = self.dims or self.clip.embed_dim
+        else:
+            dims = self.dims or self.codes.dims
+        return super().sizes | {"dims": dims, "buckets": self.buckets}
 
 
 class ImageEmbeddingDataModule(EmbeddingDataModule):

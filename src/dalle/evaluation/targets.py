@@ -190,6 +190,7 @@ class Prior(Target):
 
     makes = False
     metrics = ("cosines", "retrieval")
+    clip: Any  # a FrozenCLIP, never None here
 
     def __init__(self, path: str, config: dict[str, Any]) -> None:
         settings = {**config["pipeline"], "prior": path}

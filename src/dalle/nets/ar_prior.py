@@ -11,6 +11,7 @@ buckets, so that neighbouring buckets are not learned one by one (`waves`; 0: in
 """
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -154,6 +155,9 @@ class ARPrior(nn.Module):
     text; dims, buckets: D and K of `EmbeddingCodes`; waves: shared by the tables of codes; checkpoint:
     recompute each layer in the backward pass.
     """
+
+    layers: Any  # of Layer
+    wave: Float[Tensor, "K F"]  # with waves
 
     def __init__(
         self,
