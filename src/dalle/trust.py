@@ -28,13 +28,15 @@ LISTED = {  # what runs and recipes are made of: the whole of it, a test says wh
     "stages": (
         "dalle.stages.ar_prior.ARPriorStage", "dalle.stages.clip.ClipStage", "dalle.stages.dalle.DalleStage",
         "dalle.stages.decoder.DecoderStage", "dalle.stages.dvae.DVAEStage", "dalle.stages.gan.GanStage",
-        "dalle.stages.prior.PriorStage", "dalle.stages.vae.VAEStage", "dalle.stages.vqgan.VQGANStage",
+        "dalle.stages.prior.PriorStage", "dalle.stages.upsampler.UpsamplerStage",
+        "dalle.stages.vae.VAEStage", "dalle.stages.vqgan.VQGANStage",
     ),
     "networks": (
         "dalle.nets.ar_prior.ARPrior", "dalle.nets.clip.CLIP", "dalle.nets.dalle.DALLE", "dalle.nets.dit.DiT",
         "dalle.nets.dvae.DVAE", "dalle.nets.gan.Discriminator", "dalle.nets.gan.Generator",
         "dalle.nets.prior.Prior", "dalle.nets.small_unet.SmallUNet", "dalle.nets.unet.UNet",
-        "dalle.nets.vae.VAE", "dalle.nets.vqgan.PatchDiscriminator", "dalle.nets.vqgan.VQGAN",
+        "dalle.nets.upsampler.UpsamplerUNet", "dalle.nets.vae.VAE",
+        "dalle.nets.vqgan.PatchDiscriminator", "dalle.nets.vqgan.VQGAN",
     ),
     "parts of stages": (
         "dalle.diffusion.denoiser.Denoiser", "dalle.diffusion.samplers.Sampler",

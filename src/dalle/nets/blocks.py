@@ -1,4 +1,5 @@
-"""What two networks share: attention, group norm, MLP, time embedding, the conditioning of the decoders.
+"""What two networks share: attention, group norm, residual blocks, MLP, time embedding, the conditioning of
+the decoders.
 
 Pads and dropped captions are never masked: they become learned tokens (DALL-E sec. 2.2, GLIDE). So every
 softmax has keys to look at, and SDPA may pick its fastest kernel on every device.
@@ -207,6 +208,52 @@ class PixelAttention(nn.Module):
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # a view where x is channels_last
         out, _ = self.attention(tokens, context)
         return x + out.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Downsample(nn.Conv2d):
+    """Half the size by a strided convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3, stride=2, padding=1)
+
+
+class Upsample(nn.Conv2d):
+    """Twice the size: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, input: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C 2*H 2*W"]:
+        return super().forward(F.interpolate(input, scale_factor=2.0, mode="nearest"))
+
+
+class ResBlock(nn.Module):
+    """norm, SiLU, (resample,) conv; norm, scale and shift, SiLU, dropout, conv; plus the input.
+
+    `scale` and `shift` are those of the second norm ("adaGN"). `resample`: "down", "up" or "".
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0, resample: str = ""):
+        super().__init__()
+        self.out_channels, self.resample = out_channels, resample
+        self.norm1 = GroupNorm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = GroupNorm(out_channels, affine=False)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    def resize(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C h w"]:
+        if self.resample == "down":
+            return F.avg_pool2d(x, 2)
+        return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.resample == "up" else x
+
+    def forward(
+        self, x: Float[Tensor, "B C H W"], scale: Float[Tensor, "B D"], shift: Float[Tensor, "B D"]
+    ) -> Float[Tensor, "B D h w"]:
+        h = self.conv1(self.resize(self.norm1(x)))
+        h = self.conv2(self.dropout(self.norm2(h, scale, shift)))
+        return self.skip(self.resize(x)) + h
 
 
 class MLP(nn.Module):

@@ -50,6 +50,30 @@ class DecoderNet(Called, Protocol):
 
 
 @runtime_checkable
+class UpsamplerNet(Called, Protocol):
+    """Of `model=upsampler`: noised large pictures and the small ones -> the denoiser's prediction.
+
+    image_size: side of whole large pictures; factor: how many times that of the small ones. It is called
+    with pictures of other sizes, too: crops, and tiles, which begin at multiples of `whole`. level: of the
+    noise that `low` was augmented with, 0 to 1.
+    """
+
+    image_size: int
+    factor: int
+    channels: int
+    whole: int
+
+    def forward(
+        self,
+        x: Float[Tensor, "B C H W"],
+        t: Float[Tensor, "B"],
+        *,
+        low: Float[Tensor, "B C h w"],
+        level: Float[Tensor, "B"],
+    ) -> Float[Tensor, "B O H W"]: ...
+
+
+@runtime_checkable
 class PriorNet(Called, Protocol):
     """Of `model=prior`: noised image embeddings and the caption -> the denoiser's prediction (B, E).
 

@@ -50,3 +50,8 @@ def padded(image: Float[Tensor, "B C h w"], factor: int) -> Float[Tensor, "B C H
 def cut(image: Float[Tensor, "B C H W"], size: int) -> Float[Tensor, "B C h w"]:
     """What `padded` has added taken off again."""
     return image if image.shape[-1] == size else image[..., :size, :size]
+
+
+def enlarged(low: Float[Tensor, "B 3 h w"], height: int, width: int) -> Float[Tensor, "B 3 H W"]:
+    """Bicubic as Pillow has it; what every upsampler is held against."""
+    return F.interpolate(low, (height, width), mode="bicubic", antialias=True, align_corners=False)

@@ -1,0 +1,114 @@
+"""Batches for an upsampler: crops of large pictures in training, whole ones in validation and test, each with
+the small picture that is made from it.
+
+A crop and what spoils its small picture are functions of (seed, epoch, item): a run that is resumed sees what
+an uninterrupted one would have seen, whatever the number of ranks and of workers.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dalle.data.batch import Batch
+from dalle.data.datamodules import SourceDataModule
+from dalle.data.degradations import Kind, degradation_of, shrunk
+from dalle.data.sources import Source, SourceDataset, SourceFactory, mix
+from dalle.errors import UserError
+from dalle.ranges import PositiveInt, Seed, Share, Side, Workers
+
+
+class UpsamplingDataset(SourceDataset):
+    """Adds `low` to the batches of a `SourceDataset`; with a seed, cuts crops and spoils the small pictures.
+
+    Args:
+        factor: how many times smaller `low` is.
+        side: of the crops, in pixels; the whole picture where there is no seed.
+    """
+
+    def __init__(
+        self, source: Source, factor: int, side: int, degradation: Kind, seed: int | None = None
+    ) -> None:
+        super().__init__(source, seed=seed)
+        self.factor, self.side, self.degrade = factor, side, degradation_of(degradation)
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        batch = super().__getitems__(indices)
+        if self.seed is None:
+            return Batch(**{**batch, "low": shrunk(batch["image"], self.factor)})
+        epoch, items = self.split_virtual(indices)
+        pairs = [self.pair(image, epoch, item) for image, item in zip(batch["image"], items, strict=True)]
+        image, low = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+        return Batch(**{**batch, "image": image, "low": low})
+
+    def pair(
+        self, image: Float[Tensor, "3 H W"], epoch: int, item: int
+    ) -> tuple[Float[Tensor, "3 S S"], Float[Tensor, "3 s s"]]:
+        """A crop, which begins at a pixel of the small picture, and its small picture."""
+        rng = np.random.default_rng(mix(self.seed or 0, epoch, item))
+        room = (image.shape[-1] - self.side) // self.factor
+        top, left = (self.factor * int(start) for start in rng.integers(0, room + 1, 2))
+        crop = image[:, top : top + self.side, left : left + self.side]
+        return crop, self.degrade(crop, self.factor, rng)
+
+
+class UpsamplingDataModule(SourceDataModule):
+    """Batches of `image`, `low`, `caption`, `index`: what an upsampler trains on.
+
+    Args:
+        factor: how many times smaller the small pictures are.
+        crop: side of the crops in training, as a share of the picture's; the paper: a quarter.
+        degradation: of small pictures in training: none, blur, bsr or bsr_light, see `degradations`.
+
+    Raises:
+        UserError: the factor does not divide the pictures or the crops.
+    """
+
+    def __init__(
+        self,
+        source: SourceFactory,
+        batch_size: PositiveInt,
+        factor: Side = 2,
+        crop: Share = 0.25,
+        degradation: Kind = "blur",
+        num_workers: Workers = 0,
+        seed: Seed = 0,
+        val_items: PositiveInt | None = None,
+        test_items: PositiveInt | None = None,
+        train_items: PositiveInt | None = None,
+    ):
+        super().__init__(source, batch_size, num_workers, seed, val_items, test_items, train_items)
+        self.factor, self.crop = factor, crop
+        self.degradation: Kind = degradation
+
+    @property
+    def side(self) -> int:
+        """Of the crops, in pixels."""
+        size = self.split("train").image_size
+        side = round(self.crop * size)
+        if self.factor < 2 or size % self.factor:
+            raise UserError(
+                f"datamodule.factor={self.factor} makes no small pictures of {size} px; give a number from 2 "
+                "that divides data.image_size"
+            )
+        if side % self.factor or side < 2 * self.factor:
+            raise UserError(
+                f"datamodule.crop={self.crop} of {size} px is {side} px, which datamodule.factor="
+                f"{self.factor} must divide at least twice; give another share"
+            )
+        return side
+
+    def dataset(self, name: str) -> UpsamplingDataset:
+        seed = self.seed if name == "train" else None
+        return UpsamplingDataset(self.split(name), self.factor, self.side, self.degradation, seed)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        assert self.side  # refuses what does not fit
+        return super().sizes | {"factor": self.factor}
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"factor": self.factor}
