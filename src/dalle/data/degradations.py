@@ -11,8 +11,9 @@ are (3, H, W) in [-1, 1], one at a time.
 """
 
 import math
+from collections.abc import Callable
 from io import BytesIO
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,12 +26,7 @@ from dalle.ranges import Fraction, PositiveInt
 
 Rng = np.random.Generator
 Kind = Literal["none", "blur", "bsr", "bsr_light"]
-
-
-class Degradation(Protocol):
-    """A large picture -> a small one, `factor` times smaller."""
-
-    def __call__(self, image: Float[Tensor, "3 H W"], factor: int, rng: Rng) -> Float[Tensor, "3 h w"]: ...
+Degradation = Callable[[Tensor, int, Rng], Tensor]  # a large picture -> one `factor` times smaller
 
 
 def shrunk(image: Float[Tensor, "*B 3 H W"], factor: int) -> Float[Tensor, "*B 3 h w"]:
@@ -165,9 +161,9 @@ def jpeg(image: Float[Tensor, "3 H W"], quality: int) -> Float[Tensor, "3 H W"]:
 
 def degradation_of(kind: Kind) -> Degradation:
     """By the names that configurations have for them."""
-    if kind == "none":
-        return lambda image, factor, rng: shrunk(image, factor)
-    return GaussianBlur() if kind == "blur" else BSR(light=kind == "bsr_light")
+    if kind in ("none", "blur"):
+        return GaussianBlur(probability=0.5 if kind == "blur" else 0.0)
+    return BSR(light=kind == "bsr_light")
 
 
 def _mode(rng: Rng) -> Literal["bilinear", "bicubic", "area"]:
