@@ -27,7 +27,7 @@ FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CON
 
 USES_DATA = {  # batches -> a model that trains on them
     "images": "dvae", "text_images": "clip", "codes": "dalle", "embeddings": "prior",
-    "image_embeddings": "gan", "embedding_codes": "ar_prior",
+    "image_embeddings": "gan", "embedding_codes": "ar_prior", "upsampling": "upsampler",
 }  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def files_of(group: str) -> list[str]:
 
 def model_of(net: str) -> str:
     """The model that has a choice of networks, of which this is one."""
-    return "dalle" if net in ("gpt", "llama") else "decoder"
+    return {"gpt": "dalle", "llama": "dalle", "upsampler_unet": "upsampler"}.get(net, "decoder")
 
 
 def config_of(*overrides: str, primary: str = "train") -> dict:
@@ -100,7 +100,7 @@ def test_composes(file):
         check_all(config)
 
 
-@pytest.mark.parametrize("model", ["clip", "prior", "ar_prior", "decoder", "dvae", "dalle", "gan"])
+@pytest.mark.parametrize("model", ["clip", "prior", "ar_prior", "decoder", "dvae", "dalle", "gan", "upsampler"])
 def test_groups_switch_freely(model):
     """Every choice of every group under every model, several groups at a time."""
     groups = ("debug", "optimizer", "precision", "trainer", "sampler", "data", "callbacks", "image_tokenizer")

@@ -36,6 +36,12 @@ DVAE = (
 )  # fmt: skip
 VQGAN = ("model.perceptual_weight=1.0", "model.adversarial_weight=0.8", "model.disc_start=2")
 VAE = ("model.likelihood=gaussian", "model.kl_weight=1.0")
+UPSAMPLER = (
+    "model.noise_max=0.2", "model.denoiser.prediction=x0", "model.denoiser.weighting=velocity_damped",
+    "model.denoiser.time_sampling=logit_normal", "model.denoiser.schedule.name=flow",
+    "model.denoiser.schedule.shift=1.0", "datamodule.crop=0.5", "datamodule.degradation=blur",
+    "model.net.residual=true", "model.net.patch=2", "model.net.blocks=1",
+)  # fmt: skip
 GAN = (
     "model.loss=nonsaturating", "model.conditioning=matching", "model.r1_gamma=1.0", "model.r1_every=2",
     "model.d_steps=1", "model.d_lr=1.0", "model.beta1=0.5", "model.augment=[translation]",
@@ -43,6 +49,7 @@ GAN = (
 OF_STAGE = {
     "clip": (), "prior": PRIOR, "ar_prior": AR_PRIOR, "decoder": DECODER, "dit": DECODER,
     "dvae": DVAE, "vqgan": VQGAN, "vae": VAE, "gan": GAN, "dalle": DALLE,
+    "upsampler": UPSAMPLER,
 }  # fmt: skip
 
 

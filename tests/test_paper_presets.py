@@ -20,6 +20,8 @@ from dalle.training.preflight import count
 PRIOR, AR_PRIOR, DECODER = 1_221_524_992, 805_576_704, 2_249_628_166
 KEPT = "datamodule.dims=319"  # of 1024 in the paper
 # those of DALL-E are worked out in tests/nets/test_dalle.py
+# There: 700M and 300M for the upsamplers.
+UPSAMPLERS = {"upsampler_64_256_paper": 731_693_123, "upsampler_256_1024_paper": 282_759_171}
 DALLE = {"dalle_paper": 12_293_824_256, "dalle_1b": 1_310_183_424}
 
 
@@ -73,6 +75,23 @@ def test_dalle_stands_on_the_dvae(dvae, name):
     assert small.net.text_length == (256 if name == "dalle_paper" else 128)
 
 
+@pytest.mark.parametrize("name", UPSAMPLERS)
+def test_upsamplers_have_the_papers_size_and_crops(name):
+    """Table 3: 64 px of 256 and 256 px of 1024; DDIM of 27 and 15 steps; cosine, linear; no attention."""
+    config = config_of(f"model={name}")
+    stage: Any = made(name)
+    assert count(stage.net) == UPSAMPLERS[name]
+    assert abs(count(stage.net) / (7e8 if "256_paper" in name else 3e8) - 1) < 0.06
+    assert stage.net.factor == 4
+    assert stage.net.image_size // 4 == stage.low_size
+    assert instantiate(config["datamodule"], "datamodule").side == stage.net.image_size // 4
+    steps, schedule = (27, "cosine") if "256_paper" in name else (15, "linear")
+    assert (stage.sampler.method, stage.sampler.steps, stage.denoiser.schedule.name) == (
+        "ddim", steps, schedule,
+    )  # fmt: skip
+    assert not [key for key in stage.net.state_dict() if "attention" in key]
+
+
 def test_the_decoder_samples_as_in_the_paper(clip):
     """Table 3: 250 steps, ancestral, with the variance that it learns."""
     stage: Any = made("decoder_paper", clip=clip)
@@ -82,19 +101,20 @@ def test_the_decoder_samples_as_in_the_paper(clip):
 
 
 @pytest.mark.parametrize(
-    "name", ["clip_paper", "dvae_paper", "prior_paper", "ar_prior_paper", "decoder_paper", "dalle_paper"]
+    "name",
+    ["clip_paper", "dvae_paper", "prior_paper", "ar_prior_paper", "decoder_paper", "dalle_paper", *UPSAMPLERS],
 )
 def test_clipping_and_averages_are_the_papers(name):
     config = config_of(f"model={name}")
     clip = {"dalle_paper": 4.0}.get(name)
     decay = {"dvae_paper": 0.999, "prior_paper": 0.9999, "decoder_paper": 0.9999, "dalle_paper": 0.9996}
-    decay["ar_prior_paper"] = 0.999
+    decay |= {"ar_prior_paper": 0.999, **dict.fromkeys(UPSAMPLERS, 0.9999)}
     assert config["trainer"]["gradient_clip_val"] == clip
     assert (config["callbacks"]["ema"] or {}).get("decay") == decay.get(name)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpmpp", "heun"])
-@pytest.mark.parametrize("name", ["prior_paper", "decoder_paper"])
+@pytest.mark.parametrize("name", ["prior_paper", "decoder_paper", *UPSAMPLERS])
 def test_any_sampler_goes_with_them(name, sampler):
     assert (
         instantiate(config_of(f"model={name}", f"sampler={sampler}")["sampler"], "sampler").method == sampler

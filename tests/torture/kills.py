@@ -23,7 +23,7 @@ UPSTREAM = {
     "prior": ("clip",), "ar_prior": ("clip",), "decoder": ("clip",), "dit": ("clip",), "gan": ("clip",),
     "dalle": ("dvae",),
 }  # fmt: skip
-STAGES = ("clip", "dvae", "vqgan", "vae", "prior", "ar_prior", "decoder", "dit", "gan", "dalle")
+STAGES = ("clip", "dvae", "vqgan", "vae", "prior", "ar_prior", "decoder", "dit", "gan", "dalle", "upsampler")
 LENGTH = ("trainer.max_steps=6", "callbacks.checkpoint.every=2", "trainer.val_check_interval=3")
 TIMES = ("train/samples_per_second", "train/cpu_cores")  # columns that differ from run to run
 CALLS = ("replace", "rename", "fsync", "unlink", "mkdir")  # of os: where a file comes to be, or goes

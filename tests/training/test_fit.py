@@ -205,7 +205,7 @@ def test_overwrite_starts_again(trained, logs):
 # Stopping and going on
 
 
-@pytest.mark.parametrize("stage", [*STAGES, "vqgan", "vae"])
+@pytest.mark.parametrize("stage", [*STAGES, "vqgan", "vae", "upsampler"])
 def test_stopped_and_resumed_is_as_never_stopped(logs, probe, capsys, stage):
     """The same losses and averages, though epochs begin at steps 4 and 8, and a validation runs at step 4."""
     options = ("trainer.val_check_interval=4",)

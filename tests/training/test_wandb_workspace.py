@@ -65,7 +65,7 @@ def charts(made) -> list[dict]:
     return [panel for section in sections for panel in section["panels"]]
 
 
-@pytest.mark.parametrize("stage", [*sorted(dashboard_spec.STAGES), "upsampler"])
+@pytest.mark.parametrize("stage", [*sorted(dashboard_spec.STAGES), "mine"])
 def test_a_workspace_has_the_panels_of_a_stage(stage):
     configs = [chart["config"] for chart in charts(wandb_workspace.workspace("me", "dalle", stage))]
     shown = {c["chartTitle"]: c for c in configs if c.get("chartTitle")}

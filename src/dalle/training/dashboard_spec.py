@@ -85,6 +85,7 @@ STAGES: dict[str, Panels] = {
         **_MADE,
     },
     "vae": {**_REBUILT, **_LIKELIHOOD},
+    "upsampler": {**_TIMES, **_JUDGE},
 }
 # And pictures, by the names under which loggers get them
 PICTURES: dict[str, tuple[str, ...]] = {
@@ -97,6 +98,7 @@ PICTURES: dict[str, tuple[str, ...]] = {
     "dalle": ("samples", "test/verdicts_sheet"),
     "gan": ("samples", "test/verdicts_sheet"),
     "vae": ("reconstructions", "samples", "test/verdicts_sheet"),
+    "upsampler": ("samples", "test/verdicts_sheet"),
 }
 
 
