@@ -14,9 +14,8 @@ SOURCE = partial(Shapes, image_size=32, size=64)
 
 
 def make(**options) -> UpsamplingDataModule:
-    return UpsamplingDataModule(
-        SOURCE, batch_size=8, **{"degradation": "none", "val_items": 8, "test_items": 8, **options}
-    )
+    items = {"val_items": 8, "test_items": 8, "train_items": None}
+    return UpsamplingDataModule(SOURCE, batch_size=8, **items, **{"degradation": "none", **options})
 
 
 def test_training_sees_crops_and_their_small_pictures():

@@ -14,7 +14,7 @@ from dalle.nets.upsampler import UpsamplerUNet
 
 def make_net(**options) -> UpsamplerUNet:
     torch.manual_seed(0)
-    sizes = {"image_size": 16, "factor": 2, "channels": 3, "out_channels": 3}
+    sizes = {"image_size": 16, "factor": 2, "channels": 3, "out_channels": 3, "residual": False}
     return UpsamplerUNet(
         **{**sizes, "width": 16, "multipliers": [1, 2], "blocks": 1, "patch": 2, **options}
     ).eval()

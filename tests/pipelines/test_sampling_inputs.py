@@ -53,7 +53,9 @@ def test_a_file_of_prompts_as_editors_write_it(tmp_path):
 
 @pytest.mark.parametrize("kind", ["unet", "", None, 5, ["unclip"], {"a": 1}])
 def test_pipelines_that_there_are_not(kind):
-    with pytest.raises(UserError, match=r"^pipeline.kind must be one of unclip, dalle, gan, vae, got"):
+    with pytest.raises(
+        UserError, match=r"^pipeline.kind must be one of unclip, dalle, gan, vae, upsampler, got"
+    ):
         kind_of(kind, "pipeline.kind")
 
 

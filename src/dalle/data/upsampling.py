@@ -72,15 +72,19 @@ class UpsamplingDataModule(SourceDataModule):
         source: SourceFactory,
         batch_size: PositiveInt,
         factor: Side = 2,
-        crop: Share = 0.25,
+        crop: Share = 0.5,
         degradation: Kind = "blur",
         num_workers: Workers = 0,
         seed: Seed = 0,
-        val_items: PositiveInt | None = None,
-        test_items: PositiveInt | None = None,
-        train_items: PositiveInt | None = None,
+        *,
+        val_items: PositiveInt | None,
+        test_items: PositiveInt | None,
+        train_items: PositiveInt | None,
     ):
-        super().__init__(source, batch_size, num_workers, seed, val_items, test_items, train_items)
+        super().__init__(
+            source, batch_size, num_workers, seed,
+            val_items=val_items, test_items=test_items, train_items=train_items,
+        )  # fmt: skip
         self.factor, self.crop = factor, crop
         self.degradation: Kind = degradation
 

@@ -92,9 +92,10 @@ def families_of(entry: str) -> list[tuple[str, list[Path]]]:
     folders = sorted(path.parent.glob(path.name)) if "*" in path.name else [path]
     if not folders or not folders[0].is_dir():
         raise UserError(f"compare: there is no folder {entry}")
-    kinds = [kind for kind in REQUESTS if Run(folders[0] / MAIN.get(kind, kind)).finished]
+    drawing = [kind for kind in REQUESTS if kind != "upsampler"]
+    kinds = [kind for kind in drawing if Run(folders[0] / MAIN.get(kind, kind)).finished]
     if not kinds:
-        stages = ", ".join(MAIN.get(kind, kind) for kind in REQUESTS)
+        stages = ", ".join(MAIN.get(kind, kind) for kind in drawing)
         raise UserError(
             f"compare: {folders[0]} holds no finished run of {stages}; train one, or leave it out"
         )

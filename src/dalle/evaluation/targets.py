@@ -40,7 +40,7 @@ from dalle.metrics.metric import Rows
 from dalle.metrics.reconstruction import Likeness, Perceptual, likeness
 from dalle.pipelines.load import PRIORS, load_any_clip, load_prior
 from dalle.pipelines.recipe import SampleRecipe
-from dalle.pipelines.sampling import arguments, kind_of, make_recipe, prior_options
+from dalle.pipelines.sampling import arguments, draw, kind_of, load, make_recipe, prior_options
 from dalle.pipelines.unclip import PRIOR
 from dalle.pipelines.unconditional import Unconditional
 from dalle.run_dir import IMAGE_TOKENIZERS, Run, load_clip, load_image_tokenizer
@@ -107,15 +107,22 @@ class Pipeline(Target):
                     f"{setting} is for dalle sample; dalle evaluate draws whole pictures from captions"
                 )
         unused = {"prompt": None, "prompts": None, "n": 1, "device": "auto", "out": None, "recipe": None}
+        if kind == "upsampler":
+            raise UserError(
+                "an upsampler alone is measured by run=RUN, beside plain bicubic; after a pipeline by "
+                "upsamplers=[RUN]"
+            )
         request = kind_of(kind, "pipeline.kind").of({**config, **unused})
         self.recipe = make_recipe(request, [])
         self.options = {stage: arguments(node, stage) for stage, node in self.recipe.options.items()}
-        loaded = request.load(request.runs())
-        self.draw, self.module, self.parameters = request.draw, loaded.pipeline, loaded.parameters
+        loaded = load(type(request), request.runs() | request.more_runs())
+        self.draw = partial(draw, type(request))
+        self.module, self.parameters = loaded.pipeline, loaded.parameters
         self.clip = getattr(loaded.pipeline, "clip", None)
         self.home = Path(config["paths"]["logs"], config["name"])
         main = Run(Path(loaded.paths[MAIN.get(kind, str(kind))]))
-        self.image_size, self.data = loaded.pipeline.image_size, main.source()
+        drawn = loaded.pipeline.upsamplers or loaded.pipeline
+        self.image_size, self.data = drawn.image_size, main.source()
         if not isinstance(loaded.pipeline, Unconditional):
             self.captions_read = partial(captions_read, loaded.paths)
         if isinstance(loaded.pipeline, Unconditional):
@@ -133,7 +140,8 @@ class Pipeline(Target):
         self, source: Source, items: list[int], captions: list[str]
     ) -> tuple[Float[Tensor, "B 3 H W"], Rows]:
         recipe = replace(self.recipe, prompts=captions)
-        return self.draw(self.module, recipe, self.options, numbers=items)[:, -1], {}
+        frames = self.draw(self.module, recipe, self.options, numbers=items)
+        return torch.stack([frame[-1] for frame in frames]), {}
 
 
 MAIN = {"unclip": "decoder"}  # the stage that makes the pictures, where it is not called as the pipeline

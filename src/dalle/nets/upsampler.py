@@ -43,10 +43,10 @@ class UpsamplerUNet(nn.Module):
         width: Width,
         multipliers: Multipliers,
         blocks: Depth,
-        patch: Side = 1,
+        patch: Side,
         dropout: Dropout = 0.0,
         resample: str = "conv",
-        residual: bool = False,
+        residual: bool = True,
         checkpoint: bool = False,
     ):
         super().__init__()

@@ -22,13 +22,14 @@ from dalle.data.tokenizers import TextTokenizer
 from dalle.diffusion.noise import per_sample
 from dalle.errors import UserError
 from dalle.metrics.clip_score import Embedder
+from dalle.pipelines.upsampling import Drawing
 
 log = logging.getLogger(__name__)
 
 KEPT = 7 / 16  # of the rows are kept of a picture to be completed, where nobody says how many
 
 
-class DallePipeline(nn.Module):
+class DallePipeline(Drawing):
     """A trained transformer and its image tokenizer; `sample` turns captions into pictures.
 
     Args:

@@ -16,6 +16,7 @@ from dalle.instantiate import instantiate
 from dalle.pipelines.dalle import DallePipeline
 from dalle.pipelines.unclip import UnCLIP, check_norms
 from dalle.pipelines.unconditional import Unconditional
+from dalle.pipelines.upsampling import PictureFolder, Upsamplers
 from dalle.run_dir import Run, load_clip, load_image_tokenizer, load_stage
 from dalle.stages.base import Stage
 from dalle.trust import listed
@@ -114,6 +115,27 @@ def load_vae(vae: str | Path) -> Loaded:
     """A VAE, on the CPU, which draws without any caption. Raises UserError as the others do."""
     stage, _ = load_stage(vae, "vae")
     return _loaded(Unconditional(stage), {"vae": str(vae)}, {"vae": stage})
+
+
+def with_upsamplers(loaded: Loaded, runs: Mapping[str, str | Path]) -> Loaded:
+    """The same pipeline with these finished runs of `model=upsampler` after it, in this order.
+
+    Raises:
+        UserError: a run is missing or unfinished, is of another stage, or enlarges pictures of another size.
+    """
+    if not runs:
+        return loaded
+    stages = {name: load_stage(path, "upsampler")[0] for name, path in runs.items()}
+    pipeline = loaded.pipeline
+    pipeline.upsamplers = Upsamplers(stages, pipeline.image_size)
+    paths = {**loaded.paths, **{name: str(path) for name, path in runs.items()}}
+    more = _loaded(pipeline, paths, stages)
+    return Loaded(pipeline, paths, loaded.weights | more.weights, loaded.parameters | more.parameters)
+
+
+def no_stages() -> Loaded:
+    """A pipeline for pictures that are there already."""
+    return Loaded(PictureFolder().eval(), {}, {}, {})
 
 
 def load_any_clip(path: str) -> FrozenCLIP:

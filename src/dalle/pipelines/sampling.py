@@ -9,19 +9,31 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypedDict, get_type_hints
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from dalle.data.image_files import MAX_PIXELS, BadPicture, read
+from dalle.data.sources import mix
 from dalle.errors import UserError
 from dalle.files import check_writable, explained
 from dalle.images import from_uint8, grid, save_png, to_pil
 from dalle.instantiate import check_arguments, instantiate
 from dalle.machine import fast_in_bf16, pick_device
-from dalle.pipelines.load import PUBLIC, Loaded, load_dalle, load_gan, load_unclip, load_vae
+from dalle.pipelines.load import (
+    PUBLIC,
+    Loaded,
+    load_dalle,
+    load_gan,
+    load_unclip,
+    load_vae,
+    no_stages,
+    with_upsamplers,
+)
+from dalle.pipelines.picture_folder import read_pictures, seen_pictures
 from dalle.pipelines.recipe import SampleRecipe
 from dalle.ranges import (
     Fraction,
@@ -52,12 +64,27 @@ OPTIONS: dict[str, Any] = {  # of stages, where they are given in words and numb
     "dot_quantile": Fraction,
     "candidates": PositiveInt,
     "prefix": list[NonNegativeInt],
+    "noise_level": Fraction,
+    "tile": PositiveInt,
+    "folder": Text,
+    "digests": list[Text],
 }
 PRIOR_TAKES = {  # by stage that makes image embeddings, what it can be told
     "prior": ("sampler", "guidance", "candidates"),
     "ar_prior": ("temperature", "top_k", "top_p", "dot_quantile", "guidance", "candidates"),
 }
-RUNS = ("clip", "prior", "decoder", "dalle", "image_tokenizer", "gan", "vae")  # that pipelines are made of
+# that pipelines are made of
+RUNS = ("clip", "prior", "decoder", "dalle", "image_tokenizer", "gan", "vae", "upsampler")
+UPSAMPLER = "upsampler_{}"  # what the stages of `upsamplers` are called in recipes: 1, 2 ...
+UPSAMPLING = ("sampler", "noise_level", "tile")  # what they can be told
+
+
+class Upsampling(TypedDict):
+    """The settings `upsampling` of conf/sample.yaml."""
+
+    steps: Steps | None
+    noise_level: Fraction | None
+    tile: PositiveInt | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +105,8 @@ class SamplingConfig:
     truncate: bool
     out: Text | None
     recipe: Text | None
+    upsamplers: list[Text]
+    upsampling: dict[str, Any]
 
     main: ClassVar[str]  # the stage that draws the pictures
     takes: ClassVar[Mapping[str, Sequence[str]]] = {}  # by stage, what it can be told
@@ -88,8 +117,14 @@ class SamplingConfig:
         settings = {field.name: config[field.name] for field in fields(cls)}
         check_arguments(cls, settings, "", partial_call=False)
         for name, path in settings["pipeline"].items():
-            if name in RUNS and not fits(path, Text if name == cls.main else Text | None):
+            if name in RUNS and not fits(path, Text if name in (cls.main, "upsampler") else Text | None):
                 raise UserError(f"pipeline.{name} must be the directory of a run, got {shown(path)}")
+        for name, value in settings["upsampling"].items():
+            hint = get_type_hints(Upsampling, include_extras=True).get(name)
+            if hint is None:
+                raise UserError(f"there is no setting upsampling.{name}; there are steps, noise_level, tile")
+            if wrong := misfit(value, hint):
+                raise UserError(f"upsampling.{name} must be {wrong.wanted}, got {shown(wrong.got)}")
         return cls(**settings)
 
     def prompts_read(self) -> list[str]:
@@ -103,6 +138,28 @@ class SamplingConfig:
     def options(self) -> dict[str, dict[str, Any]]:
         """What the stages are told."""
         raise NotImplementedError
+
+    def more_runs(self) -> dict[str, str]:
+        """Where the upsamplers are: runs, or their names beside the other stages'."""
+        beside = Path(self.paths["logs"], self.name)
+        found = {}
+        for number, given in enumerate(self.upsamplers, 1):
+            usual = beside / given
+            found[UPSAMPLER.format(number)] = str(usual if Run(usual).finished else given)
+        return found
+
+    def upsampler_options(self) -> dict[str, Any]:
+        """What every upsampler is told."""
+        steps = self.upsampling.get("steps")
+        return {
+            "sampler": {"method": "ddim", "steps": steps} if steps else None,
+            "noise_level": self.upsampling.get("noise_level"),
+            "tile": self.upsampling.get("tile"),
+        }
+
+    def all_options(self) -> dict[str, dict[str, Any]]:
+        """Those of the upsamplers, too."""
+        return self.options() | {name: self.upsampler_options() for name in self.more_runs()}
 
     def complete(self, recipe: SampleRecipe, loaded: Loaded) -> SampleRecipe:
         """Adds what is known only once the stages are there."""
@@ -305,6 +362,50 @@ class VaeSamplingConfig(SamplingConfig):
         return load_vae(vae)
 
 
+@dataclass(frozen=True, kw_only=True)
+class UpsamplerSamplingConfig(SamplingConfig):
+    """An upsampler alone, on a folder of pictures: conf/pipeline/upsampler.yaml."""
+
+    images: Text | None
+
+    main = "upsampler_1"
+    takes: ClassVar = {"images": ("folder", "digests")}
+
+    def prompts_read(self) -> list[str]:
+        """The pictures' names."""
+        if self.prompt is not None or self.prompts is not None:
+            raise UserError("pipeline=upsampler reads no prompts; leave them out, images= says what it reads")
+        if self.images is None:
+            raise UserError("say which pictures to enlarge: images=FOLDER")
+        return list(seen_pictures(self.images))
+
+    def runs(self) -> dict[str, str | None]:
+        return {}
+
+    def more_runs(self) -> dict[str, str]:
+        own = self.pipeline["upsampler"]
+        runs = [own, *super().more_runs().values()]
+        return {UPSAMPLER.format(number): path for number, path in enumerate(runs, 1)}
+
+    def options(self) -> dict[str, dict[str, Any]]:
+        _without_guidance(self)
+        seen = seen_pictures(self.images or "")
+        return {"images": {"folder": self.images, "digests": list(seen.values())}}
+
+    @staticmethod
+    def load(runs: Mapping[str, str | None]) -> Loaded:
+        return no_stages()
+
+    @staticmethod
+    def draw(
+        pipeline: Any, recipe: SampleRecipe, options: dict[str, dict[str, Any]], **more: Any
+    ) -> list[Float[Tensor, "F 3 H W"]]:
+        """Each picture at a size of its own."""
+        folder, digests = options["images"]["folder"], options["images"]["digests"]
+        pictures = read_pictures(folder, dict(zip(recipe.prompts, digests, strict=True)))
+        return [picture[None] for picture in pictures for _ in range(recipe.n)]
+
+
 def _without_guidance(request: SamplingConfig) -> dict[str, dict[str, Any]]:
     if request.guidance is not None:
         raise UserError(
@@ -318,7 +419,37 @@ REQUESTS: dict[str, type[SamplingConfig]] = {
     "dalle": DalleSamplingConfig,
     "gan": GanSamplingConfig,
     "vae": VaeSamplingConfig,
+    "upsampler": UpsamplerSamplingConfig,
 }
+
+
+def load(kind: type[SamplingConfig], runs: Mapping[str, str | None]) -> Loaded:
+    """The pipeline of these stages, upsamplers included."""
+    names = (UPSAMPLER.format(number) for number in range(1, len(runs) + 1))
+    return with_upsamplers(kind.load(runs), {name: path for name in names if (path := runs.get(name))})
+
+
+def draw(
+    kind: type[SamplingConfig],
+    pipeline: Any,
+    recipe: SampleRecipe,
+    options: dict[str, dict[str, Any]],
+    **more: Any,
+) -> Sequence[Float[Tensor, "F 3 H W"]]:
+    """The recipe's pictures, enlarged by the upsamplers there are; `SamplingConfig.draw` has the rest."""
+    frames = kind.draw(pipeline, recipe, options, **more)
+    if pipeline.upsamplers is None:
+        return frames
+    told = {name: node for name, node in options.items() if name in pipeline.upsamplers.stages}
+    settings = {"n": recipe.n, "seed": recipe.seed, "batch_size": recipe.batch_size}
+    settings |= {"precision": recipe.precision, "options": told, **more}
+    if isinstance(frames, Tensor):
+        return pipeline.upsample(frames[:, -1], **settings)[:, None]
+    return [
+        pipeline.upsample(frame, **{**settings, "n": 1, "seed": mix(recipe.seed, j), "numbers": [i]})
+        for k, frame in enumerate(frames)
+        for i, j in [divmod(k, recipe.n)]
+    ]
 
 
 def sample(config: dict[str, Any]) -> Path:
@@ -345,10 +476,10 @@ def sample(config: dict[str, Any]) -> Path:
         raise UserError(f"{out} is not empty; give another folder with out=")
     check_writable(out, "folder with out=")
 
-    runs: Mapping[str, str | None] = request.runs()
+    runs: Mapping[str, str | None] = request.runs() | request.more_runs()
     if again and request.recipe:
         runs = again.find_runs(Path(request.recipe), usual.parent, runs)
-    loaded = kind.load(runs)
+    loaded = load(kind, runs)
     if again:
         again.check_stages(loaded.weights)
         for what, (then, now) in again.differences().items():
@@ -359,7 +490,7 @@ def sample(config: dict[str, Any]) -> Path:
     )
 
     options = {stage: arguments(node, stage) for stage, node in recipe.options.items()}
-    frames = kind.draw(loaded.pipeline.to(recipe.device), recipe, options)
+    frames = draw(kind, loaded.pipeline.to(recipe.device), recipe, options)
     out = out if request.out else new_folder(usual)
     write(frames, recipe, out)
     return out
@@ -376,9 +507,11 @@ def check_parts(recipe: SampleRecipe, kind: type[SamplingConfig], where: str) ->
     """Whether a recipe's stages and options are those of its pipeline, by their names."""
     if kind.main not in recipe.stages:
         raise UserError(f"{where}: stages name no {kind.main}, which draws the pictures; restore the recipe")
+    upsamplers = dict.fromkeys((name for name in recipe.stages if _is_upsampler(name)), UPSAMPLING)
+    takes = {**kind.takes, **upsamplers}
     for stage, node in recipe.options.items():
-        if unknown := [key for key in node if key not in kind.takes.get(stage, ())]:
-            known = ", ".join(kind.takes.get(stage, ())) or "none"
+        if unknown := [key for key in node if key not in takes.get(stage, ())]:
+            known = ", ".join(takes.get(stage, ())) or "none"
             raise UserError(f"{where}: {unknown[0]} is no option of the {stage}; its options are {known}")
         if stage not in kind.takes and stage not in recipe.stages:
             raise UserError(f"{where}: options are of {stage}, which is no stage of {recipe.pipeline}")
@@ -386,18 +519,29 @@ def check_parts(recipe: SampleRecipe, kind: type[SamplingConfig], where: str) ->
         raise UserError(f"{where}: options of the {kind.main} are missing; restore the recipe")
 
 
-def write(frames: Float[Tensor, "N F 3 H W"], recipe: SampleRecipe, out: Path) -> None:
+def _is_upsampler(name: str) -> bool:
+    return re.fullmatch(UPSAMPLER.format(r"\d+"), name) is not None
+
+
+def write(frames: Sequence[Float[Tensor, "F 3 H W"]], recipe: SampleRecipe, out: Path) -> None:
     """The pictures one by one and as a grid, where asked for how they came about, and their recipe."""
-    images = frames[:, -1]
+    images = [frame[-1] for frame in frames]
     for i, image in enumerate(images):
         save_png(to_pil(image), out / f"{i // recipe.n:03d}-{i % recipe.n:02d}.png")
-    save_png(grid(images, recipe.prompts), out / "grid.png")
+    save_png(grid(_of_one_size(images), recipe.prompts), out / "grid.png")
     if recipe.progress_strip:
         captions = [prompt for prompt in recipe.prompts for _ in range(recipe.n)]
-        save_png(grid(frames.flatten(0, 1), captions), out / "progress_strip.png")
+        save_png(grid(torch.cat(list(frames)), captions), out / "progress_strip.png")
     recipe.write(out / "recipe.yaml")
     print(f"{len(images)} pictures in {out}, all of them in {out / 'grid.png'}")
     print(f"make them again: dalle sample recipe={out / 'recipe.yaml'}")
+
+
+def _of_one_size(images: Sequence[Float[Tensor, "3 H W"]]) -> Float[Tensor, "N 3 H W"]:
+    """White beside and below those that are smaller."""
+    height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
+    room = [(0, width - image.shape[2], 0, height - image.shape[1]) for image in images]
+    return torch.stack([F.pad(image, more, value=1.0) for image, more in zip(images, room, strict=True)])
 
 
 def read_prompts(prompt: str | list[Any] | None, file: str | None) -> list[str]:
@@ -431,13 +575,15 @@ def readable(prompt: str) -> str:
 
 def make_recipe(request: SamplingConfig, prompts: list[str]) -> SampleRecipe:
     """The recipe of a request; its stages are known once they are loaded."""
+    if request.upsamplers and getattr(request, "progress_strip", False):
+        raise UserError("progress_strip shows pictures at the size they are drawn at; leave out upsamplers")
     half = request.precision == "bf16-mixed" or (request.precision == "auto" and fast_in_bf16())
     return SampleRecipe(
         prompts=prompts,
         n=request.n,
         seed=request.seed,
         stages={},
-        options=request.options(),
+        options=request.all_options(),
         batch_size=request.batch_size,
         precision="bf16" if half else "fp32",
         device=pick_device(request.device),

@@ -23,6 +23,7 @@ from dalle.data.sources import mix
 from dalle.data.tokenizers import TextTokenizer
 from dalle.diffusion.noise import per_sample
 from dalle.errors import UserError
+from dalle.pipelines.upsampling import Drawing
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ PRIOR, DECODER = 1, 2  # each has its own noise: another prior sampler leaves th
 RAW, UNIT = ("none", "standardized"), ("unit", "unit_times_sqrt_dim")
 
 
-class UnCLIP(nn.Module):
+class UnCLIP(Drawing):
     """Trained stages put together; `sample` turns captions into pictures.
 
     Args:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from dalle.data.sources import mix
 from dalle.diffusion.noise import per_sample
 from dalle.errors import UserError
+from dalle.pipelines.upsampling import Drawing
 
 
-class Unconditional(nn.Module):
+class Unconditional(Drawing):
     """A stage with `sample(batch, randn=...) -> (B, 3, H, W)`, which reads no captions."""
 
     clip = None
