@@ -100,7 +100,9 @@ def test_composes(file):
         check_all(config)
 
 
-@pytest.mark.parametrize("model", ["clip", "prior", "ar_prior", "decoder", "dvae", "dalle", "gan", "upsampler"])
+@pytest.mark.parametrize(
+    "model", ["clip", "prior", "ar_prior", "decoder", "dvae", "dalle", "gan", "upsampler"]
+)
 def test_groups_switch_freely(model):
     """Every choice of every group under every model, several groups at a time."""
     groups = ("debug", "optimizer", "precision", "trainer", "sampler", "data", "callbacks", "image_tokenizer")

@@ -102,7 +102,15 @@ def test_the_decoder_samples_as_in_the_paper(clip):
 
 @pytest.mark.parametrize(
     "name",
-    ["clip_paper", "dvae_paper", "prior_paper", "ar_prior_paper", "decoder_paper", "dalle_paper", *UPSAMPLERS],
+    [
+        "clip_paper",
+        "dvae_paper",
+        "prior_paper",
+        "ar_prior_paper",
+        "decoder_paper",
+        "dalle_paper",
+        *UPSAMPLERS,
+    ],
 )
 def test_clipping_and_averages_are_the_papers(name):
     config = config_of(f"model={name}")
