@@ -54,7 +54,10 @@ NETS = {
         "model.disc_start=1",
     ),
     "vae": ("model.net.width=8", "model.net.latent_dim=8", "callbacks.generation.items=4"),
-    "upsampler": ("model.net.width=16", "model.net.multipliers=[1,1]", "callbacks.generation.items=4"),
+    "upsampler": (
+        "model.net.width=16", "model.net.multipliers=[1,1]", "callbacks.generation.items=4",
+        "callbacks.upsampled.items=4",
+    ),
     "dvae": ("model.net.width=16", "model.net.code_dim=16", "model.net.vocab_size=32"),
     "dalle": (
         "model.net.width=16", "model.net.depth=2", "model.net.heads=2", "callbacks.generation.items=4",

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dalle.data.caption_files import CaptionFiles
+from dalle.data.degradations import shrunk
 from dalle.data.file_listing import list_files
 from dalle.data.frozen import FrozenCLIP, FrozenTokenizer
 from dalle.data.image_files import FILTER, MAX_PIXELS, SUFFIXES, BadPicture, inspect, read
@@ -27,18 +28,21 @@ from dalle.data.scenes import COLOURS, SHAPES
 from dalle.data.shapes import Shapes
 from dalle.data.sources import Source, captions_of, mix
 from dalle.diffusion.noise import per_sample
+from dalle.diffusion.samplers import Sampler
 from dalle.errors import UserError
 from dalle.evaluation.results import identity
 from dalle.evaluation.seen_captions import captions_read
-from dalle.images import from_uint8
+from dalle.images import from_uint8, to_uint8
 from dalle.machine import fast_in_bf16
 from dalle.metrics.clip_score import Classes
 from dalle.metrics.codebook_usage import code_use
 from dalle.metrics.distances import DISTANCES
-from dalle.metrics.intervals import Figure, exact, of_mean
+from dalle.metrics.intervals import Figure, exact, of_mean, of_share
+from dalle.metrics.judge import Judge
 from dalle.metrics.metric import Rows
 from dalle.metrics.reconstruction import Likeness, Perceptual, likeness
-from dalle.pipelines.load import PRIORS, load_any_clip, load_prior
+from dalle.metrics.upsampling import bicubic, upsampling_rows
+from dalle.pipelines.load import PRIORS, load_any_clip, load_prior, no_stages, with_upsamplers
 from dalle.pipelines.recipe import SampleRecipe
 from dalle.pipelines.sampling import arguments, draw, kind_of, load, make_recipe, prior_options
 from dalle.pipelines.unclip import PRIOR
@@ -176,6 +180,47 @@ class Tokenizer(Target):
         means = {name: of_mean(values) for name, values in rows.items() if name != "codes"}
         use = code_use(torch.bincount(rows["codes"].flatten(), minlength=self.module.vocab_size))
         return means | {name: exact(value.item()) for name, value in use.items()}
+
+
+class Upsampler(Target):
+    """An upsampler on small pictures that are made from large ones, beside bicubic interpolation."""
+
+    metrics = (*Target.metrics, "judge", "reconstruction")
+    prefix = "r"
+
+    def __init__(self, path: str, config: dict[str, Any]) -> None:
+        self.perceptual: Perceptual | None = Likeness(config["perceptual"]).perceptual
+        self.loaded = with_upsamplers(no_stages(), {"upsampler_1": path})
+        self.module, self.parameters = self.loaded.pipeline, self.loaded.parameters
+        run = Run(Path(path))
+        self.home, self.data = run.path.parent, run.source()
+        self.image_size, self.factor = self.module.upsamplers.image_size, run.manifest("factor")["factor"]
+        self.judge, self.seed, self.told = Judge(), config["seed"], dict[str, Any]()
+        given = config["upsampling"]
+        if given["steps"]:
+            self.told["sampler"] = Sampler("ddim", given["steps"])
+        self.told |= {key: given[key] for key in ("noise_level", "tile") if given[key] is not None}
+        self.facts = {
+            "kind": "upsampler", "weights": self.loaded.weights, "paths": self.loaded.paths,
+            "options": {"upsampler_1": dict(given)},
+        }  # fmt: skip
+
+    def make(
+        self, source: Source, items: list[int], captions: list[str]
+    ) -> tuple[Float[Tensor, "B 3 H W"], Rows]:
+        real = source.images(items)
+        low = from_uint8(to_uint8(shrunk(real, self.factor)))
+        options = {"upsampler_1": self.told}
+        settings = {"seed": self.seed, "batch_size": len(items), "numbers": items, "options": options}
+        made = self.module.upsample(low, **settings)
+        rows = upsampling_rows(made, real, low, self.perceptual)
+        if isinstance(source, Shapes):
+            for name, images in (("judge_small", low), ("judge_bicubic", bicubic(low, self.factor))):
+                rows[name] = self.judge(images, captions)["all"]
+        return made, rows
+
+    def figures(self, rows: Rows) -> dict[str, Figure]:
+        return {name: (of_share if "judge" in name else of_mean)(values) for name, values in rows.items()}
 
 
 class Clip(Target):
@@ -318,7 +363,7 @@ def target_of(config: dict[str, Any]) -> Target:
     """
     run, folder = config["run"], config["folder"]
     if config["perceptual"] and not run:
-        raise UserError("perceptual= is of reconstructions: give run= of a dvae or vqgan, or leave it out")
+        raise UserError("perceptual= is of run= of a dvae, vqgan or upsampler: give one, or leave it out")
     if run and folder:
         raise UserError("give run= or folder=, not both")
     if folder:
@@ -333,6 +378,8 @@ def target_of(config: dict[str, Any]) -> Target:
         return Clip(run)
     if stage in IMAGE_TOKENIZERS:
         return Tokenizer(run, config["perceptual"])
+    if stage == "upsampler":
+        return Upsampler(run, config)
     if stage in PRIORS:
         return Prior(run, config)
     raise UserError(

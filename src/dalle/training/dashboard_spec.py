@@ -85,7 +85,13 @@ STAGES: dict[str, Panels] = {
         **_MADE,
     },
     "vae": {**_REBUILT, **_LIKELIHOOD},
-    "upsampler": {**_TIMES, **_JUDGE},
+    "upsampler": {
+        **_TIMES,
+        "Likeness: PSNR": ("val/psnr", "val/bicubic_psnr"),
+        "Likeness: SSIM": ("val/ssim", "val/bicubic_ssim"),
+        "Difference from the small pictures": ("val/consistency", "val/bicubic_consistency"),
+        **_JUDGE,
+    },
 }
 # And pictures, by the names under which loggers get them
 PICTURES: dict[str, tuple[str, ...]] = {
@@ -98,7 +104,7 @@ PICTURES: dict[str, tuple[str, ...]] = {
     "dalle": ("samples", "test/verdicts_sheet"),
     "gan": ("samples", "test/verdicts_sheet"),
     "vae": ("reconstructions", "samples", "test/verdicts_sheet"),
-    "upsampler": ("samples", "test/verdicts_sheet"),
+    "upsampler": ("samples", "upsampled", "test/verdicts_sheet"),
 }
 
 
