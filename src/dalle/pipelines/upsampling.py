@@ -79,7 +79,11 @@ class Upsamplers(nn.Module):
 class Drawing(nn.Module):
     """What pipelines that draw pictures have in common: upsamplers may come after them."""
 
-    upsamplers: Upsamplers | None = None
+    upsamplers: Upsamplers | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.upsamplers = None
 
     def upsample(
         self,

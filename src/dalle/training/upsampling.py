@@ -43,16 +43,20 @@ class Upsampled(lightning.Callback):
     ) -> None:
         self.directory, self.every, self.items, self.count = Path(directory), every, items, count
         self.seed, self.metric = seed, UpsamplingLikeness(perceptual)
-        self.due, self.room = 0, 0
+        self.due, self.room, self.some = 0, 0, False
         self.shown: tuple[Tensor, ...] | None = None
 
     def begin(self, trainer: lightning.Trainer) -> None:
         self.metric.reset()
-        self.shown, rank, ranks = None, trainer.global_rank, trainer.world_size
+        self.some, self.shown = False, None
+        rank, ranks = trainer.global_rank, trainer.world_size
         self.room = self.items // ranks + (rank < self.items % ranks)
 
     def see(self, stage: Stage, batch: Batch) -> None:
-        if self.room == 0 or "low" not in batch:
+        if "low" not in batch:
+            return
+        self.some = True  # also on ranks that make none: all of them compute
+        if self.room == 0:
             return
         batch = take(batch, self.room)
         items = batch["index"].tolist()
@@ -66,7 +70,7 @@ class Upsampled(lightning.Callback):
             self.shown = tuple(row[: self.count].float().cpu() for row in rows)
 
     def tell(self, trainer: lightning.Trainer, stage: Stage, split: str) -> None:
-        if not isinstance(self.shown, tuple):
+        if not self.some:
             return
         values = values_of([self.metric])
         stage.log_dict({f"{split}/{key}": value for key, value in values.items()}, rank_zero_only=True)
