@@ -437,10 +437,11 @@ def draw(
     **more: Any,
 ) -> Sequence[Float[Tensor, "F 3 H W"]]:
     """The recipe's pictures, enlarged by the upsamplers there are; `SamplingConfig.draw` has the rest."""
-    frames = kind.draw(pipeline, recipe, options, **more)
+    told = {name: node for name, node in options.items() if _is_upsampler(name)}
+    own = {name: node for name, node in options.items() if name not in told}
+    frames = kind.draw(pipeline, recipe, own, **more)
     if pipeline.upsamplers is None:
         return frames
-    told = {name: node for name, node in options.items() if name in pipeline.upsamplers.stages}
     settings = {"n": recipe.n, "seed": recipe.seed, "batch_size": recipe.batch_size}
     settings |= {"precision": recipe.precision, "options": told, **more}
     if isinstance(frames, Tensor):
