@@ -12,16 +12,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dalle.data.degradations import shrunk
+from dalle.data.degradations import resized, shrunk
 from dalle.images import from_uint8, to_uint8
 from dalle.metrics.metric import EvaluationMetric, Rows
 from dalle.metrics.reconstruction import PERCEPTUAL, Perceptual, likeness
-from dalle.nets.sizes import enlarged
 
 
 def bicubic(low: Float[Tensor, "B 3 h w"], factor: int) -> Float[Tensor, "B 3 H W"]:
     """Small pictures, enlarged without a network."""
-    return enlarged(low, factor * low.shape[-2], factor * low.shape[-1]).clamp(-1, 1)
+    return resized(low, (factor * low.shape[-2], factor * low.shape[-1]), "bicubic")
 
 
 def consistency(made: Float[Tensor, "B 3 H W"], low: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B"]:
