@@ -109,8 +109,7 @@ class CodeDataset(SourceDataset):
             batch = super().__getitems__(indices)
         else:
             batch = Batch(index=torch.tensor(items), codes=self.cache(items))
-            choices = [(i, self.cache.captions[i]) for i in items]
-            batch["caption"] = [some[self.caption_number(i, epoch, len(some))] for i, some in choices]
+            batch["caption"] = self.choose(epoch, items, [self.cache.captions[i] for i in items])
             if self.with_images:
                 batch["image"] = self.source.images(items, epoch)
         options: dict[str, Any] = {}

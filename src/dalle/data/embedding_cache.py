@@ -102,9 +102,7 @@ class CachedDataset(SourceDataset):
             batch = super().__getitems__(indices)
         else:
             first = self.cache.first
-            rows = [
-                int(first[i]) + self.caption_number(i, epoch, int(first[i + 1] - first[i])) for i in items
-            ]
+            rows = self.choose(epoch, items, [range(int(first[i]), int(first[i + 1])) for i in items])
             batch = Batch(index=torch.tensor(items), caption=[self.cache.captions[row] for row in rows])
             batch.update(self.cache.texts(rows))  # pyright: ignore[reportCallIssue, reportArgumentType]
             if self.with_images:

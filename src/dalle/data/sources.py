@@ -4,8 +4,8 @@ A virtual index v = epoch * len(source) + item tells a DataLoader worker the epo
 so captions and crops that change from epoch to epoch are pure functions of v, however many workers there are.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ class Source(Protocol):
 
 SourceFactory = Callable[..., Source]  # source(split=...) -> Source
 Tokenize = Callable[[list[str]], Tensor]  # B captions -> (B, T) int64
+Caption = TypeVar("Caption")
 
 
 def captions_of(source: Source, items: Sequence[int]) -> list[list[str]]:
@@ -51,6 +52,11 @@ def captions_of(source: Source, items: Sequence[int]) -> list[list[str]]:
     if together is None:
         return [source.captions(item) for item in items]
     return [[caption] for caption in together(items)]
+
+
+def first_captions(source: Source, items: Sequence[int]) -> list[str]:
+    """The first caption of each item: what validation reads, and what is drawn in an evaluation."""
+    return [some[0] for some in captions_of(source, items)]
 
 
 def mix(*numbers: int) -> int:
@@ -90,11 +96,9 @@ class SourceDataset(Dataset):
         batch = Batch(index=torch.tensor(items, dtype=torch.int64))
         if self.with_images:  # first: a picture found broken while being read takes its caption with it
             batch["image"] = self.source.images(items, epoch)
-        choices = zip(items, captions_of(self.source, items), strict=True)
-        captions = [some[self.caption_number(item, epoch, len(some))] for item, some in choices]
-        batch["caption"] = captions
+        batch["caption"] = self.choose(epoch, items, captions_of(self.source, items))
         if self.tokenize is not None:
-            batch["text"] = self.tokenize(captions)
+            batch["text"] = self.tokenize(batch["caption"])
         return batch
 
     def split_virtual(self, indices: Sequence[int]) -> tuple[int, list[int]]:
@@ -102,8 +106,12 @@ class SourceDataset(Dataset):
         n = len(self.source)
         return indices[0] // n, [index % n for index in indices]
 
-    def caption_number(self, item: int, epoch: int, count: int) -> int:
-        return 0 if self.seed is None or count == 1 else mix(self.seed, epoch, item) % count
+    def choose(self, epoch: int, items: Sequence[int], captions: Iterable[Sequence[Caption]]) -> list[Caption]:
+        """That one of each item's captions (or of whatever stands for them) which is used in this epoch."""
+        return [
+            some[0 if self.seed is None or len(some) == 1 else mix(self.seed, epoch, item) % len(some)]
+            for item, some in zip(items, captions, strict=True)
+        ]
 
 
 def identity_collate(batch: Any) -> Any:

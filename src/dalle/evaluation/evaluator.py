@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dalle.data.embedding_cache import BrokenCache, cache_key, open_or_build, read_meta
-from dalle.data.sources import captions_of, identity_collate
+from dalle.data.sources import first_captions, identity_collate
 from dalle.errors import UserError
 from dalle.evaluation.plan import Plan
 from dalle.images import from_uint8, save_png, to_pil, to_uint8
@@ -104,7 +104,7 @@ class Evaluator(lightning.LightningModule):
 
     def look_at_real(self, items: list[int]) -> None:
         image = to_uint8(self.plan.source.images(items)).to(self.device)
-        captions = [some[0] for some in captions_of(self.plan.source, items)]
+        captions = first_captions(self.plan.source, items)
         for k, metric in enumerate(self.plan.metrics):
             if k not in self.kept:
                 metric.update(image, captions, items, real=True)

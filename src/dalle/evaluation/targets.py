@@ -26,7 +26,7 @@ from dalle.data.image_files import FILTER, MAX_PIXELS, SUFFIXES, BadPicture, ins
 from dalle.data.imagefolder import ImageFolder
 from dalle.data.scenes import COLOURS, SHAPES
 from dalle.data.shapes import Shapes
-from dalle.data.sources import Source, captions_of, mix
+from dalle.data.sources import Source, first_captions, mix
 from dalle.diffusion.noise import per_sample
 from dalle.diffusion.samplers import Sampler
 from dalle.errors import UserError
@@ -85,7 +85,7 @@ class Target:
 
     def captions(self, source: Source, n: int) -> list[str]:
         """Of the pictures 0 .. n-1: the first caption of each item of the split."""
-        return [some[0] for some in captions_of(source, range(n))] if self.captioned else []
+        return first_captions(source, range(n)) if self.captioned else []
 
     def make(
         self, source: Source, items: list[int], captions: list[str]
