@@ -35,17 +35,18 @@ WORDS = {
 }
 
 
-def read_text(path: str | Path, advice: str) -> str:
+def read_text(path: str | Path, advice: str, largest: int = LARGEST) -> str:
     """A text in UTF-8, with or without a byte order mark.
 
     Args:
         advice: what to do about a file that cannot be read, as the end of a sentence.
+        largest: bytes of such a file at most.
     """
     try:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode):
             raise ValueError("it is a folder" if stat.S_ISDIR(found.st_mode) else "it is no file")
-        if found.st_size > LARGEST:
+        if found.st_size > largest:
             raise ValueError(f"{found.st_size / 2**20:,.0f} MB are more than any such file has")
         return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:

@@ -42,6 +42,7 @@ MIGRATIONS: tuple[Callable[[Facts], Facts], ...] = ()  # of a manifest: from sch
 SCHEMA = len(MIGRATIONS) + 1
 ADVICE = "restore it or train the stage again"
 IMAGE_TOKENIZERS = ("dvae", "vqgan")  # the stages that turn pictures into codes
+LONGEST = 2**30  # bytes of metrics.csv, which grows with the training
 NEEDS = {  # what a manifest must say for a stage to be of use
     "ar_prior": ("clip", "image_embed_norm"),
     "prior": ("clip", "image_embed_norm"),
@@ -120,31 +121,40 @@ class Run:
         """The source of pictures that it was trained on, as its configuration describes it."""
         return self.config("datamodule.source")["datamodule"]["source"]
 
-    def metrics(self) -> dict[str, dict[int, float]]:
-        """The columns of metrics.csv: for each metric its values by step. None at all where it is missing.
+    def metric_rows(self) -> list[dict[str, str]]:
+        """The rows of metrics.csv as they were written, without empty cells; none where it is missing.
 
         Raises:
             UserError: a row is no row of numbers.
         """
         path = self.path / "metrics.csv"
         if not path.exists():
-            return {}
-        advice = "restore the file, or take out that line"
-        columns: dict[str, dict[int, float]] = {}
-        rows = csv.DictReader(io.StringIO(read_text(path, advice), newline=""))
+            return []
+        advice, rows = "restore the file, or take out that line", list[dict[str, str]]()
+        reader = csv.DictReader(io.StringIO(read_text(path, advice, LONGEST), newline=""), strict=True)
         try:
-            if rows.fieldnames is None or "step" not in rows.fieldnames:
+            if reader.fieldnames is None or "step" not in reader.fieldnames:
                 raise ValueError("there is no column step")
-            for row in rows:
-                step = int(row.pop("step"))
-                for name, value in row.items():
-                    if name is None or value is None:
-                        raise ValueError("it has more or fewer cells than the first line")
-                    if value:
-                        columns.setdefault(name, {})[step] = float(value)
+            for row in reader:
+                if None in row or None in row.values():
+                    raise ValueError("it has more or fewer cells than the first line")
+                if int(row["step"]) < 0:
+                    raise ValueError("its step is below 0")
+                rows.append({name: value for name, value in row.items() if value})
+                for value in rows[-1].values():
+                    float(value)
         except (ValueError, TypeError, csv.Error) as error:
-            line = rows.line_num + isinstance(error, csv.Error)
+            line = reader.line_num + isinstance(error, csv.Error)
             raise UserError(f"{path} is damaged in line {line} ({str(error)[:200]}); {advice}") from None
+        return rows
+
+    def metrics(self) -> dict[str, dict[int, float]]:
+        """The columns of metrics.csv: for each metric its values by step. Raises as `metric_rows`."""
+        columns: dict[str, dict[int, float]] = {}
+        for row in self.metric_rows():
+            step = int(row.pop("step"))
+            for name, value in row.items():
+                columns.setdefault(name, {})[step] = float(value)
         return columns
 
     def save(self, net: nn.Module, manifest: Mapping[str, Any]) -> None:

@@ -106,7 +106,9 @@ class SourceDataset(Dataset):
         n = len(self.source)
         return indices[0] // n, [index % n for index in indices]
 
-    def choose(self, epoch: int, items: Sequence[int], captions: Iterable[Sequence[Caption]]) -> list[Caption]:
+    def choose(
+        self, epoch: int, items: Sequence[int], captions: Iterable[Sequence[Caption]]
+    ) -> list[Caption]:
         """That one of each item's captions (or of whatever stands for them) which is used in this epoch."""
         return [
             some[0 if self.seed is None or len(some) == 1 else mix(self.seed, epoch, item) % len(some)]

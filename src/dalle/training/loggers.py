@@ -40,7 +40,7 @@ class MetricsCsv(Logger):
 
     def __init__(self, directory: Place) -> None:
         super().__init__()
-        self.path = Path(directory) / "metrics.csv"
+        self.run = Run(Path(directory))
         self.rows: list[dict[str, Any]] | None = None
 
     @property
@@ -69,7 +69,7 @@ class MetricsCsv(Logger):
     @rank_zero_only
     def rewind(self, step: int) -> None:
         """Drops the rows of this step and those after it: they are about to be written again."""
-        self.rows = [row for row in self.read() if int(row["step"]) < step]
+        self.rows = [row for row in self.run.metric_rows() if int(row["step"]) < step]
 
     @rank_zero_only
     def save(self) -> None:
@@ -80,29 +80,12 @@ class MetricsCsv(Logger):
         writer = csv.DictWriter(text, ["step", *columns])
         writer.writeheader()
         writer.writerows(self.rows)
-        write_text(self.path, text.getvalue(), sync=False)
+        write_text(self.run.path / "metrics.csv", text.getvalue(), sync=False)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
         with contextlib.suppress(*[UserError] if status == "failed" else []):  # that is the second error
             self.save()
-
-    def read(self) -> list[dict[str, Any]]:
-        """The rows there are. Raises UserError where the file is not one of ours."""
-        if not self.path.exists():
-            return []
-        try:
-            with self.path.open(encoding="utf-8", newline="") as file:
-                rows = [
-                    {k: v for k, v in row.items() if v != ""} for row in csv.DictReader(file, strict=True)
-                ]
-            if any(int(row["step"]) < 0 or None in row for row in rows):
-                raise ValueError("a row is not as its header says")
-        except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-            raise UserError(
-                f"{self.path} cannot be read as metrics of a run ({error}); restore it, or delete it"
-            ) from None
-        return rows
 
 
 class RunLogger(WandbLogger):

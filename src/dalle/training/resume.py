@@ -18,7 +18,6 @@ from dalle.machine import is_main_process
 from dalle.run_dir import Run
 from dalle.stages.base import Stage
 from dalle.training.checkpoints import check_same_network, read_checkpoint
-from dalle.training.loggers import MetricsCsv
 from dalle.training.restorable import check_restorable
 from dalle.trust import composed
 
@@ -65,7 +64,7 @@ def check(
     """
     checkpoint = read_checkpoint(run.checkpoint)
     check_same_network(run.checkpoint, checkpoint["state_dict"], stage)
-    MetricsCsv(run.path).read()
+    run.metric_rows()
     before = run.config()
     history = before.get("resumed", [])
     if not isinstance(history, list):
