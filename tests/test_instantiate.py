@@ -122,5 +122,5 @@ def test_open_ended_arguments_reach_their_owner():
     assert isinstance(instantiate({**node, "eta": 0.5}), Sampler)
     with pytest.raises(UserError, match="sampler ddim has no option 'churn'"):
         instantiate({**node, "churn": 1.0})
-    with pytest.raises(UserError, match="sampler ddim: eta must be a number from 0 to 1, not 'much'"):
+    with pytest.raises(UserError, match="sampler ddim: eta must be a number from 0 to 1, got 'much'"):
         instantiate({**node, "eta": "much"})

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from dalle.errors import UserError
-from dalle.ranges import Made, misfit, shown
+from dalle.ranges import Made, check_value
 from dalle.trust import Trust, composed
 
 
@@ -39,8 +39,7 @@ def check(node: Any, where: str = "", kind: Any = Any, trust: Trust = composed) 
         kind: what it must be, a class or another type.
     """
     made = _walk(node, where, trust, {}, dry=True)
-    if wrong := misfit(made, kind):
-        raise UserError(f"{where}{wrong.place} must be {wrong.wanted}, got {shown(wrong.got)}")
+    check_value(made, kind, where)
 
 
 def _walk(node: Any, where: str, trust: Trust, extra: dict[str, Any], dry: bool) -> Any:
@@ -102,8 +101,8 @@ def check_arguments(
     if missing and not partial_call:
         raise UserError(f"{where or _name(target)} needs {', '.join(missing)}")
     for name, value in arguments.items():
-        if name in hints and (wrong := misfit(value, hints[name])):
-            raise UserError(f"{place}{name}{wrong.place} must be {wrong.wanted}, got {shown(wrong.got)}")
+        if name in hints:
+            check_value(value, hints[name], f"{place}{name}")
 
 
 def _name(target: Any) -> str:

@@ -18,6 +18,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from annotated_types import BaseMetadata, Ge, GroupedMetadata, Gt, Le, Len, Lt, MaxLen, MinLen
 
+from dalle.errors import UserError, instead
+
 Number = float | int
 
 PositiveInt = Annotated[int, Ge(1)]
@@ -103,6 +105,22 @@ def misfit(value: Any, hint: Any) -> Misfit | None:
 def fits(value: Any, hint: Any) -> bool:
     """Whether a config value may stand where `hint` is asked for."""
     return misfit(value, hint) is None
+
+
+def check_value(value: Any, hint: Any, place: str) -> None:
+    """Raises UserError, which names the place, where a config value may not stand for `hint`."""
+    if wrong := misfit(value, hint):
+        raise UserError(f"{place}{wrong.place} must be {wrong.wanted}, got {shown(wrong.got)}")
+
+
+def check_values(values: Mapping[str, Any], declared: Any, place: str = "", complete: bool = True) -> None:
+    """As `check_value`, of what a TypedDict declares; where it is `complete`, there is nothing else."""
+    hints = typing.get_type_hints(declared, include_extras=True)
+    for name, value in values.items():
+        if name in hints:
+            check_value(value, hints[name], f"{place}{name}")
+        elif complete:
+            raise UserError(f"there is no setting {place}{name}{instead(name, hints, place)}")
 
 
 def describe(hint: Any) -> str:

@@ -252,7 +252,7 @@ def test_nothing_is_trained_yet(command, tmp_path):
         ([], "give a prompt: prompt="),
         (["prompt=" + "a red circle and " * 60], "is too long: CLIP reads"),
         (["prompt=x", "sampler=dimm"], "there is no sampler=dimm; did you mean sampler=ddim?"),
-        (["prompt=x", "sampler.eta=much"], "sampler ddim: eta must be a number from 0 to 1, not 'much'"),
+        (["prompt=x", "sampler.eta=much"], "sampler ddim: eta must be a number from 0 to 1, got 'much'"),
         (
             ["prompt=x", "sampler=dpmpp", "sampler.eta=1"],
             "there is no setting sampler.eta; there are method, spa",

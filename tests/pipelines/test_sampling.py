@@ -156,7 +156,7 @@ def test_an_occupied_folder_stays_as_it_is(make, tmp_path):
         ([PROMPT, "steps=0"], "steps must be a whole number from 1 to 100000 or null, got 0"),
         ([PROMPT, "steps=few"], "steps must be a whole number from 1 to 100000 or null, got 'few'"),
         ([PROMPT, "sampler.steps=few", "steps=null"], "the decoder's sampler.steps must be a whole number"),
-        ([PROMPT, "sampler.eta=much"], "sampler ddim: eta must be a number from 0 to 1, not 'much'"),
+        ([PROMPT, "sampler.eta=much"], "sampler ddim: eta must be a number from 0 to 1, got 'much'"),
         ([PROMPT, "+sampler.churn=1"], "sampler ddim has no option 'churn'"),
         ([PROMPT, "pipeline.prior_sampler.method=euclid"], "unknown sampler 'euclid'"),
         ([PROMPT, "pipeline.prior_candidates=2.5"], "candidates of the prior must be a whole number"),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dalle.diffusion.schedule import Level, Levels, Schedule, posterior
 from dalle.errors import UserError
-from dalle.ranges import Fraction, NonNegative, Steps, Text, misfit
+from dalle.ranges import Fraction, NonNegative, Steps, Text, check_value
 
 Randn = Callable[[Tensor], Tensor]
 OnStep = Callable[[int, int, Tensor], object]
@@ -193,8 +193,7 @@ class Sampler:
             if name not in known:
                 has = ", ".join(known) or "none"
                 raise UserError(f"sampler {method} has no option '{name}': its options are: {has}")
-            if wrong := misfit(value, hints[name]):
-                raise UserError(f"sampler {method}: {name} must be {wrong.wanted}, not {value!r}")
+            check_value(value, hints[name], f"sampler {method}: {name}")
         if steps < 1:
             raise UserError(f"a sampler needs at least 1 step, not {steps}")
         self.method, self.steps, self.spacing, self.options = method, steps, spacing, options

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from dalle.data.scenes import draw
 from dalle.data.shapes import prompts
-from dalle.errors import UserError
 from dalle.evaluation.seen_captions import captions_read
 from dalle.files import write_json
 from dalle.images import from_uint8, to_uint8
@@ -26,7 +25,7 @@ from dalle.metrics.intervals import of_share
 from dalle.metrics.judge import Judge
 from dalle.metrics.metric import update_all, values_of
 from dalle.pipelines.load import PRIORS, Loaded, load_dalle, load_unclip
-from dalle.ranges import PositiveInt, Seed, describe, fits
+from dalle.ranges import PositiveInt, Seed, check_value
 from dalle.run_dir import Run
 from dalle.training.callbacks import usual_metrics
 
@@ -129,8 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     args = parser.parse_args(arguments)
     for option, hint in {"n": PositiveInt, "seed": Seed, "batch_size": PositiveInt}.items():
-        if not fits(value := getattr(args, option), hint):
-            raise UserError(f"--{option.replace('_', '-')} must be {describe(hint)}, got {value}")
+        check_value(getattr(args, option), hint, f"--{option.replace('_', '-')}")
     loaded = load(args.runs, args.pipeline, args.prior)
     table = measure(loaded, args.n, args.seed, args.batch_size, args.split)
     kind = args.prior if args.pipeline == "unclip" else args.pipeline

@@ -5,7 +5,7 @@ Whatever cannot work is refused here, before anything is made or written.
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 
@@ -41,7 +41,7 @@ from dalle.metrics.judge_accuracy import JudgeAccuracy
 from dalle.metrics.metric import EvaluationMetric
 from dalle.metrics.reconstruction import Perceptual
 from dalle.pipelines.load import PUBLIC, load_any_clip
-from dalle.ranges import PositiveInt, Seed, Side, Text
+from dalle.ranges import PositiveInt, Seed, Side, Text, check_values
 from dalle.trust import composed, listed
 
 NEEDS = {  # metric -> the fewest pictures it can be made of
@@ -64,27 +64,33 @@ SCORES = ("clip_score", "retrieval", "hard_negatives")
 USUAL = 1000  # pictures, where nobody says how many
 
 
-def check_settings(
-    n: PositiveInt | None,
-    split: Literal["train", "val", "test"],
-    seed: Seed,
-    batch_size: PositiveInt,
-    metrics: list[str] | None,
-    extra_metrics: list[dict[str, Any]] | None,
-    perceptual: Perceptual | None,
-    features: Text | None,
-    inception: Text | None,
-    download: bool,
-    scorer: Text | None,
-    image_size: Side | None,
-    save_pictures: bool,
-    overwrite: bool,
-    run: Text | None,
-    folder: Text | None,
-    out: Text | None,
-    note: Text | None,
-) -> None:
-    """The settings of conf/evaluate.yaml that belong to no group; their types are checked by these hints."""
+class Settings(TypedDict):
+    """Those of conf/evaluate.yaml that belong to no group."""
+
+    n: PositiveInt | None
+    split: Literal["train", "val", "test"]
+    seed: Seed
+    batch_size: PositiveInt
+    metrics: list[str] | None
+    extra_metrics: list[dict[str, Any]] | None
+    perceptual: Perceptual | None
+    features: Text | None
+    inception: Text | None
+    download: bool
+    scorer: Text | None
+    image_size: Side | None
+    save_pictures: bool
+    overwrite: bool
+    run: Text | None
+    folder: Text | None
+    out: Text | None
+    note: Text | None
+
+
+def check_settings(config: dict[str, Any]) -> None:
+    """Whether they are what they may be, and go together."""
+    check_values({name: config[name] for name in Settings.__annotations__}, Settings)
+    metrics, features = config["metrics"], config["features"]
     for name in metrics or ():
         if name not in NEEDS:
             raise UserError(f"there is no metric {name!r}; there are {', '.join(NEEDS)}")

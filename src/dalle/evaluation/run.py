@@ -23,7 +23,7 @@ from dalle.evaluation.results import FILE, find, publish, workplace
 from dalle.evaluation.targets import target_of
 from dalle.files import check_writable, explained, to_json, write_text
 from dalle.images import from_uint8, grid, save_png
-from dalle.instantiate import check_arguments, instantiate
+from dalle.instantiate import instantiate
 from dalle.machine import is_main_process
 from dalle.metrics.intervals import Figure, exact, of_mean
 from dalle.run_lock import check_name, locked
@@ -39,9 +39,7 @@ def evaluate(config: dict[str, Any]) -> Path | None:
     Raises:
         UserError: a wrong setting, runs or pictures that are missing or unusable, too few pictures.
     """
-    settings = {key: config[key] for key in check_settings.__annotations__ if key != "return"}
-    check_arguments(check_settings, settings, "", partial_call=False)
-    check_settings(**settings)
+    check_settings(config)
     set_trusted(config.get("trust"))
     check_name(str(config["name"]), "name")
     if config["out"] and is_main_process():

@@ -8,8 +8,6 @@ meta device, where that takes neither memory nor time.
 import copy
 import os
 import re
-import typing
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypedDict
 
 import lightning
@@ -19,7 +17,7 @@ from lightning.pytorch.loggers import Logger
 
 from dalle.data.datamodules import SourceDataModule
 from dalle.diffusion.samplers import Sampler
-from dalle.errors import UserError, instead
+from dalle.errors import UserError
 from dalle.instantiate import check, instantiate
 from dalle.optim.factory import OptimizerFactory
 from dalle.ranges import (
@@ -30,7 +28,7 @@ from dalle.ranges import (
     Seed,
     Share,
     Text,
-    misfit,
+    check_values,
     shown,
 )
 from dalle.stages.base import Stage
@@ -120,7 +118,7 @@ def check_config(config: Config) -> None:
     Raises:
         UserError: the first setting that is wrong, by its name.
     """
-    hold(config, Settings)
+    check_values(config, Settings)
     set_trusted(config.get("trust"))
     for key in Needed.__annotations__.keys() - config.keys():
         raise UserError(f"{key} is needed: do not take it away")
@@ -134,21 +132,12 @@ def check_config(config: Config) -> None:
         for key, node in (config.get(group) or {}).items():
             if node is not None and not (isinstance(node, dict) and "_target_" not in node):
                 check(node, f"{group}.{key}", kind)
-    hold(config["trainer"], TrainerSettings, "trainer.", complete=False)
+    given = {name: value for name, value in config["trainer"].items() if value != "auto"}
+    check_values(given, TrainerSettings, "trainer.", complete=False)
     check_time(config["trainer"].get("max_time"))
     check({"_target_": "lightning.Trainer", **config["trainer"]}, "trainer")
     check_stage(config)
     rehearse(config)
-
-
-def hold(values: Mapping[str, Any], declared: Any, place: str = "", complete: bool = True) -> None:
-    """Holds settings against a TypedDict; where it is `complete`, there are no others."""
-    hints = typing.get_type_hints(declared, include_extras=True)
-    for name, value in values.items():
-        if complete and name not in hints:
-            raise UserError(f"there is no setting {place}{name}{instead(name, hints, place)}")
-        if name in hints and value != "auto" and (wrong := misfit(value, hints[name])):
-            raise UserError(f"{place}{name}{wrong.place} must be {wrong.wanted}, got {shown(wrong.got)}")
 
 
 def check_time(value: Any) -> None:
