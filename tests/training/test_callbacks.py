@@ -4,7 +4,6 @@ import math
 import os
 import signal
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import Mock
 
 import lightning
@@ -14,6 +13,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
+from dalle.data.datamodules import SourceDataModule
 from dalle.data.shapes import Shapes
 from dalle.optim.factory import OptimizerFactory
 from dalle.stages.base import Stage
@@ -70,15 +70,15 @@ def batches(number: int = 8) -> DataLoader:
     return DataLoader(data, batch_size=4, collate_fn=collate)
 
 
-class Data(lightning.LightningDataModule):
+class Data(SourceDataModule):
+    def __init__(self):
+        super().__init__(Shapes, batch_size=4, val_items=None, test_items=None, train_items=None)
+
     def train_dataloader(self):
         return batches()
 
     def val_dataloader(self):
         return batches(1)
-
-    def pictures(self, made):
-        return made
 
 
 def fake_trainer(**attributes) -> lightning.Trainer:
@@ -391,7 +391,7 @@ class TestGenerationTest:
             "caption": [source.captions(i)[0] for i in range(16)],
             "image": source.images(range(16)),
         }
-        datamodule = SimpleNamespace(split=lambda name: source, clip=clip, pictures=pictures)
+        datamodule = Mock(spec=SourceDataModule, split=lambda name: source, clip=clip, pictures=pictures)
         trainer = fake_trainer(datamodule=datamodule, world_size=world, global_rank=0, loggers=[])
         stage, logged = Copyist(), {}
         stage.log_dict = lambda table, **_: logged.update(table)

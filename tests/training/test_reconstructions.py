@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from tiny import train
 
+from dalle.data.datamodules import SourceDataModule
 from dalle.data.shapes import Shapes
 from dalle.errors import UserError
 from dalle.images import GAP
@@ -36,9 +37,10 @@ class Copy(Stage):
 
 def run(tmp_path, stage, split: str = "val", step: int = 5, codes: bool = True, **options):
     source = Shapes("test", image_size=32, size=16)
+    data = Mock(spec=SourceDataModule, split=lambda name: source)
     trainer = Mock(
-        spec=lightning.Trainer, datamodule=SimpleNamespace(split=lambda name: source), is_global_zero=True,
-        global_step=step, loggers=[], world_size=1,
+        spec=lightning.Trainer, datamodule=data, is_global_zero=True, global_step=step, loggers=[],
+        world_size=1,
     )  # fmt: skip
     callback = Reconstructions(tmp_path, **options)
     for part in (range(8), range(8, 16)):

@@ -116,6 +116,14 @@ class SourceDataModule(L.LightningDataModule):
         n, limit = len(self.split(name)), self.limits.get(name)
         return n if limit is None else min(n, limit)
 
+    def splits_to_keep(self, most: int) -> list[str]:
+        """Those of which it is worth to keep what frozen networks make: of fixed pictures, at `most` so many,
+        that are gone through more than once (in a test they are not).
+        """
+        task = self.trainer.state.fn if self.trainer else None
+        names = {"test": (), "validate": ("val",)}.get(task or "", ("train", "val"))
+        return [name for name in names if self.split(name).fixed and 0 < self.items(name) <= most]
+
     def dataset(self, name: str) -> SourceDataset:
         raise NotImplementedError
 
@@ -341,13 +349,11 @@ class EmbeddingDataModule(SourceDataModule):
         if self.trainer:
             self.clip.to(self.trainer.strategy.root_device)
         embed = partial(cached_embeddings, self.cache_dir, clip=self.clip, verify=verify)
-        task = self.trainer.state.fn if self.trainer else None
-        # What is gone through once only (a test) is embedded on the way.
-        for name in {"test": (), "validate": ("val",)}.get(task or "", ("train", "val")):
-            source, n = self.split(name), self.items(name)
-            if name not in self._caches and source.fixed and 0 < n <= self.cache_items:
+        for name in self.splits_to_keep(self.cache_items):
+            if name not in self._caches:
+                source, n, first_only = self.split(name), self.items(name), name == "val"
                 self._caches[name] = embed(
-                    source=source, items=n, text_bytes=self.text_bytes, first_only=name == "val"
+                    source=source, items=n, text_bytes=self.text_bytes, first_only=first_only
                 )
         if self.norm.needs_fit:
             train = self._caches.get("train") or embed(
@@ -537,11 +543,9 @@ class CodeDataModule(TextImageDataModule):
     def _encode(self, verify: bool) -> None:
         if self.trainer:
             self.image_tokenizer.to(self.trainer.strategy.root_device)
-        task = self.trainer.state.fn if self.trainer else None
-        # What is gone through once only (a test) is encoded on the way.
-        for name in {"test": (), "validate": ("val",)}.get(task or "", ("train", "val")):
-            source, n = self.split(name), self.items(name)
-            if name not in self._caches and source.fixed and 0 < n <= self.cache_items:
+        for name in self.splits_to_keep(self.cache_items):
+            if name not in self._caches:
+                source, n = self.split(name), self.items(name)
                 self._caches[name] = cached_codes(self.cache_dir, source, self.image_tokenizer, n, verify)
 
     def dataset(self, name: str) -> SourceDataset:
@@ -588,6 +592,11 @@ class CodeDataModule(TextImageDataModule):
         images = self.image_tokenizer
         facts = {"weights": images.weights_hash, "vocab_size": images.vocab_size, "grid": images.grid}
         return super().describe() | {"image_tokenizer": facts}
+
+
+def datamodule_of(trainer: L.Trainer) -> SourceDataModule:
+    """The one that a trainer runs with."""
+    return trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]  # Lightning sets it where it begins
 
 
 def tokenizer_facts(tokenizer: TextTokenizer) -> dict[str, Any]:

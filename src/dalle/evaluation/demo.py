@@ -23,7 +23,7 @@ from dalle.machine import fast_in_bf16
 from dalle.metrics.chance import chance
 from dalle.metrics.intervals import of_share
 from dalle.metrics.judge import Judge
-from dalle.metrics.metric import update_all, values_of
+from dalle.metrics.metric import update_all, values_of, without_marks
 from dalle.pipelines.load import PRIORS, Loaded, load_dalle, load_unclip
 from dalle.ranges import PositiveInt, Seed, check_value
 from dalle.run_dir import Run
@@ -54,7 +54,7 @@ def measure(loaded: Loaded, n: int, seed: int, batch_size: int, split: str = "te
     seconds = time.perf_counter() - started
     metrics = usual_metrics(pipeline.clip, judged=False)
     update_all(metrics, images, torch.cat(real), captions, range(len(images)))
-    table = {name.removesuffix("_biased"): value for name, value in values_of(metrics).items()}
+    table = without_marks(values_of(metrics))
     judged = verdicts(from_uint8(to_uint8(images)).cpu(), captions, captions_read(loaded.paths))
     return {**table, **judged, "seconds_per_image": seconds / len(images)}
 

@@ -28,7 +28,7 @@ from dalle.metrics.intervals import (
     jackknife,
     of_share,
 )
-from dalle.metrics.metric import EvaluationMetric, Rows
+from dalle.metrics.metric import BIASED, EvaluationMetric, Rows
 
 SUBSETS, SUBSET_SIZE = 100, 1000  # of KID; with fewer pictures one subset is all of them
 SPLITS = 10  # of the inception score
@@ -222,10 +222,10 @@ class FrechetDistance(EvaluationMetric):
             name = self.called("fid")
             if fewest <= dimension:
                 self.notes.append(
-                    f"{name}_biased: {fewest} pictures are too few for {dimension} features; the figure is "
+                    f"{name}{BIASED}: {fewest} pictures are too few for {dimension} features; the figure is "
                     "mostly bias, compare it only with figures of as many pictures"
                 )
-                name = f"{name}_biased"
+                name += BIASED
             elif self.intervals:
                 self.notes.append(
                     f"{name}: the interval is of the estimate at n={fewest}, not of the distance of endless "

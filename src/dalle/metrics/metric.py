@@ -27,6 +27,7 @@ from dalle.images import to_uint8
 from dalle.metrics.intervals import Figure, exact, of_mean
 
 Rows = dict[str, Tensor]  # a row for each picture
+BIASED = "_biased"  # marks the name of a distance that is mostly bias, by too few pictures
 
 
 class EvaluationMetric(Metric):
@@ -146,3 +147,8 @@ def update_all(
 def values_of(metrics: Sequence[EvaluationMetric]) -> dict[str, float]:
     """All figures of several metrics without their intervals, to be logged; every rank must call it."""
     return {name: figure.value for metric in metrics for name, figure in metric.compute().items()}
+
+
+def without_marks(values: dict[str, float]) -> dict[str, float]:
+    """Names as they are logged: a curve keeps its own, however many pictures there are."""
+    return {name.removesuffix(BIASED): value for name, value in values.items()}

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 
 from dalle.data.batch import Batch
-from dalle.data.datamodules import SourceDataModule
+from dalle.data.datamodules import datamodule_of
 from dalle.data.shapes import Shapes
 from dalle.diffusion.noise import per_sample
 from dalle.images import from_uint8, grid, save_png, to_uint8
@@ -23,11 +23,12 @@ from dalle.metrics.clip_score import CLIPScore, Embedder
 from dalle.metrics.distances import FrechetDistance
 from dalle.metrics.features import find_inception, usual_features
 from dalle.metrics.judge_accuracy import JudgeAccuracy
-from dalle.metrics.metric import EvaluationMetric, PictureCount, update_all, values_of
+from dalle.metrics.metric import EvaluationMetric, PictureCount, update_all, values_of, without_marks
 from dalle.ranges import Decay, Depth, File, NonNegativeInt, Place, PositiveInt, Seed
 from dalle.stages.base import Stage
-from dalle.training.loggers import log_picture, log_verdicts
+from dalle.training.loggers import log_verdicts
 from dalle.training.restorable import alike_tensors
+from dalle.training.sheets import SheetCallback
 from dalle.weight_names import as_today
 
 log = logging.getLogger(__name__)
@@ -128,7 +129,7 @@ def _tensors(stage: Stage) -> dict[str, Tensor]:
     return {**dict(stage.net.named_parameters()), **dict(stage.net.named_buffers())}
 
 
-class SampleGrid(lightning.Callback):
+class SampleGrid(SheetCallback):
     """Samples the same captions with the same noise every `every` steps, as a labelled grid into
     ``samples/``.
 
@@ -138,9 +139,9 @@ class SampleGrid(lightning.Callback):
     def __init__(
         self, directory: Place, every: PositiveInt = 1000, count: PositiveInt = 16, seed: Seed = 0
     ) -> None:
-        self.directory, self.every, self.count, self.seed = Path(directory), every, count, seed
+        super().__init__(directory, every)
+        self.count, self.seed = count, seed
         self.batch: Batch | None = None
-        self.due = 0
 
     def on_validation_batch_start(
         self,
@@ -155,24 +156,15 @@ class SampleGrid(lightning.Callback):
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
         """Here and not at the validation's end: the moving average is still in the network."""
-        if self.batch is None or trainer.global_step < self.due or not pl_module.makes_images:
+        if self.batch is None or not pl_module.makes_images or not self.take_turn(trainer):
             return
-        self.due = (trainer.global_step // self.every + 1) * self.every
         seeds = [self.seed + i for i in range(len(self.batch["caption"]))]
         made = pl_module.sample(
             self.batch, randn=per_sample(seeds, pl_module.device)
         )  # on all ranks: may be sharded
         if trainer.is_global_zero:
-            data: SourceDataModule = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-            picture = grid(data.pictures(made), self.batch["caption"])
-            save_png(picture, self.directory / f"step-{trainer.global_step:07d}.png")
-            log_picture(trainer, "samples", picture)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"due": self.due}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.due = state_dict["due"]
+            picture = grid(datamodule_of(trainer).pictures(made), self.batch["caption"])
+            self.draw(trainer, "step", "samples", picture)
 
 
 class GenerationTest(lightning.Callback):
@@ -213,7 +205,7 @@ class GenerationTest(lightning.Callback):
         self.metrics = []
         if not pl_module.makes_images:
             return
-        data: SourceDataModule = trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        data = datamodule_of(trainer)
         clip = data.clip.to(pl_module.device) if data.clip else None
         self.metrics = usual_metrics(clip, isinstance(data.split("test"), Shapes), self.inception)
         self.metrics += self.extra_metrics or ()
@@ -235,14 +227,14 @@ class GenerationTest(lightning.Callback):
         items = batch["index"].tolist()
         self.room -= len(items)
         made = pl_module.sample(batch, randn=per_sample([self.seed + i for i in items], pl_module.device))
-        images = trainer.datamodule.pictures(made)  # pyright: ignore[reportAttributeAccessIssue]
+        images = datamodule_of(trainer).pictures(made)
         update_all(self.metrics, images, batch["image"], batch["caption"], items)
         left = self.rows - len(self.shown)
         self.shown += zip(batch["caption"][:left], to_uint8(images[:left]).cpu(), strict=True)
 
     def on_test_epoch_end(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
         if self.metrics:
-            table = {name.removesuffix("_biased"): value for name, value in values_of(self.metrics).items()}
+            table = without_marks(values_of(self.metrics))
             pl_module.log_dict({f"test/{key}": value for key, value in table.items()}, rank_zero_only=True)
             if trainer.is_global_zero:
                 for note in (note for metric in self.metrics for note in metric.notes):

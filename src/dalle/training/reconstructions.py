@@ -6,7 +6,6 @@ step gives in validation and test.
 """
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import lightning
@@ -15,24 +14,25 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
 from dalle.data.batch import Batch
+from dalle.data.datamodules import datamodule_of
 from dalle.data.shapes import Shapes
-from dalle.images import grid, save_png
+from dalle.images import grid
 from dalle.metrics.codebook_usage import CodeUse, code_use, diagnose
 from dalle.metrics.distances import FrechetDistance
 from dalle.metrics.features import find_inception, inception_features, random_features
 from dalle.metrics.judge_accuracy import JudgeAccuracy
-from dalle.metrics.metric import EvaluationMetric, update_all, values_of
+from dalle.metrics.metric import EvaluationMetric, update_all, values_of, without_marks
 from dalle.metrics.reconstruction import Likeness, Perceptual
 from dalle.ranges import File, Place, PositiveInt
 from dalle.stages.base import Stage
-from dalle.training.loggers import log_picture
+from dalle.training.sheets import SheetCallback
 
 log = logging.getLogger(__name__)
 
 BINS = 256  # of the histogram of codes
 
 
-class Reconstructions(lightning.Callback):
+class Reconstructions(SheetCallback):
     """Logs `psnr`, `ssim`, `rfid` and `CodeUse`, and in the test `judge_reconstruction`; draws pictures into
     ``samples/``; tells of collapse.
 
@@ -52,9 +52,9 @@ class Reconstructions(lightning.Callback):
         inception: File | None = None,
         perceptual: Perceptual | None = None,
     ) -> None:
-        self.directory, self.every, self.count, self.inception = Path(directory), every, count, inception
+        super().__init__(directory, every)
+        self.count, self.inception = count, inception
         self.perceptual: Perceptual | None = perceptual
-        self.due = 0
         self.forget()
 
     def forget(self) -> None:
@@ -67,7 +67,7 @@ class Reconstructions(lightning.Callback):
         find_inception(self.inception)  # damaged weights are told before anything is trained
 
     def begin(self, trainer: lightning.Trainer, stage: Stage, split: str, outputs: dict[str, Tensor]) -> None:
-        source = trainer.datamodule.split(split)  # pyright: ignore[reportAttributeAccessIssue]
+        source = datamodule_of(trainer).split(split)
         features = inception_features(self.inception) or random_features()
         self.metrics = [FrechetDistance(features, prefix="r", intervals=False)]
         if split == "test" and isinstance(source, Shapes):
@@ -93,9 +93,7 @@ class Reconstructions(lightning.Callback):
             return
         found = values_of([self.likeness, *self.metrics])
         found.pop("rfid_random_biased", None)
-        table: dict[str, Any] = {
-            name.removesuffix("_biased"): value for name, value in found.items() if "judge" not in name
-        }
+        table: dict[str, Any] = without_marks({k: v for k, v in found.items() if "judge" not in k})
         if "judge/all" in found:
             table["judge_reconstruction"] = found["judge/all"]
         if self.codes is not None:
@@ -131,18 +129,9 @@ class Reconstructions(lightning.Callback):
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
         self.tell(trainer, pl_module, "val")
-        if self.shown is not None and trainer.is_global_zero and trainer.global_step >= self.due:
-            self.due = (trainer.global_step // self.every + 1) * self.every
-            picture = sheet(*self.shown)
-            save_png(picture, self.directory / f"reconstruction-{trainer.global_step:07d}.png")
-            log_picture(trainer, "reconstructions", picture)
+        if self.shown is not None and self.take_turn(trainer) and trainer.is_global_zero:
+            self.draw(trainer, "reconstruction", "reconstructions", sheet(*self.shown))
         self.forget()
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"due": self.due}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.due = state_dict["due"]
 
     def on_test_epoch_end(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
         self.tell(trainer, pl_module, "test")
