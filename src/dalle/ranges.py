@@ -8,6 +8,7 @@ No number of a configuration is nan or infinite, and whole numbers have 64 bits.
 
 import collections.abc
 import inspect
+import operator
 import sys
 import types
 import typing
@@ -59,6 +60,7 @@ class Exists(BaseMetadata):
 File = Annotated[str, Exists()]
 
 LISTS = (list, tuple, Sequence, collections.abc.Iterable)
+COMPARE = {Gt: operator.gt, Ge: operator.ge, Lt: operator.lt, Le: operator.le}
 LARGEST, WHOLE = sys.float_info.max, 2**63
 WORDS: dict[Any, str] = {
     float: "a number", int: "a whole number", bool: "true or false", str: "text", types.NoneType: "null",
@@ -198,14 +200,8 @@ def _flat(constraints: Sequence[Any]) -> list[BaseMetadata]:
 
 def _holds(constraint: BaseMetadata, value: Any) -> bool:
     match constraint:
-        case Gt(bound):
-            return value > bound  # pyright: ignore[reportOperatorIssue]
-        case Ge(bound):
-            return value >= bound  # pyright: ignore[reportOperatorIssue]
-        case Lt(bound):
-            return value < bound  # pyright: ignore[reportOperatorIssue]
-        case Le(bound):
-            return value <= bound  # pyright: ignore[reportOperatorIssue]
+        case Gt() | Ge() | Lt() | Le():
+            return COMPARE[type(constraint)](value, _bound(constraint))
         case MinLen(bound):
             return len(value) >= bound
         case MaxLen(bound):
@@ -215,9 +211,13 @@ def _holds(constraint: BaseMetadata, value: Any) -> bool:
     raise TypeError(f"no such constraint: {constraint}")
 
 
+def _bound(constraint: Any) -> Any:
+    return getattr(constraint, constraint.__match_args__[0])
+
+
 def _bounds(constraints: Sequence[BaseMetadata]) -> str:
     """`` above 0 and at most 1``."""
-    bounds: dict[type, Any] = {type(c): getattr(c, c.__match_args__[0]) for c in constraints}  # type: ignore
+    bounds = {type(c): _bound(c) for c in constraints}
     if {Ge, Le} <= bounds.keys():
         return f" from {bounds[Ge]:.10g} to {bounds[Le]:.10g}"
     words = {Gt: "above", Ge: "of at least", Lt: "below", Le: "at most"}

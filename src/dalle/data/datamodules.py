@@ -331,7 +331,7 @@ class EmbeddingDataModule(SourceDataModule):
             source, batch_size, num_workers, seed,
             val_items=val_items, test_items=test_items, train_items=train_items,
         )  # fmt: skip
-        self.clip: FrozenCLIP = clip  # pyright: ignore[reportIncompatibleVariableOverride]: never None here
+        self.clip: FrozenCLIP = clip  # pyright: ignore[reportIncompatibleVariableOverride]  # never None here
         self.cache_dir = Path(cache_dir)
         self.cache_items, self.text_bytes = cache_items, int(cache_text_gb * 2**30)
         self.norm = EmbedNorm(image_embed_norm)

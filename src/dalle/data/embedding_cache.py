@@ -104,7 +104,7 @@ class CachedDataset(SourceDataset):
             first = self.cache.first
             rows = self.choose(epoch, items, [range(int(first[i]), int(first[i + 1])) for i in items])
             batch = Batch(index=torch.tensor(items), caption=[self.cache.captions[row] for row in rows])
-            batch.update(self.cache.texts(rows))  # pyright: ignore[reportCallIssue, reportArgumentType]
+            batch.update(self.cache.texts(rows))  # pyright: ignore[reportCallIssue, reportArgumentType]  # keys of a batch, which the hint does not say
             if self.with_images:
                 batch["image"] = self.source.images(items, epoch)
         batch["image_embed"] = self.cache.images(items)

@@ -159,7 +159,7 @@ class Tokenizer(Target):
 
     def __init__(self, path: str, perceptual: Perceptual | None = None) -> None:
         self.perceptual: Perceptual | None = Likeness(perceptual).perceptual
-        self.module: FrozenTokenizer = load_image_tokenizer(path)  # pyright: ignore[reportIncompatibleVariableOverride]: a kind of
+        self.module: FrozenTokenizer = load_image_tokenizer(path)  # pyright: ignore[reportIncompatibleVariableOverride]  # a kind of
         run = Run(Path(path))
         self.home, self.data = run.path.parent, run.source()
         self.image_size = self.module.image_size

@@ -161,7 +161,7 @@ class ConvTower(nn.Module):
 
     def run(self, block: nn.Module, x: Tensor) -> Tensor:
         if self.checkpoint and self.training:
-            return checkpoint(block, x, use_reentrant=False)  # pyright: ignore[reportReturnType]
+            return checkpoint(block, x, use_reentrant=False)  # pyright: ignore[reportReturnType]  # its hint allows None
         return block(x)
 
     def forward(self, pixels: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b e"]:

@@ -153,7 +153,7 @@ class SmallUNet(nn.Module):
         for block in blocks.children():
             given = next(modulations), None if block.attention is None else next(contexts)
             if self.checkpoint and self.training:
-                x = checkpoint(block, x, *given, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
+                x = checkpoint(block, x, *given, use_reentrant=False)  # pyright: ignore[reportAssignmentType]  # its hint allows None
             else:
                 x = block(x, *given)
         return x

@@ -178,7 +178,7 @@ class VQGAN(nn.Module):
                 codebook_size=vocab_size,
                 decay=decay,
                 commitment_weight=commitment,
-                threshold_ema_dead_code=dead_below,  # pyright: ignore[reportArgumentType]
+                threshold_ema_dead_code=dead_below,  # pyright: ignore[reportArgumentType]  # a mean count need not be whole
                 kmeans_init=True,
                 rotation_trick=False,
                 accept_image_fmap=True,

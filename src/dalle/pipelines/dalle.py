@@ -137,7 +137,7 @@ class DallePipeline(Drawing):
                 shown.append(picture)
 
         batch = cast(Batch, {"caption": captions, "text": self.tokenizer(captions).to(self.device)})
-        codes = self.dalle.sample(  # pyright: ignore[reportCallIssue]
+        codes = self.dalle.sample(  # pyright: ignore[reportCallIssue]  # a Stage's, of which the hint does not know
             batch,
             randn=per_sample(seeds, self.device),
             prefix=torch.tensor([prefix] * len(captions), device=self.device) if prefix else None,

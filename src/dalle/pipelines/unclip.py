@@ -68,7 +68,7 @@ class UnCLIP(Drawing):
 
     @property
     def image_size(self) -> int:
-        return self.decoder.net.image_size  # pyright: ignore
+        return self.decoder.net.image_size  # pyright: ignore[reportAttributeAccessIssue, reportReturnType]  # a Stage's network, of which the hint does not know
 
     @property
     def device(self) -> torch.device:
@@ -114,14 +114,14 @@ class UnCLIP(Drawing):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
                     batch = self.imagine(batch, seeds, prior or {})
                     randn = per_sample([mix(*key, DECODER) for key in seeds], self.device)
-                    made = self.decoder.sample(batch, randn=randn, **(decoder or {}))  # pyright: ignore
+                    made = self.decoder.sample(batch, randn=randn, **(decoder or {}))  # pyright: ignore[reportCallIssue]  # a Stage's, of which the hint does not know
                 images.append(made.float().clamp(-1, 1).cpu())
                 bar.update(len(part))
         return torch.cat(images)
 
     def embed(self, captions: list[str]) -> Batch:
         """The captions' text features, on the stages' device."""
-        features = self.clip.embed_captions(captions)  # pyright: ignore[reportCallIssue]
+        features = self.clip.embed_captions(captions)  # pyright: ignore[reportCallIssue]  # a FrozenCLIP's, of which the hint does not know
         moved = {key: value.to(self.device) for key, value in features.items()}
         return cast(Batch, {"caption": captions, **moved})
 
@@ -132,7 +132,7 @@ class UnCLIP(Drawing):
         if self.prior is None:
             return batch
         randn = per_sample([mix(*key, PRIOR) for key in seeds], self.device)
-        embed = self.prior.sample(batch, randn=randn, **options).float()  # pyright: ignore[reportCallIssue]
+        embed = self.prior.sample(batch, randn=randn, **options).float()  # pyright: ignore[reportCallIssue]  # a Stage's, of which the hint does not know
         if not self.same_norm:
             embed = self.decoder_norm.encode(self.prior_norm.decode(embed))
         return {**batch, "image_embed": embed}
@@ -156,7 +156,7 @@ class UnCLIP(Drawing):
         """Refuses what is for another kind of prior."""
         if self.prior is None:
             return
-        takes = inspect.signature(self.prior.sample).parameters  # pyright: ignore[reportArgumentType]
+        takes = inspect.signature(self.prior.sample).parameters  # pyright: ignore[reportArgumentType]  # a Stage's, of which the hint does not know
         anything = any(p.kind is p.VAR_KEYWORD for p in takes.values())
         if unknown := [key for key in options if key not in takes and not anything]:
             known = ", ".join(key for key in takes if key not in ("batch", "randn"))

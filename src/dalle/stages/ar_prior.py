@@ -62,7 +62,7 @@ class ARPriorStage(EmbeddingStage):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if stage == "fit":  # a checkpoint, loaded later, brings its own
-            data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+            data: Any = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]  # Lightning sets it where it begins
             self.net.codes.load_state_dict(data.codes.state_dict())
 
     def step(self, batch: Batch) -> dict[str, Tensor]:

@@ -159,13 +159,13 @@ class ClipStage(Stage):
         if self._trainer is None or self.trainer.world_size == 1:
             return x
         gathered = self.all_gather(x, sync_grads=x.is_floating_point())
-        return gathered.flatten(0, 1)  # pyright: ignore[reportAttributeAccessIssue]
+        return gathered.flatten(0, 1)  # pyright: ignore[reportAttributeAccessIssue]  # a tensor, where a tensor is given
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
         # Here and not at the batch's end: before a moving average or a checkpoint sees the parameter.
         with torch.no_grad():
-            self.net.logit_scale.clamp_(0, LOGIT_SCALE_MAX)  # pyright: ignore[reportCallIssue]
+            self.net.logit_scale.clamp_(0, LOGIT_SCALE_MAX)  # pyright: ignore[reportCallIssue]  # a parameter, of which the hint does not know
 
     def log_scalars(self, split: str, values: dict[str, Tensor], batch: Batch) -> None:
         if split != "train":  # see ContrastiveLoss

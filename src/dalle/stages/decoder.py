@@ -61,7 +61,7 @@ class DecoderStage(Stage):
         self.rescale, self.thresholding = rescale, thresholding
 
     @property
-    def net(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def net(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # an attribute there
         return self.denoiser.net
 
     def step(self, batch: Batch) -> dict[str, Tensor]:

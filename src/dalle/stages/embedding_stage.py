@@ -33,7 +33,7 @@ class EmbeddingStage(Stage):
         self.candidates, self.val_samples, self.room = candidates, val_samples, val_samples
 
     def setup(self, stage: str) -> None:
-        self.norm = self.trainer.datamodule.norm  # pyright: ignore[reportAttributeAccessIssue]
+        self.norm = self.trainer.datamodule.norm  # pyright: ignore[reportAttributeAccessIssue]  # Lightning sets it where it begins
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         return {**super().validation_step(batch, batch_idx), **self.log_cosines("val", batch, batch_idx)}

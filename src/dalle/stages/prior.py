@@ -53,7 +53,7 @@ class PriorStage(EmbeddingStage):
         self.text_dropout, self.guidance = text_dropout, guidance
 
     @property
-    def net(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def net(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # an attribute there
         return self.denoiser.net
 
     def step(self, batch: Batch) -> dict[str, Tensor]:

@@ -62,7 +62,7 @@ class VQGANStage(Stage):
                 f"pictures of {self.net.image_size} px are too small for model.discriminator, which takes "
                 f"{least} px and more; give it fewer layers"
             )
-        self.discriminator = discriminator.to(memory_format=torch.channels_last)  # pyright: ignore
+        self.discriminator = discriminator.to(memory_format=torch.channels_last)
         self.make_perceptual = perceptual
         self.frozen: tuple[nn.Module, ...] = ()  # no child: neither trained nor saved
         self.perceptual_weight, self.adversarial_weight = perceptual_weight, adversarial_weight

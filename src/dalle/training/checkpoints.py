@@ -100,11 +100,11 @@ class LastCheckpoint(Checkpoint):
         return self.before + (self.ended or time.perf_counter()) - self.started
 
     def save(self, trainer: lightning.Trainer) -> None:
-        if trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]
+        if trainer.fast_dev_run:  # pyright: ignore[reportAttributeAccessIssue]  # set by a connector of Lightning's
             return
         if self.saved_step is None or self.loops is None or trainer.global_step <= self.saved_step:
             return
-        trainer.lightning_module.check_worth_keeping()  # pyright: ignore[reportCallIssue]
+        trainer.lightning_module.check_worth_keeping()  # pyright: ignore[reportCallIssue]  # a Stage, of which the hint does not know
         for logger in trainer.loggers:
             logger.save()
         self.saving = True

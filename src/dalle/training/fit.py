@@ -142,7 +142,7 @@ def check_least_batch(config: Config, stage: Stage) -> None:
 def keep_whole_steps(trainer: lightning.Trainer, batches: int) -> None:
     """Lets an epoch that `limit_train_batches` cuts short end with a whole accumulated step."""
     limit: Any = trainer.limit_train_batches
-    debug = trainer.fast_dev_run or trainer.overfit_batches  # pyright: ignore[reportAttributeAccessIssue]
+    debug = trainer.fast_dev_run or trainer.overfit_batches  # pyright: ignore[reportAttributeAccessIssue]  # set by a connector of Lightning's
     everything = isinstance(limit, float) and limit == 1.0
     if trainer.accumulate_grad_batches > 1 and not everything and not debug:
         whole = preflight.whole_batches(batches, limit, trainer.accumulate_grad_batches)
@@ -310,7 +310,7 @@ def make_trainer(config: Config, run: Run) -> lightning.Trainer:
 
 def finish(run: Run, trainer: lightning.Trainer, stage: Stage, manifest: dict[str, Any]) -> None:
     """Saves the averaged weights and the manifest (sharded weights are gathered first, on all ranks)."""
-    for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+    for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]  # set by a connector of Lightning's
         if isinstance(callback, Ema):
             callback.swap_in(stage)
     if trainer.is_global_zero:

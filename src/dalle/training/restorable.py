@@ -52,7 +52,7 @@ def _parts(
         yield "loops", alike(checkpoint["loops"]["fit_loop"], trainer.fit_loop.state_dict())
     if "guard" in checkpoint:
         yield "guard", stage.guard.fits(checkpoint["guard"])
-    for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+    for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]  # set by a connector of Lightning's
         own = type(callback).__module__.startswith("dalle.")
         if callback.state_key in checkpoint["callbacks"] and own:
             saved = checkpoint["callbacks"][callback.state_key]
@@ -110,7 +110,7 @@ def fresh(stage: Stage, trainer: lightning.Trainer) -> tuple[list[Optimizer], li
     """The optimizers and schedules that the stage would begin with; their steps are not known yet."""
 
     class NotBegun(type(trainer)):
-        estimated_stepping_batches = 1  # pyright: ignore[reportAssignmentType]: a property there
+        estimated_stepping_batches = 1  # pyright: ignore[reportAssignmentType]  # a property there
 
     stage.trainer = copy.copy(trainer)
     stage.trainer.__class__ = NotBegun
