@@ -15,6 +15,7 @@ from dalle.metrics.distances import FrechetDistance
 from dalle.metrics.features import FeatureNet
 from dalle.metrics.intervals import of_share
 from dalle.metrics.judge_accuracy import JudgeAccuracy
+from dalle.metrics.metric import PictureCount
 
 
 class Head(nn.Module):
@@ -60,6 +61,14 @@ def test_a_distance_of_too_few_pictures_says_so_in_its_name(made, real, biased):
     (note,) = metric.notes
     assert ("mostly bias" in note) == biased
     assert (f"the interval is of the estimate at n={made}" in note) != biased
+
+
+def test_captions_of_any_letters_stay_with_their_pictures():
+    captions = ["a\0b", "c\nd", "\ud800", "\u8d64"]
+    metric = PictureCount()
+    metric.update(torch.zeros(3, 3, 2, 2), captions[:3], [3, 2, 1])
+    metric.update(torch.zeros(1, 3, 2, 2), captions[3:], [0])
+    assert metric.seen("made")[1] == captions[::-1]
 
 
 def test_features_that_are_no_numbers_are_counted():

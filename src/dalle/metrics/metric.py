@@ -15,6 +15,7 @@ The line is ``extra_metrics=[{_target_: mylab.contrast.Contrast}]`` of evaluate.
 package is one that ``trust=[mylab]`` names.
 """
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,7 +83,7 @@ class EvaluationMetric(Metric):
         self, rows: Rows, items: Sequence[int], captions: Sequence[str] = (), kind: str = "made"
     ) -> None:
         """Adds rows of pictures of these numbers."""
-        text = "".join(f"{caption}\0" for caption in captions).encode()
+        text = "".join(f"{json.dumps(caption)}\n" for caption in captions).encode()
         kept = {"item": torch.tensor(items), "text": torch.tensor(list(text), dtype=torch.uint8), **rows}
         for name, values in kept.items():
             getattr(self, f"{kind}_{name}").append(values.detach().cpu())
@@ -96,7 +97,8 @@ class EvaluationMetric(Metric):
         """The rows kept so far (of all ranks, where states are synchronised) and the captions."""
         table = {name: self._state(f"{kind}_{name}") for name in ("item", *self.columns)}
         order = table.pop("item").argsort(stable=True)
-        texts = bytes(self._state(f"{kind}_text").byte().tolist()).decode().split("\0")[:-1]
+        lines = bytes(self._state(f"{kind}_text").byte().tolist()).decode().splitlines()
+        texts = [json.loads(line) for line in lines]
         rows = {name: values[order] for name, values in table.items() if len(values)}
         return rows, [texts[i] for i in order.tolist()] if texts else []
 
