@@ -31,6 +31,8 @@ WHOLE = "must be a whole number"
         ("clip", "logger.csv._target_=torch.nn.Identity", "logger.csv must be Logger, got an object of Identity"),
         ("clip", "~optimizer", "optimizer"),
         ("clip", "~resume", "resume is needed: do not take it away"),
+        ("prior", "~trainer.max_steps", "trainer.max_steps is needed: do not take it away"),
+        ("clip", "~trainer.devices", "trainer.devices is needed: do not take it away"),
         ("clip", "optimizer.lr=-1", "optimizer.lr must be a number above 0 and at most 1000, got -1"),
         ("clip", "optimizer.lr=nan", "optimizer.lr must be a number, got nan"),
         ("clip", "optimizer.lr=1e30", "optimizer.lr must be a number above 0 and at most 1000, got 1e+30"),

@@ -86,16 +86,23 @@ BatchesOrNone = NonNegativeInt | Fraction | None
 Endless = Literal[-1]
 
 
-class TrainerSettings(TypedDict, total=False):
-    """Lightning's own signature gives types only."""
+class TrainerNeeded(TypedDict):
+    """What is asked of the trainer's settings beside Lightning."""
 
+    strategy: Any
     accelerator: Text
     devices: Annotated[int, Ge(1), Le(1024)] | Endless | Text | list[NonNegativeInt]
     num_nodes: Annotated[int, Ge(1), Le(100_000)]
-    fast_dev_run: bool | NonNegativeInt
     max_epochs: PositiveInt | Endless | None
-    min_epochs: PositiveInt | None
     max_steps: PositiveInt | Endless
+    accumulate_grad_batches: PositiveInt
+
+
+class TrainerSettings(TrainerNeeded, total=False):
+    """Lightning's own signature gives types only."""
+
+    fast_dev_run: bool | NonNegativeInt
+    min_epochs: PositiveInt | None
     min_steps: PositiveInt | None
     limit_train_batches: Batches
     limit_val_batches: BatchesOrNone
@@ -106,7 +113,6 @@ class TrainerSettings(TypedDict, total=False):
     check_val_every_n_epoch: PositiveInt | None
     num_sanity_val_steps: NonNegativeInt | Endless
     log_every_n_steps: NonNegativeInt
-    accumulate_grad_batches: PositiveInt
     gradient_clip_val: NonNegative | None
     gradient_clip_algorithm: Literal["norm", "value"] | None
     reload_dataloaders_every_n_epochs: NonNegativeInt
@@ -120,8 +126,8 @@ def check_config(config: Config) -> None:
     """
     check_values(config, Settings)
     set_trusted(config.get("trust"))
-    for key in Needed.__annotations__.keys() - config.keys():
-        raise UserError(f"{key} is needed: do not take it away")
+    check_needed(config, Settings)
+    check_needed(config["trainer"], TrainerSettings, "trainer.")
     check(config["optimizer"], "optimizer", OptimizerFactory)
     check(config["sampler"], "sampler", Sampler)
     for key in ("data", "tokenizer", "clip", "image_tokenizer"):
@@ -138,6 +144,11 @@ def check_config(config: Config) -> None:
     check({"_target_": "lightning.Trainer", **config["trainer"]}, "trainer")
     check_stage(config)
     rehearse(config)
+
+
+def check_needed(values: Config, declared: Any, place: str = "") -> None:
+    for key in sorted(declared.__required_keys__ - values.keys()):
+        raise UserError(f"{place}{key} is needed: do not take it away")
 
 
 def check_time(value: Any) -> None:
