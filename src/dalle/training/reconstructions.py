@@ -21,7 +21,7 @@ from dalle.metrics.codebook_usage import CodeUse, code_use, diagnose
 from dalle.metrics.distances import FrechetDistance
 from dalle.metrics.features import find_inception, inception_features, random_features
 from dalle.metrics.judge_accuracy import JudgeAccuracy
-from dalle.metrics.metric import EvaluationMetric, update_all, values_of, without_marks
+from dalle.metrics.metric import BIASED, EvaluationMetric, update_all, values_of, without_marks
 from dalle.metrics.reconstruction import Likeness, Perceptual
 from dalle.ranges import File, Place, PositiveInt
 from dalle.stages.base import Stage
@@ -92,7 +92,7 @@ class Reconstructions(SheetCallback):
         if not self.metrics:
             return
         found = values_of([self.likeness, *self.metrics])
-        found.pop("rfid_random_biased", None)
+        found.pop(f"rfid_random{BIASED}", None)
         table: dict[str, Any] = without_marks({k: v for k, v in found.items() if "judge" not in k})
         if "judge/all" in found:
             table["judge_reconstruction"] = found["judge/all"]
