@@ -189,6 +189,7 @@ class Plan:
                 lacking["zero_shot"] = "the data have no classes (data=imagefolder has)"
             yield ZeroShotAccuracy(self.scorer, self.wanted, classes)
         if isinstance(self.target, Prior):
+            assert self.target.clip is not None
             imagine = partial(self.target.imagine, seed=self.seed)
             key = [self.target.facts[k] for k in ("weights", "options", "precision", "batch_size")]
             yield ImaginedEmbeddings(self.target.clip, imagine, [*key, self.seed, machine()], self.wanted)

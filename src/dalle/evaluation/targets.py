@@ -268,6 +268,7 @@ class Prior(Target):
 
     def imagine(self, captions: list[str], items: list[int], seed: int) -> tuple[Tensor, Tensor]:
         """The captions' own embeddings (B, E) and those imagined for them, whose noise is the pipeline's."""
+        assert self.clip is not None
         features = self.clip.embed_captions(captions)
         device = features["text"].device
         randn = per_sample([mix(seed, item, 0, PRIOR) for item in items], device)
