@@ -25,12 +25,13 @@ def flat(stage: Any) -> Tensor:
 
 
 class Watch(lightning.Callback):
-    """Weights and buffers of all ranks before and after each step."""
+    """Losses of all ranks, and their weights and buffers before and after each step."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
         self.weights: list[Tensor] = []
         self.buffers: list[Tensor] = []
+        self.losses: list[Tensor] = []
 
     def look(self, stage: Any) -> None:
         self.weights.append(stage.all_gather(flat(stage)))
@@ -40,13 +41,15 @@ class Watch(lightning.Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.look(pl_module)
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+        self.losses.append(pl_module.all_gather(outputs["loss"].detach()))
         self.look(pl_module)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.is_global_zero:
-            seen = {"weights": torch.stack(self.weights), "buffers": torch.stack(self.buffers)}
-            torch.save({k: v.view(len(v), trainer.world_size, -1) for k, v in seen.items()}, self.out)
+            seen = {"weights": self.weights, "buffers": self.buffers, "losses": self.losses}
+            both = {name: torch.stack(values) for name, values in seen.items()}
+            torch.save({k: v.view(len(v), trainer.world_size, -1) for k, v in both.items()}, self.out)
 
 
 def draw(self: Any, batch: Any) -> Tensor:
@@ -74,7 +77,7 @@ def main(logs: str, out: str, model: str, *options: str) -> None:
 def watch(ranks: int, logs: Path, out: Path, model: str, *options: str) -> dict[str, Tensor]:
     """Trains a tiny stage in processes of its own with 8 items a step.
 
-    Returns: weights and buffers (steps + 1, ranks, N).
+    Returns: weights and buffers (steps + 1, ranks, N), losses (steps, ranks, 1).
     """
     job = subprocess.run(
         [

@@ -3,8 +3,6 @@
 import math
 import os
 import signal
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from conftest import untrained
 from lightning.pytorch.strategies import FSDPStrategy
-from tiny import ENVIRONMENT, ROOT, SECONDS, column, configure, train, weights
+from tiny import column, configure, train, weights
 from torch import Tensor
+from two_ranks import watch
 
 from dalle.diffusion.noise import per_sample
 from dalle.errors import UserError
@@ -399,49 +398,10 @@ def test_what_needs_a_gpu_is_refused_too(setting, changes):
         stage.check_trainer(stage.trainer)
 
 
-PROBE = """
-import sys
-from pathlib import Path
-import lightning, torch
-sys.path.insert(0, sys.argv[1])
-from tiny import configure
-from dalle.training import fit
-
-class Gather(lightning.Callback):
-    losses = []
-    def on_train_batch_end(self, trainer, stage, outputs, *_):
-        self.losses.append(outputs["loss"])
-    def on_fit_end(self, trainer, stage):
-        flat = torch.cat([p.detach().flatten() for p in stage.parameters()])
-        seen = {"weights": stage.all_gather(flat), "losses": stage.all_gather(torch.stack(self.losses))}
-        if trainer.is_global_zero:
-            torch.save(seen, Path(sys.argv[2]) / "seen.pt")
-
-made = fit.make_trainer
-def make_trainer(config, run):
-    trainer = made(config, run)
-    trainer.callbacks.insert(0, Gather())
-    return trainer
-
-fit.make_trainer = make_trainer
-options = ("trainer=ddp_cpu", "batch_size=4", "trainer.max_steps=3", "model.r1_every=2")
-fit.train(configure("gan", Path(sys.argv[2]), *options))
-"""
-
-
 @pytest.mark.slow
 def test_ranks_agree_on_both_networks(logs, tmp_path):
     """Each rank has pictures and noise of its own; gradients are averaged, or the weights would part."""
-    (tmp_path / "default").mkdir()
-    (tmp_path / "default" / "clip").symlink_to(logs / "default" / "clip")
-    script = tmp_path / "probe.py"
-    script.write_text(PROBE)
-    job = subprocess.run(
-        [sys.executable, str(script), str(ROOT / "tests"), str(tmp_path)],
-        cwd=tmp_path, env=ENVIRONMENT, timeout=SECONDS, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert job.returncode == 0, job.stderr
-    seen = torch.load(tmp_path / "seen.pt", weights_only=True)
-    assert torch.equal(*seen["weights"])
-    assert (seen["losses"][0] != seen["losses"][1]).all()
-    assert Run(tmp_path / "default" / "gan").manifest()["steps"] == 3
+    seen = watch(2, logs, tmp_path, "gan", "trainer.max_steps=3", "model.r1_every=2")
+    assert torch.equal(*seen["weights"][-1])
+    assert (seen["losses"][:, 0] != seen["losses"][:, 1]).all()
+    assert Run(tmp_path / "2").manifest()["steps"] == 3

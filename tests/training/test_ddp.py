@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny import COMMON, ENVIRONMENT, NETS, ROOT, SECONDS, column, configure, weights
+from two_ranks import watch
 
 from dalle.run_dir import Run
 from dalle.training import fit
@@ -80,51 +81,13 @@ def test_two_ranks_do_what_one_does_with_twice_the_batch(work, tmp_path):
     assert two.manifest()["metrics"] == pytest.approx(one.manifest()["metrics"], abs=1e-4)
 
 
-PROBE = """
-import sys
-from pathlib import Path
-import lightning, torch
-sys.path.insert(0, sys.argv[1])
-from tiny import configure
-from dalle.training import fit
-
-class Gather(lightning.Callback):
-    losses = []
-    def on_train_batch_end(self, trainer, stage, outputs, *_):
-        self.losses.append(outputs["loss"])
-    def on_fit_end(self, trainer, stage):
-        flat = torch.cat([p.detach().flatten() for p in stage.net.parameters()])
-        seen = {"weights": stage.all_gather(flat), "losses": stage.all_gather(torch.stack(self.losses))}
-        if trainer.is_global_zero:
-            torch.save(seen, Path(sys.argv[2]) / "seen.pt")
-
-made = fit.make_trainer
-def make_trainer(config, run):
-    trainer = made(config, run)
-    trainer.callbacks.insert(0, Gather())
-    return trainer
-
-fit.make_trainer = make_trainer
-options = ("trainer=ddp_cpu", "batch_size=4", "callbacks.generation.items=6", "trainer.max_steps=3")
-fit.train(configure("decoder", Path(sys.argv[2]), *options))
-"""
-
-
 def test_ranks_agree_and_test_pictures_are_counted_once(work, tmp_path):
     """Each rank draws noise of its own, yet all hold the same weights; six pictures on two ranks are six."""
-    (tmp_path / "default").mkdir()
-    (tmp_path / "default" / "clip").symlink_to(work / "logs" / "default" / "clip")
-    script = tmp_path / "probe.py"
-    script.write_text(PROBE)
-    job = subprocess.run(
-        [sys.executable, str(script), str(ROOT / "tests"), str(tmp_path)],
-        cwd=tmp_path, env=ENVIRONMENT, timeout=SECONDS, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert job.returncode == 0, job.stderr
-    seen = torch.load(tmp_path / "seen.pt", weights_only=True)
-    assert torch.equal(*seen["weights"])
-    assert (seen["losses"][0] != seen["losses"][1]).all()
-    assert Run(tmp_path / "default" / "decoder").manifest()["metrics"]["test/pictures"] == 6
+    options = ("callbacks.generation.items=6", "trainer.max_steps=3")
+    seen = watch(2, work / "logs", tmp_path, "decoder", *options)
+    assert torch.equal(*seen["weights"][-1])
+    assert (seen["losses"][:, 0] != seen["losses"][:, 1]).all()
+    assert Run(tmp_path / "2").manifest()["metrics"]["test/pictures"] == 6
 
 
 def test_interrupted_on_all_ranks_and_resumed(work):
