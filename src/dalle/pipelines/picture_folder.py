@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from dalle.data.image_files import MAX_PIXELS, SUFFIXES, BadPicture, inspect, read
@@ -40,8 +39,8 @@ def seen_pictures(folder: str) -> dict[str, str]:
     return found
 
 
-def read_pictures(folder: str, digests: Mapping[str, str]) -> list[Float[Tensor, "3 H W"]]:
-    """Those of these names, in [-1, 1].
+def read_pictures(folder: str, digests: Mapping[str, str]) -> list[Tensor]:
+    """Those of these names, (3, H, W) in [-1, 1].
 
     Raises:
         UserError: one is gone, cannot be read, or is another than its digest says.

@@ -399,7 +399,7 @@ class UpsamplerSamplingConfig(SamplingConfig):
     @staticmethod
     def draw(
         pipeline: Any, recipe: SampleRecipe, options: dict[str, dict[str, Any]], **more: Any
-    ) -> list[Float[Tensor, "F 3 H W"]]:
+    ) -> list[Tensor]:
         """Each picture at a size of its own."""
         folder, digests = options["images"]["folder"], options["images"]["digests"]
         pictures = read_pictures(folder, dict(zip(recipe.prompts, digests, strict=True)))
@@ -435,7 +435,7 @@ def draw(
     recipe: SampleRecipe,
     options: dict[str, dict[str, Any]],
     **more: Any,
-) -> Sequence[Float[Tensor, "F 3 H W"]]:
+) -> Tensor | list[Tensor]:
     """The recipe's pictures, enlarged by the upsamplers there are; `SamplingConfig.draw` has the rest."""
     told = {name: node for name, node in options.items() if _is_upsampler(name)}
     own = {name: node for name, node in options.items() if name not in told}
@@ -524,7 +524,7 @@ def _is_upsampler(name: str) -> bool:
     return re.fullmatch(UPSAMPLER.format(r"\d+"), name) is not None
 
 
-def write(frames: Sequence[Float[Tensor, "F 3 H W"]], recipe: SampleRecipe, out: Path) -> None:
+def write(frames: Tensor | list[Tensor], recipe: SampleRecipe, out: Path) -> None:
     """The pictures one by one and as a grid, where asked for how they came about, and their recipe."""
     images = [frame[-1] for frame in frames]
     for i, image in enumerate(images):
@@ -538,7 +538,7 @@ def write(frames: Sequence[Float[Tensor, "F 3 H W"]], recipe: SampleRecipe, out:
     print(f"make them again: dalle sample recipe={out / 'recipe.yaml'}")
 
 
-def _of_one_size(images: Sequence[Float[Tensor, "3 H W"]]) -> Float[Tensor, "N 3 H W"]:
+def _of_one_size(images: list[Tensor]) -> Float[Tensor, "N 3 H W"]:
     """White beside and below those that are smaller."""
     height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
     room = [(0, width - image.shape[2], 0, height - image.shape[1]) for image in images]
