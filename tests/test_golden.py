@@ -25,7 +25,7 @@ TUNED = (
 DECODER = (
     "model.image_dropout=0.1", "model.text_dropout=0.5", "model.denoiser.prediction=velocity",
     "model.denoiser.time_sampling=logit_normal", "model.denoiser.weighting=none",
-    "model.denoiser.schedule.name=flow", "model.denoiser.schedule.shift=1.0",
+    "model.denoiser.schedule.name=flow", "model.denoiser.schedule.shift=1.0", "model.denoiser.frequency_weight=0",
 )  # fmt: skip
 PRIOR = ("model.text_dropout=0.1", "model.denoiser.prediction=x0", "model.denoiser.schedule.name=cosine")
 AR_PRIOR = ("model.text_dropout=0.1", "datamodule.kept_variance=0.95")
@@ -47,7 +47,7 @@ GAN = (
     "model.d_steps=1", "model.d_lr=1.0", "model.beta1=0.5", "model.augment=[translation]",
 )  # fmt: skip
 OF_STAGE = {
-    "clip": (), "prior": PRIOR, "ar_prior": AR_PRIOR, "decoder": DECODER, "dit": DECODER,
+    "clip": ("model.classification_weight=0",), "prior": PRIOR, "ar_prior": AR_PRIOR, "decoder": DECODER, "dit": DECODER,
     "dvae": DVAE, "vqgan": VQGAN, "vae": VAE, "gan": GAN, "dalle": DALLE,
     "upsampler": UPSAMPLER,
 }  # fmt: skip

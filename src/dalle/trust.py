@@ -70,6 +70,7 @@ LACKED = {  # arguments that came later -> what runs that do not name them were 
     "dalle.nets.clip.CLIP": {"vision": "vit"},
     "dalle.nets.dalle.DALLE": {"image_levels": None},
     "dalle.nets.unet.UNet": {"positions": False},
+    "dalle.stages.clip.ClipStage": {"classification_weight": 0.0},
 }
 
 _trusted: tuple[str, ...] = ()  # packages of the user's own, by `set_trusted`

@@ -2,6 +2,8 @@
 
 What differs from the paper: captions that are the same text share their images as right answers. A batch of
 small data holds many equal captions; none can tell those apart, and trying drives images off their captions.
+And an image's embedding also learns to name the words of its caption (`classification_loss`). Of what a
+picture shows, contrast alone learns what tells most captions of a batch apart, and the rest late.
 
 A contrastive loss grows with the number of candidates. That of a validation or test is therefore taken at the
 epoch's end, each pair against a fixed number of others: it is the same for all batch sizes and ranks.
@@ -20,6 +22,7 @@ from torchmetrics.utilities import dim_zero_cat
 from dalle.data.batch import Batch
 from dalle.nets.interfaces import CLIPNet, check_interface
 from dalle.optim.factory import OptimizerFactory
+from dalle.ranges import NonNegative
 from dalle.stages.base import VALIDATION_SEED, Stage
 
 LOGIT_SCALE_MAX = math.log(100)
@@ -48,6 +51,24 @@ def contrastive_loss(
         to_text = scale * image_embed @ all_texts.T
         to_image = scale * text_embed @ all_images.T
     return (F.cross_entropy(to_text, target) + F.cross_entropy(to_image, target)) / 2
+
+
+def classification_loss(
+    logits: Float[Tensor, "b v"], text: Int[Tensor, "b t"], real: Bool[Tensor, "b t"]
+) -> Float[Tensor, ""]:
+    """Cross entropy of a caption's words, told from its image: SuperClass (Huang et al. 2024).
+
+    The target is spread over the words of the caption, each by its inverse frequency in the batch,
+    -ln(share of captions that have it), so that what all captions say counts nothing.
+
+    Args:
+        logits: of all words, one row for each image.
+        text: ids of the captions. real: which are no padding.
+    """
+    words = torch.zeros_like(logits, dtype=torch.float32).scatter_add_(1, text.long(), real.float()) > 0
+    target = words * -words.float().mean(0).clamp(min=1 / len(words)).log()
+    target = target / target.sum(1, keepdim=True).clamp(min=1e-6)
+    return -(target * F.log_softmax(logits.float(), dim=1)).sum(1).mean()
 
 
 def caption_keys(text: Int[Tensor, "b t"]) -> Int64[Tensor, " b"]:
@@ -117,6 +138,7 @@ class ClipStage(Stage):
         optimizer: the recipe; None where the stage is only used.
         retrieval: a metric with `update(image_embed, text_embed, caption)` over a whole validation or test.
         share_equal_captions: pairs of equal captions are right answers to one another. Off: the paper's loss.
+        classification_weight: of `classification_loss`; 0 is the paper's loss.
     """
 
     least_batch = 2  # one pair has nothing to be told from
@@ -127,11 +149,14 @@ class ClipStage(Stage):
         optimizer: OptimizerFactory | None = None,
         retrieval: Metric | None = None,
         share_equal_captions: bool = True,
+        classification_weight: NonNegative = 10.0,
     ) -> None:
         super().__init__(optimizer)
         self.net: CLIPNet = check_interface(net, CLIPNet)
         self.retrieval, self.whole_loss = retrieval, ContrastiveLoss()
-        self.share_equal_captions = share_equal_captions
+        self.share_equal_captions, self.classification_weight = share_equal_captions, classification_weight
+        if classification_weight:
+            self.classifier = nn.Linear(net.embed_dim, net.vocab_size)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         image_embed, text_embed, scale = self.net(batch["image"], batch["text"])
@@ -146,8 +171,17 @@ class ClipStage(Stage):
             scale,
             right=answer[:, None] == self._of_all_ranks(answer),
         )
+        parts = {}
+        if self.classification_weight:
+            # of the embedding as prior and decoder see it: of unit variance
+            logits = self.classifier(image_embed * image_embed.shape[1] ** 0.5)
+            end = batch["text"].argmax(dim=1, keepdim=True)
+            real = torch.arange(batch["text"].shape[1], device=end.device) <= end
+            parts = {"contrastive": loss, "classification": classification_loss(logits, batch["text"], real)}
+            loss = loss + self.classification_weight * parts["classification"]
         return {
             "loss": loss,
+            **parts,
             "scale": scale,
             "image_embed": image_embed,
             "text_embed": text_embed,
