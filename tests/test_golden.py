@@ -22,10 +22,12 @@ TUNED = (
     "optimizer=adamw", "optimizer.lr=1e-3", "optimizer.weight_decay=0.05", "optimizer.betas=[0.9,0.99]",
     "optimizer.eps=1e-4", "optimizer.decay_start=0.5", "trainer.gradient_clip_val=1.0", "seed=0",
 )  # fmt: skip
+CLIP = ("model.classification_weight=0",)
 DECODER = (
     "model.image_dropout=0.1", "model.text_dropout=0.5", "model.denoiser.prediction=velocity",
     "model.denoiser.time_sampling=logit_normal", "model.denoiser.weighting=none",
-    "model.denoiser.schedule.name=flow", "model.denoiser.schedule.shift=1.0", "model.denoiser.frequency_weight=0",
+    "model.denoiser.schedule.name=flow", "model.denoiser.schedule.shift=1.0",
+    "model.denoiser.frequency_weight=0",
 )  # fmt: skip
 PRIOR = ("model.text_dropout=0.1", "model.denoiser.prediction=x0", "model.denoiser.schedule.name=cosine")
 AR_PRIOR = ("model.text_dropout=0.1", "datamodule.kept_variance=0.95")
@@ -47,7 +49,7 @@ GAN = (
     "model.d_steps=1", "model.d_lr=1.0", "model.beta1=0.5", "model.augment=[translation]",
 )  # fmt: skip
 OF_STAGE = {
-    "clip": ("model.classification_weight=0",), "prior": PRIOR, "ar_prior": AR_PRIOR, "decoder": DECODER, "dit": DECODER,
+    "clip": CLIP, "prior": PRIOR, "ar_prior": AR_PRIOR, "decoder": DECODER, "dit": DECODER,
     "dvae": DVAE, "vqgan": VQGAN, "vae": VAE, "gan": GAN, "dalle": DALLE,
     "upsampler": UPSAMPLER,
 }  # fmt: skip

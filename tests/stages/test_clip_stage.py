@@ -16,7 +16,13 @@ from torch.utils.data import DataLoader
 from dalle.metrics.retrieval import Retrieval
 from dalle.nets.clip import CLIP
 from dalle.optim.factory import OptimizerFactory
-from dalle.stages.clip import ClipStage, caption_keys, contrastive_loss
+from dalle.stages.clip import (
+    ClipStage,
+    bag_of_words,
+    caption_keys,
+    classification_loss,
+    contrastive_loss,
+)
 
 IMAGE = torch.tensor([[1.0, 0, 0], [0, 1, 0], [1, 1, 1]])
 TEXT = torch.tensor([[2.0, 0.5, 0], [0, 1, 1], [1, 0.5, 1]])
@@ -109,8 +115,38 @@ def test_the_stage_sees_equal_captions():
     same = torch.arange(8)[:, None] % 4 == torch.arange(8) % 4
     for share, right in ((True, same), (False, torch.eye(8, dtype=torch.bool))):
         out = ClipStage(net, share_equal_captions=share).step(batch)
-        torch.testing.assert_close(out["loss"], contrastive_loss(image, text, image, text, scale, right))
+        contrastive = contrastive_loss(image, text, image, text, scale, right)
+        torch.testing.assert_close(out["contrastive"], contrastive)
     assert out["scale"].item() == pytest.approx(1 / 0.07, rel=1e-5)
+
+
+def test_classification_is_cross_entropy_with_inverse_document_frequencies():
+    text = torch.tensor(
+        [[1, 3, 2, 5, 0], [1, 3, 4, 4, 5], [1, 2, 5, 0, 0], [1, 4, 5, 0, 0]]
+    )  # 5 ends, 0 pads
+    words = bag_of_words(text, vocab_size=6)
+    assert words.nonzero()[:, 1].tolist() == [1, 2, 3, 5, 1, 3, 4, 5, 1, 2, 5, 1, 4, 5]
+    logits = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    found = classification_loss(logits, words, words.double().mean(0).float())
+    # 1 and 5 are in all captions; 2, 3 and 4 in two of four each, so they count alike
+    named = [[2, 3], [3, 4], [2], [4]]
+    expected = [-logits[i].log_softmax(0)[ids].mean() for i, ids in enumerate(named)]
+    torch.testing.assert_close(found, torch.stack(expected).mean())
+    rare = torch.tensor([1.0, 1.0, 0.25, 0.5, 0.5, 1.0])  # -ln: ln 4 and ln 2, so two to one
+    logp = logits[0].log_softmax(0)
+    torch.testing.assert_close(classification_loss(logits[:1], words[:1], rare), -(2 * logp[2] + logp[3]) / 3)
+    same = torch.ones(2, 6, dtype=torch.bool)
+    assert classification_loss(logits[:2], same, same.float().mean(0)).item() == 0
+
+
+def test_without_classification_the_loss_is_the_papers():
+    batch = torch.utils.data.default_collate(pairs(8, captions=8))
+    out = ClipStage(make_net(), classification_weight=0.0).step(batch)
+    assert "classification" not in out
+    assert out["loss"] is out["contrastive"]
+    torch.manual_seed(0)
+    both = ClipStage(make_net(), classification_weight=2.0).step(batch)
+    torch.testing.assert_close(both["loss"], both["contrastive"] + 2 * both["classification"])
 
 
 @given(st.lists(st.lists(st.integers(0, 49407), min_size=5, max_size=5), min_size=2, max_size=20))
@@ -157,7 +193,8 @@ class Watch(lightning.Callback):
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize(("direction", "bound"), [(1.0, math.log(100)), (-1.0, 0.0)])
 def test_logit_scale_stays_in_bounds(tmp_path, direction, bound, accumulate):
-    stage, watch = ClipStage(PushUp(direction), sgd(lr=1e4)), Watch()
+    stage = ClipStage(PushUp(direction), sgd(lr=1e4), classification_weight=0.0)
+    watch = Watch()
     loader = DataLoader(pairs(16, captions=16), batch_size=4)
     trainer(tmp_path, callbacks=[watch], accumulate_grad_batches=accumulate).fit(stage, loader)
     steps = [torch.tensor(2.6).item()] * (accumulate - 1) + [pytest.approx(bound, abs=0.01)] * (
@@ -198,7 +235,7 @@ def test_the_loss_of_a_test_is_the_same_in_any_batches(tmp_path, share):
     with torch.no_grad():
         batch = {k: torch.stack([torch.as_tensor(item[k]) for item in data]) for k in data[0]}
         assert whole == pytest.approx(
-            ClipStage(make_net(), share_equal_captions=share).step(batch)["loss"].item()
+            ClipStage(make_net(), share_equal_captions=share).step(batch)["contrastive"].item()
         )
     for found in (measured(tmp_path, data, size, share) for size in (1, 4, 8)):
         assert found == pytest.approx(whole, abs=1e-5)

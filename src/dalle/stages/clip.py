@@ -53,22 +53,30 @@ def contrastive_loss(
     return (F.cross_entropy(to_text, target) + F.cross_entropy(to_image, target)) / 2
 
 
+def bag_of_words(text: Int[Tensor, "b t"], vocab_size: int) -> Bool[Tensor, "b v"]:
+    """Which ids each caption has, up to its end token, the largest."""
+    end = text.argmax(dim=1, keepdim=True)
+    real = torch.arange(text.shape[1], device=text.device) <= end
+    counts = torch.zeros(len(text), vocab_size, device=text.device)
+    return counts.scatter_add_(1, text.to(torch.int64), real.float()) > 0
+
+
 def classification_loss(
-    logits: Float[Tensor, "b v"], text: Int[Tensor, "b t"], real: Bool[Tensor, "b t"]
+    logits: Float[Tensor, "b v"], words: Bool[Tensor, "b v"], share: Float[Tensor, " v"]
 ) -> Float[Tensor, ""]:
     """Cross entropy of a caption's words, told from its image: SuperClass (Huang et al. 2024).
 
-    The target is spread over the words of the caption, each by its inverse frequency in the batch,
-    -ln(share of captions that have it), so that what all captions say counts nothing.
+    The target is spread over the words of the caption, each as its inverse document frequency -ln(share): a
+    word that all captions have counts nothing.
 
     Args:
-        logits: of all words, one row for each image.
-        text: ids of the captions. real: which are no padding.
+        logits: of all words, a row for each image.
+        words: which words its caption has.
+        share: of the captions that have a word.
     """
-    words = torch.zeros_like(logits, dtype=torch.float32).scatter_add_(1, text.long(), real.float()) > 0
-    target = words * -words.float().mean(0).clamp(min=1 / len(words)).log()
-    target = target / target.sum(1, keepdim=True).clamp(min=1e-6)
-    return -(target * F.log_softmax(logits.float(), dim=1)).sum(1).mean()
+    target = words * -share.clamp(min=1e-6).log()
+    target = target / target.sum(dim=1, keepdim=True).clamp(min=1e-6)
+    return -(target * F.log_softmax(logits.float(), dim=1)).sum(dim=1).mean()
 
 
 def caption_keys(text: Int[Tensor, "b t"]) -> Int64[Tensor, " b"]:
@@ -156,7 +164,7 @@ class ClipStage(Stage):
         self.retrieval, self.whole_loss = retrieval, ContrastiveLoss()
         self.share_equal_captions, self.classification_weight = share_equal_captions, classification_weight
         if classification_weight:
-            self.classifier = nn.Linear(net.embed_dim, net.vocab_size)
+            self.classifier = nn.Linear(self.net.embed_dim, self.net.vocab_size)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         image_embed, text_embed, scale = self.net(batch["image"], batch["text"])
@@ -171,22 +179,16 @@ class ClipStage(Stage):
             scale,
             right=answer[:, None] == self._of_all_ranks(answer),
         )
-        parts = {}
+        out = {"loss": loss, "contrastive": loss}
         if self.classification_weight:
-            # of the embedding as prior and decoder see it: of unit variance
+            # the embedding as prior and decoder see it: of unit variance
             logits = self.classifier(image_embed * image_embed.shape[1] ** 0.5)
-            end = batch["text"].argmax(dim=1, keepdim=True)
-            real = torch.arange(batch["text"].shape[1], device=end.device) <= end
-            parts = {"contrastive": loss, "classification": classification_loss(logits, batch["text"], real)}
-            loss = loss + self.classification_weight * parts["classification"]
-        return {
-            "loss": loss,
-            **parts,
-            "scale": scale,
-            "image_embed": image_embed,
-            "text_embed": text_embed,
-            "caption": caption,
-        }
+            words = bag_of_words(batch["text"], self.net.vocab_size)
+            share = self._of_all_ranks(words.float().mean(dim=0, keepdim=True)).mean(dim=0)
+            out["classification"] = classification_loss(logits, words, share)
+            out["loss"] = loss + self.classification_weight * out["classification"]
+        embeds = {"image_embed": image_embed, "text_embed": text_embed, "caption": caption}
+        return {**out, "scale": scale, **embeds}
 
     def _of_all_ranks(self, x: Tensor) -> Tensor:
         """(B, ...) -> (ranks * B, ...), with gradients to every rank: DDP averages them to the full ones."""
@@ -203,7 +205,7 @@ class ClipStage(Stage):
 
     def log_scalars(self, split: str, values: dict[str, Tensor], batch: Batch) -> None:
         if split != "train":  # see ContrastiveLoss
-            values = {key: value for key, value in values.items() if key != "loss"}
+            values = {key: value for key, value in values.items() if key not in ("loss", "contrastive")}
         super().log_scalars(split, values, batch)
 
     def _evaluate(self, split: str, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
