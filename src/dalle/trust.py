@@ -56,12 +56,14 @@ SOURCE = ("images", "captions", "fingerprint", "__len__")  # what tells a source
 TOKENIZER = ("__call__", "too_long", "to_dict", "from_dict")  # and a tokenizer: see dalle.data.tokenizers
 MOVED = {  # names in files of earlier versions -> what is called so today; modules, and classes in them
     "dalle.callbacks": "dalle.training.callbacks",
+    "dalle.callbacks.Ema": "dalle.training.ema.Ema",
     "dalle.checkpoints": "dalle.training.checkpoints",
     "dalle.data.modules": "dalle.data.datamodules",
     "dalle.loggers": "dalle.training.loggers",
     "dalle.reconstructions": "dalle.training.reconstructions",
     "dalle.runs": "dalle.run_dir",
     "dalle.search": "dalle.launch.hparam_search",
+    "dalle.training.callbacks.Ema": "dalle.training.ema.Ema",
     "dalle.stages.muon": "dalle.optim.muon",
     "dalle.stages.optim.Recipe": "dalle.optim.factory.OptimizerFactory",
 }

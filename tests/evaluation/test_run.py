@@ -24,8 +24,8 @@ from dalle.evaluation.results import Result
 from dalle.evaluation.targets import Pipeline
 from dalle.images import from_uint8, to_uint8
 from dalle.metrics.clip_score import CLIPScore
-from dalle.metrics.distances import FrechetDistance
 from dalle.metrics.features import effnet_features, random_features
+from dalle.metrics.fid import FrechetDistance
 from dalle.metrics.judge import Judge
 from dalle.metrics.metric import update_all, values_of
 from dalle.metrics.perceptual import RandomFeatures

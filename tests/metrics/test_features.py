@@ -11,8 +11,8 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from dalle.errors import UserError
 from dalle.images import to_uint8
-from dalle.metrics.distances import FrechetDistance, frechet
 from dalle.metrics.features import CLIPFeatures, FeatureNet, find_inception, usual_features
+from dalle.metrics.fid import FrechetDistance, frechet
 from dalle.metrics.metric import update_all, values_of
 
 

@@ -11,8 +11,8 @@ from dalle.data.shapes import prompts
 from dalle.errors import UserError
 from dalle.images import to_uint8
 from dalle.metrics.clip_score import CLIPScore, ZeroShotAccuracy, recalls
-from dalle.metrics.distances import FrechetDistance
 from dalle.metrics.features import FeatureNet
+from dalle.metrics.fid import FrechetDistance
 from dalle.metrics.intervals import of_share
 from dalle.metrics.judge_accuracy import JudgeAccuracy
 from dalle.metrics.metric import PictureCount

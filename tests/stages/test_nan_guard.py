@@ -18,7 +18,7 @@ from dalle.run_dir import Run, load_stage
 from dalle.stages.base import Stage
 from dalle.stages.nan_guard import Guard
 from dalle.training import fit as training
-from dalle.training.callbacks import Ema
+from dalle.training.ema import Ema
 
 STAGES = [model for model in NETS if model != "dit"]
 SPOILT = 2  # the batch

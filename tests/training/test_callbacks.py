@@ -17,8 +17,9 @@ from dalle.data.datamodules import SourceDataModule
 from dalle.data.shapes import Shapes
 from dalle.optim.factory import OptimizerFactory
 from dalle.stages.base import Stage
-from dalle.training.callbacks import Ema, GenerationTest, LossByTime, SampleGrid, Throughput, take
+from dalle.training.callbacks import GenerationTest, LossByTime, SampleGrid, Throughput, take
 from dalle.training.checkpoints import LastCheckpoint
+from dalle.training.ema import Ema
 from dalle.training.loggers import log_verdicts
 
 

@@ -16,7 +16,7 @@ from dalle.data.shapes import Shapes
 from dalle.errors import UserError
 from dalle.images import GAP
 from dalle.metrics.codebook_usage import CodeUse
-from dalle.metrics.distances import FrechetDistance
+from dalle.metrics.fid import FrechetDistance
 from dalle.stages.base import Stage
 from dalle.training.reconstructions import Reconstructions, log_histogram, sheet
 

@@ -1,4 +1,4 @@
-"""Evaluator at pictures under the Trainer: every rank makes its share and keeps rows, which are then pooled.
+"""Looks at pictures under the Trainer: every rank makes its share and keeps rows, which are then pooled.
 
 A picture depends on its number alone, and features are computed one picture at a time, so the pooled rows are
 the same for any number of ranks (up to the rounding of batched products).
@@ -23,7 +23,7 @@ from dalle.errors import UserError
 from dalle.evaluation.plan import Plan
 from dalle.images import from_uint8, save_png, to_pil, to_uint8
 from dalle.machine import is_main_process, peak_memory
-from dalle.metrics.distances import FrechetDistance
+from dalle.metrics.fid import FrechetDistance
 from dalle.metrics.metric import EvaluationMetric, Rows
 
 SHOWN = 16  # in the grid

@@ -16,7 +16,14 @@ from dalle.evaluation.results import Result, machine
 from dalle.evaluation.targets import Clip, Prior, Target, classes_of, scorer_of
 from dalle.instantiate import instantiate
 from dalle.metrics.clip_score import CLIPScore, ZeroShotAccuracy
-from dalle.metrics.distances import (
+from dalle.metrics.features import (
+    FeatureNet,
+    clip_features,
+    effnet_features,
+    inception_features,
+    random_features,
+)
+from dalle.metrics.fid import (
     DISTANCES,
     FEWER,
     LARGE,
@@ -27,13 +34,6 @@ from dalle.metrics.distances import (
     SUBSETS,
     FrechetDistance,
     enough_for_infinity,
-)
-from dalle.metrics.features import (
-    FeatureNet,
-    clip_features,
-    effnet_features,
-    inception_features,
-    random_features,
 )
 from dalle.metrics.imagined import ImaginedEmbeddings
 from dalle.metrics.intervals import RESAMPLES

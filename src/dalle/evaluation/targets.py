@@ -36,7 +36,7 @@ from dalle.images import from_uint8, to_uint8
 from dalle.machine import fast_in_bf16
 from dalle.metrics.clip_score import Classes
 from dalle.metrics.codebook_usage import code_use
-from dalle.metrics.distances import DISTANCES
+from dalle.metrics.fid import DISTANCES
 from dalle.metrics.intervals import Figure, exact, of_mean, of_share
 from dalle.metrics.judge import Judge
 from dalle.metrics.metric import Rows

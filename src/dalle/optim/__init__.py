@@ -1,3 +1,3 @@
 """The optimizer and its learning-rate schedule (`factory`), Muon. The average of weights (EMA) is a callback,
-`dalle.training.callbacks.Ema`.
+`dalle.training.ema.Ema`.
 """

@@ -1,4 +1,4 @@
-"""Side work of training: moving average, pictures, loss by timestep, throughput.
+"""Side work of training: pictures, loss by timestep, throughput.
 
 None of it is known to the stages; each callback asks only for what `Stage` promises.
 """
@@ -20,113 +20,17 @@ from dalle.data.shapes import Shapes
 from dalle.diffusion.noise import per_sample
 from dalle.images import from_uint8, grid, save_png, to_uint8
 from dalle.metrics.clip_score import CLIPScore, Embedder
-from dalle.metrics.distances import FrechetDistance
 from dalle.metrics.features import find_inception, usual_features
+from dalle.metrics.fid import FrechetDistance
 from dalle.metrics.judge_accuracy import JudgeAccuracy
 from dalle.metrics.metric import EvaluationMetric, PictureCount, update_all, values_of, without_marks
-from dalle.ranges import Decay, Depth, File, NonNegativeInt, Place, PositiveInt, Seed
+from dalle.ranges import Depth, File, NonNegativeInt, Place, PositiveInt, Seed
 from dalle.stages.base import Stage
 from dalle.training.loggers import log_verdicts
 from dalle.training.restorable import alike_tensors
 from dalle.training.sheets import SheetCallback
-from dalle.weight_names import as_today
 
 log = logging.getLogger(__name__)
-
-
-class Ema(lightning.Callback):
-    """Exponential moving average of the trained network only; validation, tests and samples use it.
-
-    The decay warms up as min(decay, (1 + n) / (10 + n)) after n updates, so that the first weights are
-    forgotten soon. Integer and boolean buffers are copied. Averages of half weights are in fp32: in 8 bits
-    none would ever move.
-    """
-
-    def __init__(self, decay: Decay = 0.998, every: PositiveInt = 1) -> None:
-        self.decay, self.every = decay, every
-        self.updates = 0
-        self.average: dict[str, Tensor] = {}
-        self.live: dict[str, Tensor] | None = None
-        self.seen = 0
-
-    def on_fit_start(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
-        state = _tensors(pl_module)
-        old = self.average
-        self.average = {
-            k: old.get(k, v).detach().to(v.device, averaged(v.dtype), copy=True) for k, v in state.items()
-        }
-
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
-        self.seen = trainer.global_step
-
-    @torch.no_grad()
-    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: Stage, *_: Any) -> None:
-        step = trainer.global_step
-        if step == self.seen or step % self.every:
-            return  # a batch of an accumulated step: the weights have not moved
-        self.seen = step
-        if pl_module.guard.left_out:
-            return
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        state = _tensors(pl_module)
-        floating = [k for k, v in state.items() if v.is_floating_point()]
-        averages = [self.average[k] for k in floating]
-        weights = [state[k].to(averaged(state[k].dtype)) for k in floating]
-        torch._foreach_lerp_(averages, weights, 1 - decay)
-        for key in state.keys() - set(floating):
-            self.average[key].copy_(state[key])
-
-    @torch.no_grad()
-    def swap_in(self, pl_module: Stage) -> None:
-        """Puts the average into the network; the live weights wait in `self.live`."""
-        if self.average and self.live is None:
-            state = _tensors(pl_module)
-            self.live = {k: v.detach().clone() for k, v in state.items()}
-            for key, value in state.items():
-                value.copy_(self.average[key])
-
-    @torch.no_grad()
-    def swap_out(self, pl_module: Stage) -> None:
-        if self.live is not None:
-            for key, value in _tensors(pl_module).items():
-                value.copy_(self.live[key])
-            self.live = None
-
-    def on_validation_start(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
-        self.swap_in(pl_module)
-
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
-        self.swap_out(pl_module)
-
-    def on_test_start(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
-        self.swap_in(pl_module)
-
-    def on_test_end(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
-        self.swap_out(pl_module)
-
-    def on_exception(self, trainer: lightning.Trainer, pl_module: Stage, exception: BaseException) -> None:
-        self.swap_out(pl_module)  # stopped inside a validation: the checkpoint must hold the live weights
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"average": self.average, "updates": self.updates}
-
-    def fits(self, state: dict[str, Any], pl_module: Stage) -> bool:
-        """Whether a saved state is that of an average of this stage."""
-        average, own = as_today(state["average"], pl_module.net), _tensors(pl_module)
-        return average.keys() == own.keys() and all(alike_tensors(average[k], own[k]) for k in own)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.average, self.updates = state_dict["average"], state_dict["updates"]
-
-
-def averaged(dtype: torch.dtype) -> torch.dtype:
-    """The type in which tensors of a type are averaged."""
-    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
-
-
-def _tensors(stage: Stage) -> dict[str, Tensor]:
-    return {**dict(stage.net.named_parameters()), **dict(stage.net.named_buffers())}
 
 
 class SampleGrid(SheetCallback):

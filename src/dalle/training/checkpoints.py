@@ -56,7 +56,7 @@ class DurableIO(TorchCheckpointIO):
         checkpoint = super().load_checkpoint(path, to_cpu, **options)
         checkpoint["state_dict"] = as_today(checkpoint["state_dict"], self.stage)
         for state in checkpoint["callbacks"].values():
-            if "average" in state:  # of `dalle.training.callbacks.Ema`
+            if "average" in state:  # of `dalle.training.ema.Ema`
                 state["average"] = as_today(state["average"], self.stage.net)
         return checkpoint
 

@@ -30,10 +30,10 @@ from dalle.run_dir import Run
 from dalle.run_lock import check_ours, check_place, claimed
 from dalle.stages.base import Stage
 from dalle.training import loggers, preflight, resume
-from dalle.training.callbacks import Ema
 from dalle.training.checkpoints import LastCheckpoint, read_checkpoint
 from dalle.training.checks import build_stage, check_config
 from dalle.training.defaults import fill_lengths, fill_sizes, said
+from dalle.training.ema import Ema
 from dalle.training.loggers import MetricsCsv
 from dalle.trust import set_trusted
 

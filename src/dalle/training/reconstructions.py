@@ -18,8 +18,8 @@ from dalle.data.datamodules import datamodule_of
 from dalle.data.shapes import Shapes
 from dalle.images import grid
 from dalle.metrics.codebook_usage import CodeUse, code_use, diagnose
-from dalle.metrics.distances import FrechetDistance
 from dalle.metrics.features import find_inception, inception_features, random_features
+from dalle.metrics.fid import FrechetDistance
 from dalle.metrics.judge_accuracy import JudgeAccuracy
 from dalle.metrics.metric import BIASED, EvaluationMetric, update_all, values_of, without_marks
 from dalle.metrics.reconstruction import Likeness, Perceptual

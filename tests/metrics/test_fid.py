@@ -14,7 +14,8 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from dalle.images import from_uint8
-from dalle.metrics.distances import (
+from dalle.metrics.features import FeatureNet, random_features
+from dalle.metrics.fid import (
     FrechetDistance,
     enough_for_infinity,
     frechet,
@@ -23,7 +24,6 @@ from dalle.metrics.distances import (
     kid,
     precision_recall,
 )
-from dalle.metrics.features import FeatureNet, random_features
 from dalle.metrics.metric import values_of
 from dalle.metrics.perceptual import RandomFeatures
 
