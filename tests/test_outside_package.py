@@ -171,7 +171,8 @@ def test_everything_from_outside_trains_samples_and_evaluates(mylab, command):
     trust, own = "trust=[mylab]", f"--config-dir={mylab / 'conf'}"
     settings = (
         "model=decoder", *COMMON, f"paths.logs='{logs}'", "data=bands", "model/net=own", "sampler=jump",
-        "model._target_=mylab.Stage", "+model.metric._target_=mylab.Brightness", "trainer.max_steps=2",
+        "optimizer=adamw", "model._target_=mylab.Stage",
+        "+model.metric._target_=mylab.Brightness", "trainer.max_steps=2",
         "callbacks.generation.items=4", "+callbacks.watch._target_=mylab.Watch",
         f"+callbacks.watch.path='{mylab / 'watched'}'", "+logger.lines._target_=mylab.Lines",
         f"+logger.lines.path='{mylab / 'lines'}'",

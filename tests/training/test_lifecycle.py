@@ -397,7 +397,7 @@ def stopped(stopped_once, tmp_path) -> Run:
 @pytest.mark.parametrize(
     "setting",
     ["optimizer.lr=1e-5", "batch_size=4", "seed=1", "data.size=48", "precision=bf16", "optimizer=sgd",
-     "optimizer=muon", "trainer.gradient_clip_val=0.5", "optimizer.warmup=1",
+     "optimizer=adamw", "trainer.gradient_clip_val=0.5", "optimizer.warmup=1",
      "trainer.accumulate_grad_batches=2"],
 )  # fmt: skip
 def test_another_setting_is_refused_by_name(fit, stopped, setting):
