@@ -191,10 +191,12 @@ class Upsampler(Target):
     def __init__(self, path: str, config: dict[str, Any]) -> None:
         self.perceptual: Perceptual | None = Likeness(config["perceptual"]).perceptual
         self.loaded = with_upsamplers(no_stages(), {"upsampler_1": path})
-        self.module, self.parameters = self.loaded.pipeline, self.loaded.parameters
+        pipeline: Any = self.loaded.pipeline  # which has `upsample` now
+        self.module, self.upsample, self.parameters = pipeline, pipeline.upsample, self.loaded.parameters
         run = Run(Path(path))
         self.home, self.data = run.path.parent, run.source()
-        self.image_size, self.factor = self.module.upsamplers.image_size, run.manifest("factor")["factor"]
+        self.image_size: int = pipeline.upsamplers.image_size
+        self.factor = run.manifest("factor")["factor"]
         self.judge, self.seed, self.told = Judge(), config["seed"], dict[str, Any]()
         given = config["upsampling"]
         if given["steps"]:
@@ -212,7 +214,7 @@ class Upsampler(Target):
         low = from_uint8(to_uint8(shrunk(real, self.factor)))
         options = {"upsampler_1": self.told}
         settings = {"seed": self.seed, "batch_size": len(items), "numbers": items, "options": options}
-        made = self.module.upsample(low, **settings)
+        made = self.upsample(low, **settings)
         rows = upsampling_rows(made, real, low, self.perceptual)
         if isinstance(source, Shapes):
             for name, images in (("judge_small", low), ("judge_bicubic", bicubic(low, self.factor))):
