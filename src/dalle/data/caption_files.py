@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from dalle.data.caption_tables import SUFFIXES, Columns, NotATable, Table, read_table
 from dalle.data.splits import folder_splits, split_folder, split_names
 from dalle.data.text import lines, read_text, shown, tidy
+from dalle.data.zip_files import Archive, Member
 from dalle.errors import UserError
 
 TABLES = ("metadata", "captions", "caption", "annotations", "labels", "prompts")  # usual names, lower case
@@ -39,6 +40,8 @@ LIKE_YOU = (
 )
 AN = re.compile(rf"(?!{LIKE_YOU})[aeiou]|heir|honest|hono|hour", re.IGNORECASE)
 
+Root = Path | Archive  # root / name can be read
+
 
 @dataclass
 class Found:
@@ -51,6 +54,7 @@ class Found:
     unread: list[str] = field(
         default_factory=list
     )  # files that may hold captions, and why they were not read
+    sure_splits: bool = False  # they count before those of folders
 
 
 @dataclass(frozen=True)
@@ -72,12 +76,12 @@ class CaptionFiles:
 
     wanted = "captions in a .txt of the same name, there or in captions/, in metadata.jsonl or captions.csv"
 
-    def __call__(self, root: Path, pictures: Sequence[str], files: Mapping[str, int]) -> Found:
+    def __call__(self, root: Root, pictures: Sequence[str], files: Mapping[str, int]) -> Found:
         """Captions of each picture that has some. `files`: all names, with their sizes in bytes."""
-        reader = _Reader(root, Names(root, pictures), self.columns)
+        reader = _Reader(root, Names(str(root), pictures), self.columns)
         if self.table is not None:
             try:
-                reader.read(Path(self.table), "")
+                reader.read(root / self.table, "")
             except NotATable as error:
                 raise UserError(f"{self.table} is {error}") from None
             return reader.found(0)
@@ -107,7 +111,7 @@ class CaptionFiles:
             ]
         return reader.found(sum(map(bool, texts.values())))
 
-    def _lines(self, path: Path, size: int) -> list[str]:
+    def _lines(self, path: Path | Member, size: int) -> list[str]:
         """The captions in a text file. One odd file among thousands has none; its picture is named."""
         try:
             text = read_text(path) if size <= LARGEST_TEXT else ""
@@ -162,7 +166,7 @@ def _without(name: str, folder: re.Pattern[str]) -> list[str]:
 class _Reader:
     """Collects what tables say of pictures."""
 
-    def __init__(self, root: Path, names: "Names", columns: Columns):
+    def __init__(self, root: Root, names: "Names", columns: Columns):
         self.root, self.names, self.columns = root, names, columns
         self.captions: dict[str, list[str]] = {}
         self.splits: dict[str, str] = {}
@@ -177,7 +181,7 @@ class _Reader:
             except NotATable as error:
                 self.unread.append(f"{shown(name)} is {error}")
 
-    def read(self, path: Path, folder: str) -> None:
+    def read(self, path: Path | Member, folder: str) -> None:
         """Adds a table's captions; those of several tables add up, without repeating one another."""
         table = read_table(path, self.columns, lambda name: bool(self.names.find(name, folder)))
         new: dict[str, list[str]] = defaultdict(list)
@@ -200,7 +204,7 @@ class _Reader:
             self.read_from[path.name] = table.columns
             self._broken(path, table)
 
-    def _broken(self, path: Path, table: Table) -> None:
+    def _broken(self, path: Path | Member, table: Table) -> None:
         if table.broken:
             why = f"lines of {shown(path.name)} without a picture's name and a caption column"
             self.left_out[why] += [f"line {number}" for number in table.broken]
@@ -222,9 +226,9 @@ class _Reader:
 class Names:
     """Finds the pictures that a table means, however it writes their names."""
 
-    def __init__(self, root: Path, pictures: Sequence[str]):
+    def __init__(self, root: str, pictures: Sequence[str]):
         self.pictures = set(pictures)
-        self.roots = {f"{path}/" for path in (os.path.abspath(root), os.path.realpath(root), str(root))}
+        self.roots = {f"{path}/" for path in (os.path.abspath(root), os.path.realpath(root), root)}
 
     @cached_property
     def _by_key(self) -> dict[str, list[str]]:
@@ -292,7 +296,7 @@ class ClassNames:
 
     wanted = "pictures in one folder per class"
 
-    def __call__(self, root: Path, pictures: Sequence[str], files: Mapping[str, int]) -> Found:
+    def __call__(self, root: Root, pictures: Sequence[str], files: Mapping[str, int]) -> Found:
         given = folder_splits(pictures)
         folders = {name: PurePosixPath(name).parts[:-1] for name in pictures}
         for name in given:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle.data.text import lines, read_text, shown, tidy
+from dalle.data.zip_files import Member
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".txt", ".token")
 SEPARATORS = (",", "\t", ";", "|")
@@ -83,7 +84,7 @@ class Table:
     broken: list[int] = field(default_factory=list)
 
 
-def read_table(path: Path, columns: Columns, is_picture: Callable[[str], bool]) -> Table:
+def read_table(path: Path | Member, columns: Columns, is_picture: Callable[[str], bool]) -> Table:
     """Reads a table.
 
     Args:

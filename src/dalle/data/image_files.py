@@ -76,13 +76,13 @@ class Look(NamedTuple):
     odd_profile: bool  # its colour profile is broken, and left aside
 
 
-def inspect(path: Path, max_pixels: int) -> Look:
-    """Reads a file, but decodes it only where its end is suspicious.
+def inspect(where: Path | bytes, max_pixels: int) -> Look:
+    """Reads a file, or what its bytes would be, but decodes it only where its end is suspicious.
 
     Raises:
         BadPicture: no file, empty, broken, cut short, or of more than `max_pixels`.
     """
-    content = _content(path, max_pixels)
+    content = _content(where, max_pixels)
     with _open(content, max_pixels) as image:
         if not _has_an_end(str(image.format), content):
             _decode(image)  # odd, but often still readable
@@ -91,7 +91,7 @@ def inspect(path: Path, max_pixels: int) -> Look:
         return Look(hashlib.sha256(content).hexdigest()[:32], *image.size, odd)
 
 
-def read(path: Path, size: int, aspect: int, max_pixels: int, fit: Fit = "crop") -> np.ndarray:
+def read(where: Path | bytes, size: int, aspect: int, max_pixels: int, fit: Fit = "crop") -> np.ndarray:
     """Reads a picture, turned as its EXIF says, in sRGB, over white where it is transparent.
 
     Returns:
@@ -102,7 +102,7 @@ def read(path: Path, size: int, aspect: int, max_pixels: int, fit: Fit = "crop")
     Raises:
         BadPicture: as `inspect`.
     """
-    with _open(_content(path, max_pixels), max_pixels) as image:
+    with _open(_content(where, max_pixels), max_pixels) as image:
         image.draft(None, (2 * size, 2 * size))  # JPEG: skips detail far below a pixel, several times faster
         rgb = _decode(image)
     if fit == "squash":
@@ -182,15 +182,22 @@ def _from_lab() -> Any:
     return ImageCms.buildTransform(ImageCms.createProfile("LAB"), SRGB, "LAB", "RGB")
 
 
-def _content(path: Path, max_pixels: int) -> bytes:
+def _content(where: Path | bytes, max_pixels: int) -> bytes:
     """All bytes of a file; never waits for a pipe, never reads a device."""
+    largest = BYTES_PER_PIXEL * max_pixels + 2**20
+    if isinstance(where, bytes):
+        if len(where) > largest:
+            raise BadPicture(f"larger than {max_pixels} pixels can be")
+        if not where:
+            raise BadPicture("empty")
+        return where
     try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        handle = os.open(where, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
         with open(handle, "rb", buffering=0) as file:
             status = os.fstat(handle)
             if not stat.S_ISREG(status.st_mode):
                 raise BadPicture("no regular files")
-            if status.st_size > BYTES_PER_PIXEL * max_pixels + 2**20:
+            if status.st_size > largest:
                 raise BadPicture(f"larger than {max_pixels} pixels can be")
             content = file.readall()
     except OSError as error:

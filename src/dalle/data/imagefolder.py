@@ -9,6 +9,7 @@ from annotated_types import MinLen
 
 from dalle.data.caption_files import ClassNames
 from dalle.data.caption_tables import Columns
+from dalle.data.file_listing import Listing
 from dalle.data.folder import Captioner, Folder
 from dalle.data.image_files import MAX_PIXELS, Fit
 from dalle.data.splits import Split
@@ -49,5 +50,7 @@ class ImageFolder(Folder):
             split, root, image_size, crop, val_fraction, test_fraction, seed, max_pixels, fit=fit
         )
 
-    def captioner(self, captions: str | Path | None, columns: Columns, first_line: bool) -> Captioner:
+    def captioner(
+        self, listing: Listing, captions: str | Path | None, columns: Columns, first_line: bool
+    ) -> Captioner:
         return ClassNames(self.templates)

@@ -3,18 +3,25 @@
 import re
 import unicodedata
 from pathlib import Path
+from typing import Protocol
 
 UTF16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks of what Windows calls Unicode
 
 
-def read_text(path: str | Path) -> str:
+class Readable(Protocol):
+    """A path, or what is read like one."""
+
+    def read_bytes(self) -> bytes: ...
+
+
+def read_text(path: str | Readable) -> str:
     """UTF-8, or UTF-16 that says so; without its byte order mark.
 
     Raises:
         OSError: it cannot be read.
         UnicodeDecodeError: it is no such text.
     """
-    content = Path(path).read_bytes()
+    content = (Path(path) if isinstance(path, str) else path).read_bytes()
     return content.decode("utf-16" if content.startswith(UTF16) else "utf-8-sig")
 
 

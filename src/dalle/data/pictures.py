@@ -1,0 +1,343 @@
+"""Captioned pictures of any format as a `Source`: what is left once it is known where they are.
+
+A format is a `Collection`: it finds names of pictures and their captions, and gives the bytes of each. All
+else is here and the same for all of them. Splits are the format's own where it has any, else come from a hash
+of each picture's name, so it stays in its split when others are added. What cannot be used is left out; what
+was read is said once, in one line, and what is odd in another.
+"""
+
+import hashlib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from torch import Tensor
+from tqdm import tqdm
+
+from dalle.data.image_files import BROKEN, BadPicture, Fit, Look, Memory, inspect, read
+from dalle.data.picture_index import PictureIndex, Stamp
+from dalle.data.sources import mix
+from dalle.data.splits import FEWEST, Split, divide, split_folder
+from dalle.data.text import encoded, shown
+from dalle.errors import UserError
+
+MEMORY = 2**30  # bytes of decoded pictures kept
+LONGEST = 2  # random crops are taken from the middle part of a picture, at most so many times as long as wide
+NAMED = 3  # pictures named in a report
+LONG_SCAN = 20_000  # pictures from which a progress bar is shown
+MUCH = 1 / 3  # of a picture, lost to a square crop
+
+
+@dataclass
+class Catalogue:
+    """What a format says is there, before any picture has been looked at. Names are POSIX paths."""
+
+    pictures: dict[str, Stamp]  # in order; what tells versions of a picture apart
+    captions: Mapping[str, list[str]]
+    origin: str  # of the captions
+    splits: Mapping[str, str] = field(default_factory=dict)  # given ones; pictures without are left out
+    left_out: Mapping[str, list[str]] = field(default_factory=dict)  # why -> what
+    notes: Mapping[str, list[str]] = field(default_factory=dict)  # of pictures that are used
+    unread: Sequence[str] = ()  # files that may hold captions, and why they were not read
+    wanted: str = ""  # what was looked for, where nothing is found
+    among: str = ""  # and among what
+
+
+class Collection(Protocol):
+    """Pictures in a format. Frozen: equal ones hold the same, and share one scan."""
+
+    @property
+    def place(self) -> str:
+        """Where it is, for messages."""
+        ...
+
+    @property
+    def setting(self) -> str:
+        """How that was given: `data.root`."""
+        ...
+
+    def find(self) -> Catalogue: ...
+
+    def content(self, name: str) -> Path | bytes:
+        """A picture's file, or its bytes.
+
+        Raises:
+            BadPicture: it cannot be had.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What can be used of a collection: captions and content digests of names, in order."""
+
+    captions: dict[str, list[str]]
+    digests: dict[str, str]
+    given: dict[str, str]  # splits by folders or tables
+    origin: str  # of the captions
+    cropped: int  # pictures of which a square crop loses much
+    looks: dict[str, Look]
+    out: dict[str, list[str]]  # why -> what is left out
+    notes: dict[str, list[str]]
+
+
+class Pictures:
+    """One split of a collection.
+
+    Args:
+        split: train, val or test.
+        collection: the pictures.
+        image_size: S; the short side is resized to it, then the middle square is taken (`crop="center"`) or,
+            in training, one drawn per epoch (`crop="random"`).
+        val_fraction, test_fraction: of the pictures, where no split is given. From three different ones on,
+            no split with a fraction above 0 is empty; fewer are in every split. Equal ones are in one.
+        seed: of the splits and crops.
+        max_pixels: larger pictures are left out, as their size may be a lie that eats the memory.
+        fit: how a picture becomes a square: `crop`, or `pad` with white, or `squash`.
+
+    Raises:
+        UserError: nothing usable; says what was looked for and what was found.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        collection: Collection,
+        image_size: int,
+        crop: Literal["center", "random"],
+        val_fraction: float,
+        test_fraction: float,
+        seed: int,
+        max_pixels: int,
+        fit: Fit,
+    ):
+        check_options(image_size, crop, val_fraction, test_fraction, fit)
+        self.split, self.image_size, self.seed, self.max_pixels = split, image_size, seed, max_pixels
+        self.fit: Fit = fit
+        self.collection = collection
+        self.random_crop = crop == "random" and split == "train"
+        self.fixed = not self.random_crop
+        self.scan = scanned = scan(collection, max_pixels)
+        names = list(scanned.captions)
+        splits = divide(names, val_fraction, test_fraction, seed, scanned.given, scanned.digests)
+        introduce(collection, scanned, {split: len(names) for split, names in splits.items()}, fit, crop)
+        self.names = splits[split]
+        slot = 3 * image_size**2 * (LONGEST if self.random_crop else 1)
+        self._memory = Memory(len(self.names), slot if slot * len(self.names) <= MEMORY else 0)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def captions(self, item: int) -> list[str]:
+        return self.scan.captions[self.names[self._readable(item)]]
+
+    def images(self, items: Sequence[int], epoch: int = 0) -> Float[Tensor, "b 3 s s"]:
+        """(B, 3, S, S) float32 in [-1, 1]. A picture that turns out broken is replaced by the next one."""
+        size = self.image_size
+        batch = np.empty((len(items), size, size, 3), np.uint8)
+        for row, item in zip(batch, items, strict=True):
+            picture = self._picture(item)
+            top, left = self._corner(picture.shape, item, epoch)
+            row[:] = picture[top : top + size, left : left + size]
+        return torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256(f"{self.image_size} {self.random_crop and self.seed} {self.fit}\n".encode())
+        for name in self.names:
+            digest.update(encoded(name))
+            digest.update(f"\n{self.scan.digests[name]}\n{self.scan.captions[name]}\n".encode())
+        return digest.hexdigest()[:16]
+
+    def _picture(self, item: int) -> np.ndarray:
+        """(H, W, 3) uint8, H or W = S; read from disk once where memory allows."""
+        while True:
+            item = self._readable(item)
+            if (picture := self._memory.get(item)) is not None:
+                return picture
+            aspect = LONGEST if self.random_crop else 1
+            name = self.names[item]
+            try:
+                content = self.collection.content(name)
+                picture = read(content, self.image_size, aspect, self.max_pixels, self.fit)
+            except BadPicture as error:
+                if 0 < (broken := self._memory.give_up(item)) <= NAMED:
+                    more = "; more of the kind are not named" if broken == NAMED else ""
+                    where = shown(str(Path(self.collection.place, name)))
+                    rank_zero_warn(f"{where}: {error}; another picture takes its place{more}")
+            else:
+                self._memory.put(item, picture)
+                return picture
+
+    def _readable(self, item: int) -> int:
+        """The item itself, or the next after it that has not turned out to be broken."""
+        state = self._memory.state
+        if state[item] != BROKEN:
+            return item
+        n = len(self)
+        for other in range(item + 1, item + n):
+            if state[other % n] != BROKEN:
+                return other % n
+        raise UserError(
+            f"none of the {n} {self.split} pictures in {self.collection.place} can be read any more"
+        )
+
+    def _corner(self, shape: tuple[int, ...], item: int, epoch: int) -> tuple[int, int]:
+        free = [side - self.image_size for side in shape[:2]]
+        if not self.random_crop:
+            return free[0] // 2, free[1] // 2
+        draw = mix(self.seed, epoch, item, 1)  # 1: another draw than that of the caption
+        return draw % (free[0] + 1), draw % (free[1] + 1)  # one of the two is always 0
+
+
+def check_options(image_size: int, crop: str, val_fraction: float, test_fraction: float, fit: str) -> None:
+    """Refuses what contradicts itself, and a size of which not one picture fits the machine."""
+    if not (min(val_fraction, test_fraction) >= 0 and val_fraction + test_fraction < 1):  # nan is neither
+        raise UserError(
+            f"val_fraction={val_fraction} and test_fraction={test_fraction} leave nothing to train on"
+        )
+    if crop == "random" and fit != "crop":
+        raise UserError(f"data.crop=random crops, and data.fit={fit} keeps the whole picture; choose one")
+    needed = 12 * image_size**2  # float32 RGB
+    if image_size < 1 or needed > _memory_bytes():
+        takes = f"; one picture would take {needed / 2**30:.0f} GB" if image_size > 0 else ""
+        raise UserError(f"data.image_size={image_size}: give the pixels of a side, usually 16 to 256{takes}")
+
+
+def _memory_bytes() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return 2**34
+
+
+@lru_cache(maxsize=4)
+def scan(collection: Collection, max_pixels: int) -> Scan:
+    """Looks through a collection, once as long as nothing in it changes; warns once about what is odd."""
+    found = collection.find()
+    given = dict(found.splits)
+    out: dict[str, list[str]] = defaultdict(list, {why: list(some) for why, some in found.left_out.items()})
+    named = set(chain(*found.left_out.values()))
+    looks: dict[str, Look] = {}
+    notes: dict[str, list[str]] = defaultdict(list, {why: list(some) for why, some in found.notes.items()})
+    wanted: list[str] = []
+    for name in found.pictures:
+        if given and name not in given:
+            out["outside the folders of the splits"].append(name)
+        elif not found.captions.get(name):
+            if name not in named:
+                out["without a readable caption"].append(name)
+        else:
+            wanted.append(name)
+    with PictureIndex(f"{type(collection).__name__} {collection.place} {max_pixels}", len(wanted)) as index:
+        for name in tqdm(wanted, desc="Looking at pictures", disable=len(wanted) < LONG_SCAN, unit=""):
+            look = index.get(name, found.pictures[name])
+            if look is None:
+                try:
+                    look = inspect(collection.content(name), max_pixels)
+                except BadPicture as error:
+                    out[str(error)].append(name)
+                    continue
+                index.put(name, found.pictures[name], look)
+            looks[name] = look
+            if look.odd_profile:
+                notes["with a broken colour profile, read without it"].append(name)
+    digests = {name: look.digest for name, look in looks.items()}
+    cropped = sum(
+        1 - min(look.width, look.height) / max(look.width, look.height) > MUCH for look in looks.values()
+    )
+    notes |= _equal(digests, given)
+    if not digests:
+        raise UserError(_nothing(collection, found, out))
+    _warn(collection.place, len(digests), out, notes, found.unread)
+    return Scan(
+        {name: found.captions[name] for name in digests},
+        digests,
+        {name: split for name, split in given.items() if name in digests},
+        found.origin,
+        cropped,
+        looks,
+        dict(out),
+        dict(notes),
+    )
+
+
+def _equal(digests: Mapping[str, str], given: Mapping[str, str]) -> dict[str, list[str]]:
+    """Pictures that are there several times, bit for bit; and those of them that lie in several splits."""
+    count = Counter(digests.values())
+    equal = [name for name, digest in digests.items() if count[digest] > 1]
+    places: dict[str, set[str]] = defaultdict(set)
+    for name in equal if given else ():
+        places[digests[name]].add(given[name])
+    apart = [name for name in equal if len(places[digests[name]]) > 1]
+    different = len({digests[name] for name in equal})
+    where = ", kept in one split" if len(set(digests.values())) >= FEWEST else ""
+    found = {f"equal to another ({different} different ones){where}": equal} if equal else {}
+    return {"equal to one in another split: take them out of the one or the other": apart} if apart else found
+
+
+def listed(reasons: Mapping[str, Sequence[str]]) -> str:
+    return "; ".join(
+        f"{len(some)} {why} ({', '.join(map(shown, some[:NAMED]))}{', ...' if len(some) > NAMED else ''})"
+        for why, some in reasons.items()
+    )
+
+
+def _warn(
+    place: str,
+    used: int,
+    out: Mapping[str, list[str]],
+    notes: Mapping[str, list[str]],
+    unread: Sequence[str],
+) -> None:
+    parts = [f"Left out: {listed(out)}" if out else "", f"Of these, {listed(notes)}" if notes else ""]
+    parts += [f"Not read: {'; '.join(unread)}" if unread else ""]
+    if said := [part for part in parts if part]:
+        rank_zero_warn(f"{shown(place)}: {used} pictures are used. {'. '.join(said)}")
+
+
+def _nothing(collection: Collection, found: Catalogue, out: Mapping[str, list[str]]) -> str:
+    unread = f". {'; '.join(found.unread)}" if found.unread else ""
+    return (
+        f"{collection.setting}={shown(collection.place)} has no usable picture. Looked for {found.wanted}; "
+        f"found {len(found.pictures)} pictures" + (f": {listed(out)}" if out else found.among) + unread
+    )
+
+
+@lru_cache(maxsize=64)
+def say(line: str) -> None:
+    """Prints a line once, on one rank."""
+    rank_zero_only(print)(line, flush=True)
+
+
+def introduce(collection: Collection, scanned: Scan, sizes: Mapping[str, int], fit: str, crop: str) -> None:
+    """Says in one line what was read and how it is divided, and in another what a square crop loses."""
+    n, captions = len(scanned.captions), sum(map(len, scanned.captions.values()))
+    folders = sorted({word for name in scanned.given if (word := split_folder(name))})
+    how = "by a hash of their names"
+    if len(set(scanned.digests.values())) < FEWEST:
+        how = f"fewer than {FEWEST} different ones are in every split"
+    if scanned.given:
+        how = f"by the folders {', '.join(map(shown, folders))}" if folders else "as the tables say"
+    divided = ", ".join(f"{size} {split}" for split, size in sizes.items())
+    say(
+        f"{shown(collection.place)}: {n} pictures with {captions} captions from {scanned.origin}; "
+        f"{divided} ({how})"
+    )
+    if fit == "crop" and crop == "center" and scanned.cropped:
+        say(
+            f"{scanned.cropped} of {n} pictures ({scanned.cropped / n:.0%}) lose more than a third to the "
+            "square crop; data.fit=pad or data.fit=squash keeps the whole of them"
+        )
