@@ -29,7 +29,8 @@ LIBRARIES = {
     "autoregressive": PURE,
     "optim": PURE,
     "data": PURE
-    | {"lightning", "torchvision", "PIL", "numpy", "tokenizers", "tqdm", "open_clip", "safetensors"},
+    | {"lightning", "torchvision", "PIL", "numpy", "tokenizers", "tqdm", "open_clip", "safetensors"}
+    | {"datasets", "pyarrow"},
     "metrics": PURE | {"torchmetrics", "lightning", "torch_fidelity", "open_clip", "timm"},
     "stages": PURE | {"torchmetrics", "lightning"},
     "pipelines": PURE | {"yaml", "tqdm"},

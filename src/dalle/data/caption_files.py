@@ -24,13 +24,15 @@ TABLES = ("metadata", "captions", "caption", "annotations", "labels", "prompts")
 TEXTS = (".txt", ".caption")
 LARGEST_TEXT = 2**20  # bytes of a picture's text file; what is larger is no caption
 SHOWN = 8  # class names in the first line
-FOREIGN = {
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".tar": "WebDataset (tar)",
-    ".zip": "zip",
-    ".tgz": "tar",
-    ".gz": "gzip",
+FOREIGN = {  # endings of files that hold pictures themselves -> what they are, and what reads them
+    "-ubyte": ("idx", "data=idx data.root={root} reads"),
+    "-ubyte.gz": ("idx", "data=idx data.root={root} reads"),
+    ".parquet": ("parquet", "data=table data.path={root} reads"),
+    ".arrow": ("arrow", "data=hf data.path={root} reads"),
+    ".tar": ("WebDataset (tar)", "data=webdataset data.shards={root}/{name} reads"),
+    ".zip": ("zip", "data=folder data.root={root}/{name} reads"),
+    ".tgz": ("tar.gz", "have to be unpacked first"),
+    ".tar.gz": ("tar.gz", "have to be unpacked first"),
 }
 GENERIC = re.compile(r"(image|img|picture|photo)s?", re.IGNORECASE)  # folders that name no class
 TEXT_FOLDER = re.compile(r"(caption|text|txt|prompt|description)s?", re.IGNORECASE)  # beside that of pictures
@@ -103,12 +105,7 @@ class CaptionFiles:
         if not any(reader.captions.values()):
             reader.try_all(kinds[False])
         if not any(reader.captions.values()):
-            foreign = Counter(
-                FOREIGN[s] for name in files if (s := PurePosixPath(name.lower()).suffix) in FOREIGN
-            )
-            reader.unread += [
-                f"{count} {kind} files, which are not read yet" for kind, count in foreign.items()
-            ]
+            reader.unread += foreign(str(root), files)
         return reader.found(sum(map(bool, texts.values())))
 
     def _lines(self, path: Path | Member, size: int) -> list[str]:
@@ -119,6 +116,19 @@ class CaptionFiles:
             return []
         found = [caption for line in lines(text) if (caption := tidy(line))]
         return found[:1] if self.first_line else found
+
+
+def foreign(root: str, files: Iterable[str]) -> list[str]:
+    """What a folder holds in formats that other choices of `data` read, and by which settings."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(files):
+        if ending := next((end for end in reversed(FOREIGN) if name.lower().endswith(end)), None):
+            found[ending].append(name)
+    return [
+        f"{len(names)} {FOREIGN[ending][0]} files, which "
+        + FOREIGN[ending][1].format(root=shown(root), name=shown(names[0]))
+        for ending, names in found.items()
+    ]
 
 
 def texts_beside(pictures: Sequence[str], files: Iterable[str]) -> dict[str, str]:
@@ -307,7 +317,8 @@ class ClassNames:
         some = sorted(set(classes.values()))
         listed = ", ".join(map(shown, some[:SHOWN])) + (", ..." if len(some) > SHOWN else "")
         captions = {
-            name: [self._say(template, word) for template in self.templates] for name, word in classes.items()
+            name: [label_caption(template, word) for template in self.templates]
+            for name, word in classes.items()
         }
         return Found(captions, f"the names of {len(some)} class folders: {listed}")
 
@@ -316,12 +327,13 @@ class ClassNames:
         named = [part for part in place if not GENERIC.fullmatch(part)] or place
         return tidy(named[-1].replace("_", " "))
 
-    @staticmethod
-    def _say(template: str, word: str) -> str:
-        article = "n" if AN.match(word) else ""
-        if word[:1].isascii() and word[:1].isalpha():
-            template = ARTICLE.sub(rf"\g<1>{article}", template)
-        return template.replace("{}", word)
+
+def label_caption(template: str, word: str) -> str:
+    """A class name in its sentence, with the article that English wants."""
+    article = "n" if AN.match(word) else ""
+    if word[:1].isascii() and word[:1].isalpha():
+        template = ARTICLE.sub(rf"\g<1>{article}", template)
+    return template.replace("{}", word)
 
 
 def _classes(folders: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""Tables of captions as people have them: .csv of any separator, .tsv, .txt, .jsonl, .json.
+"""Tables of captions as people have them: .csv of any separator, .tsv, .txt, .jsonl, .json, .parquet.
 
 Columns are known by their usual names, whatever their case and underscores; a separator is the one that makes
 known columns of the first line. Nothing is cut: what an unquoted separator would split off a caption stays in
@@ -14,14 +14,18 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from dalle.data.text import lines, read_text, shown, tidy
 from dalle.data.zip_files import Member
+from dalle.errors import UserError
 
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".txt", ".token")
+PARQUET = (".parquet", ".pq")
+SUFFIXES = (*PARQUET, ".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".txt", ".token")
 SEPARATORS = (",", "\t", ";", "|")
+ODD_SEPARATOR = re.compile(r"[^\w\s\"'().\[\]{}/\\-]|[\x00-\x08\x1c-\x1f]")
 LONGEST_RECORD = 100  # lines in one quoted field, after which the quote is taken for a letter
 PEEK = 20  # lines that tell whether a table without a header names pictures
 
@@ -93,6 +97,8 @@ def read_table(path: Path | Member, columns: Columns, is_picture: Callable[[str]
     Raises:
         NotATable: no text, empty, another kind of file, or without columns that are known.
     """
+    if path.suffix.lower() in PARQUET:
+        return _from_objects(enumerate(_parquet(path, columns), 1), columns)
     try:
         text = read_text(path)
     except UnicodeDecodeError:
@@ -104,6 +110,64 @@ def read_table(path: Path | Member, columns: Columns, is_picture: Callable[[str]
     if path.suffix.lower() in (".jsonl", ".ndjson", ".json"):
         return _from_objects(_objects(text), columns)
     return _from_records(text, columns, is_picture)
+
+
+def _parquet(path: Path | Member, columns: Columns) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet file, as far as their columns may be read; no pictures that are in it."""
+    try:
+        from pyarrow import ArrowException
+    except ImportError:
+        raise NotATable("in parquet, which needs pyarrow: pip install 'dalle[data]'") from None
+    try:
+        file = _parquet_file(path)
+        names = [field.name for field in file.schema_arrow]
+        pictures = [name for name in columns.of_picture(names) if not _packed(file.schema_arrow.field(name))]
+        if not pictures and any(map(_packed, file.schema_arrow)):
+            raise NotATable("parquet with pictures in it: data=table data.path=FILE reads it")
+        used = {*pictures, *(name for p in pictures for name in columns.of_captions(names, p))}
+        if used <= set(pictures):
+            raise NotATable(_unknown(names))
+        used |= {name for name in names if plain(name) in SPLIT_COLUMNS}
+        for batch in file.iter_batches(columns=sorted(used)):
+            yield from batch.to_pylist()
+    except (ArrowException, OSError) as error:
+        raise NotATable(f"no whole parquet file ({' '.join(str(error).split())[:100]})") from None
+
+
+def holds_pictures(path: Path, columns: Columns) -> bool:
+    """Whether a parquet file has pictures in it instead of their paths.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        from pyarrow import ArrowException
+    except ImportError:
+        raise UserError("parquet files need a package: pip install 'dalle[data]'") from None
+    try:
+        schema = _parquet_file(path).schema_arrow
+    except (ArrowException, OSError) as error:
+        why = " ".join(str(error).split())[:100]
+        raise UserError(f"{shown(str(path))} is no whole parquet file ({why})") from None
+    if columns.picture is not None:
+        return any(_packed(schema.field(name)) for name in columns.of_picture(schema.names))
+    return any(map(_packed, schema))
+
+
+def _parquet_file(path: Path | Member) -> Any:
+    from pyarrow import parquet
+
+    return parquet.ParquetFile(BytesIO(path.read_bytes()) if isinstance(path, Member) else path)
+
+
+def _packed(field: Any) -> bool:
+    """Whether a column may hold pictures: bytes, alone or with their path."""
+    from pyarrow import types
+
+    kind = field.type
+    if types.is_struct(kind):
+        return any(_packed(kind.field(k)) for k in range(kind.num_fields))
+    return types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind)
 
 
 def plain(name: str) -> str:
@@ -168,7 +232,7 @@ def _unwrapped(whole: Any) -> list[Any]:
         raise NotATable("no table: it holds neither a list nor objects")
     if isinstance(whole.get("images"), list) and isinstance(whole.get("annotations"), list):
         raise NotATable(
-            "in the format of COCO, which is not read yet; write a captions.csv with file_name,text"
+            "in the format of COCO: data=coco reads it (data.root= the folder of pictures and annotations)"
         )
     lists = [value for value in whole.values() if isinstance(value, list) and value]
     if len(rows := [value for value in lists if isinstance(value[0], dict)]) == 1:
@@ -197,10 +261,12 @@ def _from_records(text: str, columns: Columns, is_picture: Callable[[str], bool]
     if head := re.match(r"sep=(.)\r?\n", text):  # Excel's own
         text = text[head.end() :]
     first = next(line for line in lines(text) if line.strip())
-    heads = {separator: _fields(first, separator) or first.split(separator) for separator in SEPARATORS}
+    others = sorted(set(ODD_SEPARATOR.findall(first)) - set(SEPARATORS))
+    separators = (*SEPARATORS, *others)
+    heads = {separator: _fields(first, separator) or first.split(separator) for separator in separators}
     heads = {separator: [tidy(name) for name in names] for separator, names in heads.items()}
     known = {separator: _known(names, columns) for separator, names in heads.items()}
-    separator = max(SEPARATORS, key=lambda separator: len(known[separator][1]) + bool(known[separator][0]))
+    separator = max(separators, key=lambda separator: len(known[separator][1]) + bool(known[separator][0]))
     picture, captions = known[separator]
     if picture and captions:
         return _with_header(text, separator, heads[separator], picture, captions)
@@ -229,11 +295,10 @@ def _without_header(text: str, is_picture: Callable[[str], bool]) -> str | None:
 def _with_header(
     text: str, separator: str, names: list[str], picture: str, captions: list[str], header: bool = True
 ) -> Table:
-    table, places = Table(columns=captions), [names.index(name) for name in captions]
+    table, places = Table(columns=captions), [k for k, name in enumerate(names) if name in captions]
     split = next((k for k, name in enumerate(names) if plain(name) in SPLIT_COLUMNS), None)
     for number, raw, fields in _records(text, separator):
-        if header:
-            header = False
+        if header and [tidy(name) for name in fields] == names:  # also where files were put together
             continue
         if len(fields) > len(names):
             fields = _rejoined(raw, fields, separator, len(names), places)

@@ -34,7 +34,7 @@ class Coco(Folder):
 
     Args:
         root: the folder of annotations and pictures, at any depth (or a zip file of it).
-        annotations: files, relative to the root; None: Karpathy's where it is there, else all captions_*.json.
+        annotations: files, relative to the root; None: Karpathy's where it is, else all captions_*.json.
         (all others): as in `Folder`.
     """
 
@@ -130,7 +130,7 @@ class _Collected:
                 self.splits[name] = split
 
     def _name(self, written: str, folders: Sequence[str | None]) -> str | None:
-        """The picture that a file name means; of several that are called so, the one in the split's folder."""
+        """The picture that a file name means; of several called so, the one in the split's folder."""
         found = self.names.find(written, "")
         if not found and (number := re.fullmatch(r".*?(\d{12})(\.\w+)", written)):
             found = self.names.find("".join(number.groups()), "")  # 2014's names, 2017's pictures

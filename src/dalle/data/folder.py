@@ -131,7 +131,7 @@ class Files:
             pictures,
             found.captions,
             found.origin,
-            found.splits if found.sure_splits else folder_splits(pictures) or found.splits,
+            (found.sure_splits and found.splits) or folder_splits(pictures) or found.splits,
             dict(chain(found.left_out.items(), out.items())),
             notes,
             found.unread,

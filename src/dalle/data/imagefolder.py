@@ -25,6 +25,8 @@ class ImageFolder(Folder):
         (all others): as in `Folder`.
     """
 
+    has_classes = True
+
     def __init__(
         self,
         split: Split,
@@ -38,14 +40,7 @@ class ImageFolder(Folder):
         max_pixels: PositiveInt = MAX_PIXELS,
         fit: Fit = "crop",
     ):
-        self.templates = (template,) if isinstance(template, str) else tuple(template)
-        for sentence in self.templates:
-            if "{}" not in sentence:
-                raise UserError(f"template {sentence!r} has no {{}} where the class name goes")
-            if re.search(r"[{}]", sentence.replace("{}", "", 1)):
-                raise UserError(f"template {sentence!r} has more than the one {{}} where the class name goes")
-        if not self.templates:
-            raise UserError("template is an empty list; give at least one sentence with a {}")
+        self.templates = sentences(template)
         super().__init__(
             split, root, image_size, crop, val_fraction, test_fraction, seed, max_pixels, fit=fit
         )
@@ -54,3 +49,16 @@ class ImageFolder(Folder):
         self, listing: Listing, captions: str | Path | None, columns: Columns, first_line: bool
     ) -> Captioner:
         return ClassNames(self.templates)
+
+
+def sentences(template: str | Sequence[str]) -> tuple[str, ...]:
+    """Templates of captions: one or more sentences, each with one ``{}``."""
+    templates = (template,) if isinstance(template, str) else tuple(template)
+    for sentence in templates:
+        if "{}" not in sentence:
+            raise UserError(f"template {sentence!r} has no {{}} where the class name goes")
+        if re.search(r"[{}]", sentence.replace("{}", "", 1)):
+            raise UserError(f"template {sentence!r} has more than the one {{}} where the class name goes")
+    if not templates:
+        raise UserError("template is an empty list; give at least one sentence with a {}")
+    return templates

@@ -108,6 +108,8 @@ class Pictures:
         UserError: nothing usable; says what was looked for and what was found.
     """
 
+    has_classes = False  # captions are names of classes in sentences
+
     def __init__(
         self,
         split: Split,
@@ -255,6 +257,9 @@ def scan(collection: Collection, max_pixels: int) -> Scan:
             if look.odd_profile:
                 notes["with a broken colour profile, read without it"].append(name)
     digests = {name: look.digest for name, look in looks.items()}
+    given = {name: split for name, split in given.items() if name in digests}
+    if "train" not in given.values():  # none of them can be used: the others are divided
+        given = {}
     cropped = sum(
         1 - min(look.width, look.height) / max(look.width, look.height) > MUCH for look in looks.values()
     )
@@ -265,7 +270,7 @@ def scan(collection: Collection, max_pixels: int) -> Scan:
     return Scan(
         {name: found.captions[name] for name in digests},
         digests,
-        {name: split for name, split in given.items() if name in digests},
+        given,
         found.origin,
         cropped,
         looks,

@@ -15,14 +15,26 @@ class Readable(Protocol):
 
 
 def read_text(path: str | Readable) -> str:
-    """UTF-8, or UTF-16 that says so; without its byte order mark.
+    """UTF-8, or UTF-16 that says so or is plainly such; without its byte order mark.
 
     Raises:
         OSError: it cannot be read.
         UnicodeDecodeError: it is no such text.
     """
     content = (Path(path) if isinstance(path, str) else path).read_bytes()
-    return content.decode("utf-16" if content.startswith(UTF16) else "utf-8-sig")
+    return content.decode("utf-16" if content.startswith(UTF16) else _unmarked(content))
+
+
+def _unmarked(content: bytes) -> str:
+    """Western text in UTF-16 has a NUL in every second byte."""
+    first, second = (content[k:200:2] for k in (0, 1))
+    if len(first) > 1 and 2 * second.count(0) > len(second) > 2 * first.count(0):
+        return "utf-16-le"
+    return (
+        "utf-16-be"
+        if len(first) > 1 and 2 * first.count(0) > len(first) > 2 * second.count(0)
+        else "utf-8-sig"
+    )
 
 
 def lines(text: str) -> list[str]:
@@ -31,8 +43,10 @@ def lines(text: str) -> list[str]:
 
 
 def tidy(text: str) -> str:
-    """Without white space around it; halves of a pair of surrogates, which no UTF-8 can hold, are U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
+    """Without white space around it and without NULs; halves of a pair of surrogates, which no UTF-8 can
+    hold, are U+FFFD.
+    """
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "").strip()
 
 
 def encoded(name: str) -> bytes:

@@ -186,7 +186,7 @@ class Plan:
             assert self.scorer is not None
             classes = classes_of(self.source, range(self.real))
             if classes is None:
-                lacking["zero_shot"] = "the data have no classes (data=imagefolder has)"
+                lacking["zero_shot"] = "the data have no classes (data=imagefolder and data=idx have)"
             yield ZeroShotAccuracy(self.scorer, self.wanted, classes)
         if isinstance(self.target, Prior):
             assert self.target.clip is not None

@@ -23,7 +23,7 @@ from dalle.data.degradations import shrunk
 from dalle.data.file_listing import list_files
 from dalle.data.frozen import FrozenCLIP, FrozenTokenizer
 from dalle.data.image_files import FILTER, MAX_PIXELS, SUFFIXES, BadPicture, inspect, read
-from dalle.data.imagefolder import ImageFolder
+from dalle.data.pictures import Pictures
 from dalle.data.scenes import COLOURS, SHAPES
 from dalle.data.shapes import Shapes
 from dalle.data.sources import Source, first_captions, mix
@@ -399,13 +399,13 @@ def scorer_of(config: dict[str, Any], target: Target) -> FrozenCLIP | None:
 
 
 def classes_of(source: Source, items: range) -> Classes | None:
-    """The classes of pictures, as sentences: of class folders, or a colour and a shape of `shapes`."""
+    """The classes of pictures, as sentences: of folders or labels, or a colour and a shape of `shapes`."""
     if isinstance(source, Shapes):
         scenes = source.scenes(items)
         sentences = [(f"a {colour} {shape}",) for colour in COLOURS for shape in SHAPES]
         label = scenes.colour[:, 0] * len(SHAPES) + scenes.shape[:, 0]
         return sentences, label.where(scenes.count == 1, -1)
-    if isinstance(source, ImageFolder):
+    if isinstance(source, Pictures) and source.has_classes:
         captions = [tuple(source.captions(item)) for item in items]
         sentences = sorted(set(captions))
         return sentences, torch.tensor([sentences.index(caption) for caption in captions])
