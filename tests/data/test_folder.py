@@ -313,23 +313,16 @@ def test_a_text_that_several_pictures_may_mean_is_nobodys(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("train.parquet", "1 parquet files"), ("00000.TAR", "1 WebDataset"), ("all.tar.gz", "1 gzip files")],
+    [
+        ("train.parquet", "1 parquet files, which data=table data.path={root} reads"),
+        ("00000.TAR", "1 WebDataset .tar. files, which data=webdataset data.shards={root}/00000.TAR reads"),
+        ("all.zip", "1 zip files, which data=folder data.root={root}/all.zip reads"),
+        ("all.tar.gz", "1 tar.gz files, which have to be unpacked first"),
+    ],
 )
-def test_what_is_not_read_yet_is_named(tmp_path, name, said):
+def test_other_formats_are_named_with_what_reads_them(tmp_path, name, said):
     (tmp_path / name).write_bytes(b"PAR1")
-    with pytest.raises(UserError, match=rf"no usable picture.*{said}.*which are not read yet"):
-        folder(tmp_path)
-
-
-def test_annotations_of_coco_are_named(tmp_path):
-    put(tmp_path, "val2017/000000000001.jpg", caption=None)
-    (tmp_path / "annotations").mkdir()
-    coco = {
-        "images": [{"id": 1, "file_name": "000000000001.jpg"}],
-        "annotations": [{"image_id": 1, "caption": "x"}],
-    }
-    (tmp_path / "annotations" / "captions_val2017.json").write_text(json.dumps(coco))
-    with pytest.raises(UserError, match=r"no usable picture.*captions_val2017\.json is .*COCO"):
+    with pytest.raises(UserError, match=rf"no usable picture.*{said.format(root=tmp_path)}"):
         folder(tmp_path)
 
 

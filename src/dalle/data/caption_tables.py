@@ -166,7 +166,7 @@ def _packed(field: Any) -> bool:
 
     kind = field.type
     if types.is_struct(kind):
-        return any(_packed(kind.field(k)) for k in range(kind.num_fields))
+        return any(kind.field(k).name == "bytes" for k in range(kind.num_fields))
     return types.is_binary(kind) or types.is_large_binary(kind) or types.is_fixed_size_binary(kind)
 
 

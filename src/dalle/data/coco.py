@@ -193,8 +193,12 @@ def _loaded(root: Root, file: str) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise UserError(f"{shown(file)} holds no list 'images': it is not in the format of COCO")
     rows = content.get("annotations", [])
-    if "annotations" in content and not any(
-        isinstance(row, dict) and "caption" in row for row in (rows if isinstance(rows, list) else ())
+    if (
+        "annotations" in content
+        and content["images"]
+        and not any(
+            isinstance(row, dict) and "caption" in row for row in (rows if isinstance(rows, list) else ())
+        )
     ):
         raise UserError(
             f"{shown(file)} holds no captions (are they instances or keypoints?); "

@@ -299,10 +299,12 @@ def _load(rows: Rows) -> Mapping[str, Any]:
     except ImportError:
         raise UserError("Hugging Face data sets need a package: pip install 'dalle[data]'") from None
     place, folder = rows.places[0], os.path.isdir(rows.places[0])
-    if not rows.stamps and not os.path.exists(place):
-        say(f"data.path={place}: no such file here, so it is asked for at the Hugging Face hub (kept in "
-            f"{datasets.config.HF_DATASETS_CACHE})")  # fmt: skip
+    remote = not rows.stamps and not os.path.exists(place)
     try:
+        if remote:
+            say(f"data.path={place}: no such file here, so it is asked for at the Hugging Face hub (kept in "
+                f"{datasets.config.HF_DATASETS_CACHE})")  # fmt: skip
+            _look_for_the_hub(place)
         if folder and any(os.path.isfile(os.path.join(place, name)) for name in SAVED):
             loaded = datasets.load_from_disk(place)
         elif folder or not rows.stamps:
@@ -320,8 +322,23 @@ def _load(rows: Rows) -> Mapping[str, Any]:
         raise
     except Exception as error:  # the library raises whatever its formats and the network give rise to
         why = " ".join(f"{type(error).__name__}: {error.__cause__ or error}".split())[:240]
-        raise UserError(f"data.path={shown(place)} cannot be read by `datasets` ({why})") from None
+        what = "is no file or folder here, and the hub does not give it" if remote else "cannot be read"
+        raise UserError(f"data.path={shown(place)} {what} ({why})") from None
     return loaded if isinstance(loaded, dict) else {"train": loaded}
+
+
+def _look_for_the_hub(name: str) -> None:
+    """Where it cannot be reached, only what is kept here counts, at once instead of after many tries."""
+    import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        HfApi().dataset_info(name, timeout=10)
+    except HfHubHTTPError:
+        return  # it has answered; `datasets` says what is wrong
+    except Exception:
+        datasets.config.HF_HUB_OFFLINE = True
 
 
 def _instead(kind: str) -> str:
