@@ -44,8 +44,9 @@ def config_of(*overrides: str, primary: str = "train") -> dict:
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose(primary, list(overrides))
-    if "data" in config and OmegaConf.is_missing(config.data, "root"):
-        config.data.root = "PICTURES"
+    for place in config.get("data") or ():
+        if OmegaConf.is_missing(config.data, place):
+            config.data[place] = "PICTURES"
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(plain, dict)
     return plain

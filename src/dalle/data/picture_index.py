@@ -10,7 +10,6 @@ import hashlib
 import os
 import zipfile
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 
@@ -42,7 +41,7 @@ class PictureIndex:
         self._known: dict[str, tuple[Stamp, Look]] = {}
         self._seen: dict[str, tuple[Stamp, Look]] = {}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "PictureIndex":
         if self._worth:
             with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
                 self._known = _load(self.path)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -52,6 +52,7 @@ class Catalogue:
     among: str = ""  # and among what
 
 
+@runtime_checkable
 class Collection(Protocol):
     """Pictures in a format. Frozen: equal ones hold the same, and share one scan."""
 

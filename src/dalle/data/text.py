@@ -3,11 +3,12 @@
 import re
 import unicodedata
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 UTF16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks of what Windows calls Unicode
 
 
+@runtime_checkable
 class Readable(Protocol):
     """A path, or what is read like one."""
 
