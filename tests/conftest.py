@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,8 +16,10 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from tiny import ROOT, configure
 
+from dalle.cli.command import run as run_command
 from dalle.instantiate import instantiate
 from dalle.run_dir import Run
+from dalle.training import fit
 from dalle.training.fit import prepare
 
 
@@ -109,3 +112,33 @@ def files_below(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+@pytest.fixture
+def shell(command, monkeypatch):
+    """Runs a command line with all its jobs in this process, and no training longer than two steps."""
+    make_trainer = fit.make_trainer
+
+    def short(config, run):
+        return make_trainer({**config, "trainer": {**config["trainer"], "max_steps": 2}}, run)
+
+    def call(arguments, lock=None):
+        _, dash, package, name, *words = arguments
+        assert (dash, package) == ("-m", "dalle")
+        GlobalHydra.instance().clear()
+        try:
+            run_command(name, words)
+        except SystemExit as ended:
+            raise AssertionError(arguments) from ended
+        return 0
+
+    monkeypatch.setattr(fit, "make_trainer", short)
+    monkeypatch.setattr("dalle.launch.processes.call", call)
+
+    def run(line: str):
+        script, *arguments = shlex.split(line)
+        ended = command(script, *arguments)
+        assert ended.code == 0, (line, ended.err)
+        return ended
+
+    return run

@@ -1,19 +1,15 @@
 """Pictures of one's own: the lines of the README and of its page as they stand, on a handful of them."""
 
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 import torch
-from hydra.core.global_hydra import GlobalHydra
 from PIL import Image, ImageDraw
 from tiny import ROOT, configure
 
-from dalle.cli.command import run as run_command
 from dalle.errors import UserError
 from dalle.run_dir import Run
-from dalle.training import fit
 from dalle.training.defaults import fill_lengths
 
 PICTURES = 20
@@ -58,36 +54,6 @@ def folders(tmp_path) -> dict[str, Path]:
             picture.save(folder / f"{k}.png")
         (made["PICTURES"] / f"{k}.txt").write_text(f"thing {k}\na picture of thing {k}\n")
     return made
-
-
-@pytest.fixture
-def shell(command, monkeypatch):
-    """Runs a command line with all its jobs in this process, and no training longer than two steps."""
-    make_trainer = fit.make_trainer
-
-    def short(config, run):
-        return make_trainer({**config, "trainer": {**config["trainer"], "max_steps": 2}}, run)
-
-    def call(arguments, lock=None):
-        _, dash, package, name, *words = arguments
-        assert (dash, package) == ("-m", "dalle")
-        GlobalHydra.instance().clear()
-        try:
-            run_command(name, words)
-        except SystemExit as ended:
-            raise AssertionError(arguments) from ended
-        return 0
-
-    monkeypatch.setattr(fit, "make_trainer", short)
-    monkeypatch.setattr("dalle.launch.processes.call", call)
-
-    def run(line: str):
-        script, *arguments = shlex.split(line)
-        ended = command(script, *arguments)
-        assert ended.code == 0, (line, ended.err)
-        return ended
-
-    return run
 
 
 def test_there_are_blocks():

@@ -14,6 +14,7 @@ COMMANDS = {
     "train": ("dalle.cli.train", "trains a stage, and first what it needs; -m: several, sweeps, searches"),
     "sample": ("dalle.cli.sample", "pictures from trained stages, with the recipe that makes them again"),
     "evaluate": ("dalle.cli.evaluate", "figures of trained stages or of pictures; -m: several in one report"),
+    "data": ("dalle.cli.data", "check PATH: what pictures and captions are there, and the settings to use"),
     "dashboard": ("dalle.evaluation.dashboard", "one offline page of all runs in a folder"),
     "demo": ("dalle.evaluation.demo", "the table that the demos end with"),
     "gate": ("dalle.evaluation.gate", "compares the demo's figures with recorded ones"),

@@ -33,7 +33,7 @@ from dalle.errors import UserError
 MEMORY = 2**30  # bytes of decoded pictures kept
 LONGEST = 2  # random crops are taken from the middle part of a picture, at most so many times as long as wide
 NAMED = 3  # pictures named in a report
-LONG_SCAN = 20_000  # pictures from which a progress bar is shown
+PATIENCE = 2  # seconds after which a progress bar is shown
 MUCH = 1 / 3  # of a picture, lost to a square crop
 
 
@@ -245,7 +245,7 @@ def scan(collection: Collection, max_pixels: int) -> Scan:
         else:
             wanted.append(name)
     with PictureIndex(f"{type(collection).__name__} {collection.place} {max_pixels}", len(wanted)) as index:
-        for name in tqdm(wanted, desc="Looking at pictures", disable=len(wanted) < LONG_SCAN, unit=""):
+        for name in tqdm(wanted, desc="Looking at pictures", delay=PATIENCE, unit=""):
             look = index.get(name, found.pictures[name])
             if look is None:
                 try:

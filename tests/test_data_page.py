@@ -1,0 +1,138 @@
+"""The lines of the page on formats as they stand, on a small made sample of each."""
+
+import re
+import sys
+
+import datasets
+import pytest
+from formats import coco, idx, packed, parquet, picture, write, zipped
+from tiny import ROOT
+
+from dalle.cli import command as cli
+from dalle.run_dir import Run
+
+PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+BLOCKS = [
+    (title, block)
+    for title, text in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)
+    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    if "python " in block
+]
+SAMPLES = {"COCO", "Hugging Face", "Tables", "Zip files", "MNIST and its like"}
+
+
+@pytest.fixture
+def samples(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    monkeypatch.chdir(tmp_path)
+    coco(tmp_path / "COCO", train=12, val=4)
+    files = [str(picture(tmp_path / "images" / f"{k}.png", k)) for k in range(12)]
+    held = {"image": files, "text": [f"thing {k}" for k in range(12)]}
+    features = datasets.Features(image=datasets.Image(), text=datasets.Value("string"))
+    datasets.Dataset.from_dict(held, features=features).save_to_disk("SAVED")
+    rows = "".join(f"images/{k}.png\tthing {k}\n" for k in range(12))
+    write(tmp_path / "TABLE.tsv", f"filepath\ttitle\n{rows}")
+    parquet(tmp_path / "PACKED.parquet", packed(tmp_path / "loose", 12))
+    zipped(tmp_path / "PICTURES.zip", 12)
+    idx(tmp_path / "MNIST")
+    return tmp_path
+
+
+def test_every_format_has_its_lines():
+    assert {title for title, _ in BLOCKS} == SAMPLES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("title", "block"), BLOCKS, ids=[title for title, _ in BLOCKS])
+def test_the_lines_train_sample_and_evaluate_as_they_stand(title, block, shell, samples):
+    for line in block.splitlines():
+        line = line.split(" #")[0].removeprefix("python ")
+        if line.startswith("train"):
+            shell(f"{line} trainer.enable_progress_bar=false")
+        elif line.startswith(("sample", "evaluate")):
+            shell(line)
+    runs = [Run(path) for path in (samples / "logs").glob("*/*") if (path / "manifest.json").exists()]
+    assert len(runs) == {"COCO": 3, "Tables": 2}.get(title, 1)
+    assert list((samples / "logs").rglob("*.png")) or title != "COCO"
+
+
+@pytest.mark.parametrize(
+    ("path", "settings"),
+    [
+        ("COCO", "data=coco data.root=COCO"),
+        ("COCO/annotations/captions_val2017.json", "data=coco data.root=COCO data.annotations=annotations/"),
+        ("SAVED", "data=hf data.path=SAVED"),
+        ("TABLE.tsv", "data=table data.path=TABLE.tsv"),
+        ("PACKED.parquet", "data=table data.path=PACKED.parquet"),
+        ("PICTURES.zip", "data=folder data.root=PICTURES.zip"),
+        ("MNIST", "data=idx data.root=MNIST"),
+        ("a folder, with texts", "data=folder \"data.root='a folder, with texts'\""),
+        ("classes", "data=imagefolder data.root=classes"),
+    ],
+)
+def test_data_check_says_what_is_there_and_the_line_for_it(samples, monkeypatch, capsys, path, settings):
+    for k in range(4):
+        write(picture(samples / "a folder, with texts" / f"{k}.png", k).with_suffix(".txt"), f"thing {k}")
+        picture(samples / "classes" / ("cats", "dogs")[k % 2] / f"{k}.png", k)
+    said = check(monkeypatch, capsys, path)
+    assert f"\nsettings       {settings}" in said
+    sheet = re.search(r"contact sheet +(.*)", said)
+    assert sheet is not None
+    assert (samples / sheet[1]).stat().st_size > 1000
+
+
+def check(monkeypatch, capsys, *arguments: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["dalle", "data", "check", *arguments])
+    cli.main()
+    return capsys.readouterr().out
+
+
+def test_data_check_counts(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for k in range(8):
+        write(picture(tmp_path / "set" / f"{k}.png", k).with_suffix(".txt"), f"thing {k}\n" + "long " * 60)
+    write(picture(tmp_path / "set" / "same.png", 0).with_suffix(".txt"), "as 0")
+    whole = (tmp_path / "set" / "1.png").read_bytes()
+    (tmp_path / "set" / "1.png").write_bytes(whole[:300] + bytes(200) + whole[500:])
+    (tmp_path / "set" / "2.png").write_bytes(b"")
+    (tmp_path / "set" / "3.txt").unlink()
+    said = check(monkeypatch, capsys, "set", "tokenizer.context_length=12", "--sheet", "sheet.png")
+    for line in (
+        "pictures       7 (train 5, val 1, test 1)",
+        "shorter side   20 to 20 px, median 20",
+        "captions       13, 1.9 a picture",
+        "words          2 to 60, median 2",
+        "tokens         6 of 13 (46%) are longer than the 12 tokens",
+        "left out       2",
+        "1 without a readable caption: 3.png",
+        "1 empty: 2.png",
+        "1 broken, as decoding shows; replaced by others in training: 1.png",
+        "duplicates     2 pictures are equal to another, byte for byte",
+    ):
+        assert line in said, said
+    assert (tmp_path / "sheet.png").exists()
+    assert "as decoding shows" not in check(monkeypatch, capsys, "set", "--quick")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere", "nowhere does not exist"),
+        ("batches", "pickled Python objects run code when they are opened, and are never read"),
+        ("arrays.npz", "arrays.npz and its like are arrays"),
+        ("one.png", "is one picture; give the folder"),
+        ("empty", "empty holds 0 files in no format that is read"),
+        ("lone", "no usable picture"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch, capsys, name, message):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "batches" / "data_batch_1", "x")
+    write(tmp_path / "arrays.npz", "x")
+    picture(tmp_path / "one.png", 0)
+    picture(tmp_path / "lone" / "0.png", 0)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match=message) as ended:
+        check(monkeypatch, capsys, name)
+    assert str(ended.value.code).count("\n") == 0
