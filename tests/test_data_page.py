@@ -43,7 +43,6 @@ def test_every_format_has_its_lines():
     assert {title for title, _ in BLOCKS} == SAMPLES
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("title", "block"), BLOCKS, ids=[title for title, _ in BLOCKS])
 def test_the_lines_train_sample_and_evaluate_as_they_stand(title, block, shell, samples):
     for line in block.splitlines():
