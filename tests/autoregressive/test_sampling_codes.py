@@ -170,6 +170,52 @@ def test_a_whole_picture_as_prefix_comes_back():
     assert torch.equal(generate(grown(), captions(), prefix=prefix), prefix)
 
 
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("shift", [False, True])
+def test_the_cache_knows_codes_that_are_kept_anywhere(style, guidance, shift):
+    net, hole = grown(attention="dalle", style=style, shift=shift), [2, 3, 6]
+    known = torch.arange(27).reshape(3, 9) % 11
+    known[:, hole] = -1
+    fast, slow = (
+        generate(net, captions(), known=known, cached=cached, uniform=uniforms(), guidance=guidance)
+        for cached in (True, False)
+    )
+    assert torch.equal(fast, slow)
+    kept = known >= 0
+    assert torch.equal(fast[kept], known[kept])
+    assert len(fast[~kept].unique()) > 2
+
+
+def test_known_codes_are_seen_by_those_after_them_alone():
+    net, text = grown(), captions()
+    known = generate(net, text, temperature=0)
+    known[:, 4] = -1
+    assert generate(net, text, temperature=0, known=known)[0, 4] == generate(net, text, temperature=0)[0, 4]
+    before, after = known.clone(), known.clone()
+    before[:, 3], after[:, 5] = (known[:, 3] + 1) % 11, (known[:, 5] + 1) % 11
+    logits = {}
+    for name, codes in (("as it is", known), ("before", before), ("after", after)):
+        logits[name] = net(text, codes.clamp(min=0))[1][:, 4]
+        assert torch.equal(generate(net, text, temperature=0, known=codes)[:, 4], logits[name].argmax(1))
+    assert not torch.allclose(logits["before"], logits["as it is"])
+    torch.testing.assert_close(logits["after"], logits["as it is"])
+
+
+def test_each_picture_may_know_other_codes_and_one_that_knows_all_costs_nothing():
+    net, text = grown(), captions()
+    whole = generate(net, text, temperature=0)
+    known = whole.clone()
+    known[0, 1:3], known[2, 7:] = -1, -1
+    assert torch.equal(generate(net, text, temperature=0, known=known), whole)
+
+    def refuse(*_):
+        raise AssertionError("the network was asked")
+
+    net.prefill = refuse  # pyright: ignore[reportAttributeAccessIssue]
+    assert torch.equal(generate(net, text, known=whole), whole)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -181,6 +227,9 @@ def test_a_whole_picture_as_prefix_comes_back():
         ({"temperature": float("nan")}, "temperature is 0 .* or more, not nan"),
         ({"prefix": torch.zeros(3, 10, dtype=torch.int64)}, "prefix: 10 codes, but a picture has 9"),
         ({"prefix": torch.full((3, 1), 11)}, "prefix: codes go from 0 to 10, and one is 11"),
+        ({"prefix": torch.full((3, 1), -1)}, "prefix: codes go from 0 to 10, and one is -1"),
+        ({"known": torch.full((3, 9), 11)}, "known: codes go from 0 to 10, and one is 11"),
+        ({"known": torch.full((3, 8), 1)}, "known: 8 codes, but a picture has 9"),
     ],
 )
 def test_mistakes_are_one_line(options, message):

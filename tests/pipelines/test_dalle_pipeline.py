@@ -52,9 +52,12 @@ class FakeDalle(nn.Module):
         super().__init__()
         self.calls = []
 
-    def sample(self, batch, randn, prefix=None, on_step=None, **options):
+    def sample(self, batch, randn, prefix=None, known=None, on_step=None, **options):
         self.calls.append((batch, prefix, options, torch.is_autocast_enabled("cpu")))
         codes = torch.zeros(len(batch["text"]), N, dtype=torch.int64)
+        if known is not None:
+            drawn = randn(torch.empty(len(codes), N, K)).argmax(2)
+            return torch.where(known < 0, drawn, known)
         given = 0 if prefix is None else prefix.shape[1]
         if prefix is not None:
             codes[:, :given] = prefix

@@ -1,8 +1,9 @@
 """Drawing a picture's codes one after another from an autoregressive network (DALL-E sec. 2.6).
 
 Temperature, top-k and top-p (Holtzman et al. 2020), in this order; classifier-free guidance, with both
-streams in one batch that share the code drawn; a picture's first codes may be given (sec. 3.3, completion).
-A code is drawn by adding Gumbel noise made of given uniforms, so equal uniforms give equal codes.
+streams in one batch that share the code drawn; codes that are known stay, be they a picture's first (sec.
+3.3, completion) or all but those of a region. A code is drawn by adding Gumbel noise made of given uniforms,
+so equal uniforms give equal codes.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch import Tensor
 from dalle.errors import UserError
 
 Uniform = Callable[[Tensor], Tensor]  # numbers in [0, 1) like a given tensor
-OnStep = Callable[[int, Tensor], None]  # how many codes there are, and all (B, N), those to come being 0
+OnStep = Callable[[int, Tensor], None]  # how many codes are there, and all (B, N), those to come being 0
 
 
 @torch.no_grad()
@@ -29,6 +30,7 @@ def generate(
     top_p: float | None = None,
     guidance: float = 1.0,
     prefix: Int64[Tensor, "B P"] | None = None,
+    known: Int64[Tensor, "B N"] | None = None,
     uniform: Uniform = torch.rand_like,
     cached: bool = True,
     on_step: OnStep | None = None,
@@ -41,41 +43,65 @@ def generate(
         temperature: 0 takes the likeliest code.
         guidance: 1 + w of Ho & Salimans 2022; 1 is none, and costs half.
         prefix: the first P codes, which are kept.
-        uniform: makes the uniforms (B, K) of a step, one call for each code drawn.
+        known: codes that are kept anywhere, -1 where one is drawn; in place of `prefix`. A code sees those
+            before it in raster order, not the known ones after it.
+        uniform: makes the uniforms (B, K) of a step, one call for each place at which a code is drawn.
         cached: false computes the whole stream anew for every code: slow, and the same codes.
         on_step: called after each code drawn, to show what there is.
 
     Raises:
-        UserError: an option out of its range, or a prefix longer than a picture.
+        UserError: an option out of its range, a prefix longer than a picture, or a code that does not exist.
     """
     check_options(net.image_vocab, temperature, top_k, top_p)
-    given = 0 if prefix is None else prefix.shape[1]
-    if given > net.codes:
-        raise UserError(f"prefix: {given} codes, but a picture has {net.codes}.")
-    if prefix is not None and given and not 0 <= int(prefix.max()) < net.image_vocab:
-        raise UserError(f"prefix: codes go from 0 to {net.image_vocab - 1}, and one is {int(prefix.max())}.")
-    codes = text.new_zeros(len(text), net.codes)
-    if prefix is not None:
-        codes[:, :given] = prefix
+    known = known_codes(text, net.codes, net.image_vocab, prefix, known)
+    codes, drawn = known.clamp(min=0), known < 0
+    places = drawn.any(dim=0).nonzero().flatten().tolist()
+    wanted = set(places)
     streams = 2 if guidance != 1 else 1
     if guidance != 1:  # with the caption and without
         keep = torch.ones_like(text[:, 0], dtype=torch.bool) if keep_text is None else keep_text
         text, keep_text = text.repeat(2, 1), torch.cat((keep, torch.zeros_like(keep)))
 
     cache = None
-    for i in range(given, net.codes):
+    for i in range(places[0], places[-1] + 1) if places else ():
         if cache is None or not cached:
             logits, cache = net.prefill(text, keep_text, codes[:, :i].repeat(streams, 1))
         else:
             logits = net.step(codes[:, i - 1].repeat(streams), i - 1, cache)
+        if i not in wanted:  # the cache has to know it all the same
+            continue
         logits = logits.float()
         if streams == 2:
             told, null = logits.chunk(2)
             logits = null + guidance * (told - null)
-        codes[:, i] = draw(logits, temperature, top_k, top_p, uniform)
+        code = draw(logits, temperature, top_k, top_p, uniform)
+        codes[:, i] = torch.where(drawn[:, i], code, codes[:, i])
         if on_step is not None:
             on_step(i + 1, codes)
     return codes
+
+
+def known_codes(
+    text: Int64[Tensor, "B T"],
+    codes: int,
+    vocab: int,
+    prefix: Int64[Tensor, "B P"] | None,
+    known: Int64[Tensor, "B N"] | None,
+) -> Int64[Tensor, "B N"]:
+    """What is known of `codes` codes of each picture, -1 where one is to be drawn."""
+    given, name = (known, "known") if prefix is None else (prefix, "prefix")
+    if prefix is not None and known is not None:
+        raise ValueError("give `prefix` or `known`, not both")
+    if given is None:
+        return text.new_full((len(text), codes), -1)
+    count = given.shape[1]
+    if count > codes or (name == "known" and count < codes):
+        raise UserError(f"{name}: {count} codes, but a picture has {codes}.")
+    least = 0 if name == "prefix" else -1
+    if count and not (least <= int(given.min()) and int(given.max()) < vocab):
+        wrong = int(given.max()) if int(given.min()) >= least else int(given.min())
+        raise UserError(f"{name}: codes go from 0 to {vocab - 1}, and one is {wrong}.")
+    return torch.nn.functional.pad(given, (0, codes - count), value=-1)
 
 
 def draw(

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -22,6 +22,7 @@ from dalle.data.tokenizers import TextTokenizer
 from dalle.diffusion.noise import per_sample
 from dalle.errors import UserError
 from dalle.metrics.clip_score import Embedder
+from dalle.pipelines.masks import Sides, check_mask, filled, pasted, windows
 from dalle.pipelines.upsampling import Drawing
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ class DallePipeline(Drawing):
     """A trained transformer and its image tokenizer; `sample` turns captions into pictures.
 
     Args:
-        dalle: a stage with `sample(batch, randn=..., prefix=..., on_step=...) -> codes (B, N)`.
+        dalle: a stage with `sample(batch, randn=..., prefix=..., known=..., on_step=...) -> codes (B, N)`.
         image_tokenizer: decodes the codes.
         tokenizer: of the captions, the one the transformer was trained with.
         clip: a `FrozenCLIP`, which chooses among candidates.
@@ -77,6 +78,7 @@ class DallePipeline(Drawing):
         dalle: Mapping[str, Any] | None = None,
         candidates: int = 1,
         prefix: Sequence[int] = (),
+        known: Sequence[int] = (),
         frames: int = 4,
         numbers: Sequence[int] | None = None,
     ) -> Float[Tensor, "N F 3 H W"]:
@@ -90,6 +92,7 @@ class DallePipeline(Drawing):
             dalle: further arguments of the stage's `sample` (temperature, top_k, top_p, guidance).
             candidates: pictures drawn for each one that is kept.
             prefix: the first codes, which all pictures keep (`init_codes`).
+            known: in place of it, all codes, -1 where one is drawn (`known_codes`).
             numbers: of the captions, for their noise, where they are part of a longer list (then whoever has
                 the list shows the progress); None counts from 0.
 
@@ -107,7 +110,7 @@ class DallePipeline(Drawing):
                 said = [captions[i] for i, _, _ in part]
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
                     seeds = [mix(seed, order[i], j, c) for i, j, c in part]
-                    drawn = self.draw(said, seeds, dalle or {}, prefix, frames)
+                    drawn = self.draw(said, seeds, dalle or {}, prefix, frames, known)
                 scores = self.scores(drawn[:, -1], said) if candidates > 1 else [0.0] * len(part)
                 for (i, j, _), score, picture in zip(part, scores, drawn.cpu(), strict=True):
                     if (i, j) not in best or score > best[i, j][0]:
@@ -122,12 +125,13 @@ class DallePipeline(Drawing):
         options: Mapping[str, Any],
         prefix: Sequence[int],
         frames: int,
+        known: Sequence[int] = (),
     ) -> Float[Tensor, "B F 3 H W"]:
         """One picture for each caption, as it comes about."""
         grid, shown = self.image_tokenizer.grid, []
-        kept = len(prefix) // grid
-        frames = min(frames, grid - kept)
-        ends = {kept + (grid - kept) * f // frames for f in range(1, frames)}  # rows after which to show it
+        given = len(prefix) // grid
+        frames = min(frames, grid - given)
+        ends = {given + (grid - given) * f // frames for f in range(1, frames)}  # rows after which to show it
 
         def show(drawn: int, codes: Int64[Tensor, "B N"]) -> None:
             row, within = divmod(drawn, grid)
@@ -137,14 +141,100 @@ class DallePipeline(Drawing):
                 shown.append(picture)
 
         batch = cast(Batch, {"caption": captions, "text": self.tokenizer(captions).to(self.device)})
+        kept = {"prefix": prefix, "known": known}
         codes = self.dalle.sample(  # pyright: ignore[reportCallIssue]  # a Stage's, of which the hint does not know
             batch,
             randn=per_sample(seeds, self.device),
-            prefix=torch.tensor([prefix] * len(captions), device=self.device) if prefix else None,
             on_step=show if frames > 1 else None,
+            **{k: torch.tensor([v] * len(captions), device=self.device) for k, v in kept.items() if v},
             **options,
         )
         return torch.stack([*shown, self.image_tokenizer.decode(codes)], 1)
+
+    def inpaint(
+        self,
+        image: Float[Tensor, "3 H W"],
+        mask: Bool[Tensor, "h w"],
+        prompt: str | Sequence[str],
+        *,
+        paste: bool = True,
+        **options: Any,
+    ) -> Float[Tensor, "N 3 H W"]:
+        """The picture with other content where the mask is true, in [-1, 1] on the CPU.
+
+        Codes whose cell the mask touches are drawn anew in raster order; all others stay. Each sees what
+        comes before it, so what lies below or right of the region is kept but not looked at.
+
+        Args:
+            image: in [-1, 1], of the image tokenizer's size.
+            prompt: what the whole picture is to show; of several, each gets `n` pictures.
+            paste: false gives pictures as the image tokenizer draws them, the kept part too.
+            options: as those of `frames`: n, seed, batch_size, precision, dalle, candidates.
+
+        Raises:
+            UserError: a mask of another size, or one that leaves nothing to draw; and as `frames` does.
+        """
+        known = self.known_codes(image, mask)
+        captions = [prompt] if isinstance(prompt, str) else prompt
+        drawn = self.frames(captions, known=known, frames=1, **options)[:, 0]
+        return pasted(drawn, image.cpu(), mask.cpu()) if paste else drawn
+
+    def outpaint(
+        self,
+        image: Float[Tensor, "3 H W"],
+        prompt: str,
+        *,
+        left: int = 0,
+        right: int = 0,
+        top: int = 0,
+        bottom: int = 0,
+        n: int = 1,
+        seed: int = 0,
+        **options: Any,
+    ) -> Float[Tensor, "N 3 h w"]:
+        """The picture within a larger one, h = top + H + bottom, w = left + W + right.
+
+        A window of the image tokenizer's size is shifted over it, half a window at a time: first to the left
+        and right, then up and down. What it shows already is kept, and the rest is drawn as `inpaint` does.
+
+        Args:
+            image: in [-1, 1], as large as a window or larger.
+            left, right, top, bottom: pixels to add.
+            options: as those of `frames`: batch_size, precision, dalle, candidates.
+
+        Raises:
+            UserError: nothing to add, a picture smaller than a window; and as `frames` does.
+        """
+        size, options = self.image_size, {"numbers": [0], **options}  # many bars would be of no use
+        plan = windows(image.shape[-2:], Sides(left, right, top, bottom), size)
+        made = []
+        for j in range(n):
+            canvas = F.pad(image.cpu(), (left, right, top, bottom))
+            blank = F.pad(
+                torch.zeros(image.shape[-2:], dtype=torch.bool), (left, right, top, bottom), value=True
+            )
+            for number, (y, x) in enumerate(plan):
+                here = slice(y, y + size), slice(x, x + size)
+                unknown = blank[here]
+                if not unknown.any():
+                    continue
+                view = filled(canvas[:, *here], unknown)
+                drawn = self.inpaint(view, unknown, prompt, seed=mix(seed, j, number), **options)
+                canvas[:, *here], blank[here] = drawn[0], False
+            made.append(canvas)
+        return torch.stack(made)
+
+    def known_codes(self, image: Float[Tensor, "3 H W"], mask: Bool[Tensor, "h w"]) -> list[int]:
+        """The picture's codes, -1 where the mask touches a code's cell.
+
+        Raises:
+            UserError: a picture or mask of another size, or one that leaves nothing to draw.
+        """
+        check_mask(image, mask, self.image_size)
+        grid, cell = self.image_tokenizer.grid, self.image_size // self.image_tokenizer.grid
+        touched = mask.view(grid, cell, grid, cell).any(dim=3).any(dim=1).flatten()
+        codes = self.image_tokenizer.encode(image[None].to(self.device))[0].cpu()
+        return torch.where(touched.cpu(), -1, codes).tolist()
 
     def scores(self, images: Float[Tensor, "B 3 H W"], captions: list[str]) -> list[float]:
         """CLIP's cosine of each picture and its caption."""

@@ -92,10 +92,14 @@ class DalleStage(Stage):
         top_p: float | None = None,
         guidance: float | None = None,
         prefix: Int64[Tensor, "B P"] | None = None,
+        known: Int64[Tensor, "B N"] | None = None,
         randn: Randn = torch.randn_like,
         on_step: OnStep | None = None,
     ) -> Int64[Tensor, "B N"]:
-        """Codes for the captions whose ids are in `batch`; `prefix` are first codes that are kept."""
+        """Codes for the captions whose ids are in `batch`.
+
+        `prefix` are first codes that are kept, `known` such anywhere, with -1 where one is drawn.
+        """
 
         def uniform(like: Tensor) -> Tensor:
             """Uniforms in [0, 1) out of the normal noise that all stages take; bf16 would be too coarse."""
@@ -103,4 +107,5 @@ class DalleStage(Stage):
 
         told = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
         options = {key: self.drawing[key] if value is None else value for key, value in told.items()}
-        return generate(self.net, batch["text"], **options, prefix=prefix, uniform=uniform, on_step=on_step)
+        options |= {"prefix": prefix, "known": known, "uniform": uniform, "on_step": on_step}
+        return generate(self.net, batch["text"], **options)
