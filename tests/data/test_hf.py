@@ -4,11 +4,13 @@ import json
 
 import datasets
 import pytest
+import torch
 from formats import WHOLE, captions, packed, parquet, picture, write
+from torch.utils.data import DataLoader
 
 from dalle.data.folder import Folder
 from dalle.data.hf import HuggingFace
-from dalle.data.sources import Source
+from dalle.data.sources import Source, SourceDataset, identity_collate
 from dalle.errors import UserError
 
 
@@ -153,3 +155,24 @@ def test_a_new_version_is_read_anew(tmp_path):
     second = read(parquet(tmp_path / "a.parquet", rows))
     assert (len(first), len(second)) == (3, 4)
     assert first.fingerprint() != second.fingerprint()
+
+
+@pytest.mark.parametrize("place", ["https://a.b/c.parquet", "../other/*.parquet", "/etc/*.parquet"])
+def test_a_folder_does_not_lead_elsewhere(tmp_path, place):
+    """`datasets` reads what a README.md says, also from the network."""
+    parquet(tmp_path / "set" / "train.parquet", packed(tmp_path / "loose", 2))
+    configs = "---\nlicense: mit\nconfigs:\n- config_name: default\n  data_files: '{}'\ntags: []\n---\n"
+    write(tmp_path / "set" / "README.md", configs.format("*.parquet"))
+    assert len(read(tmp_path / "set")) == 2
+    write(tmp_path / "set" / "README.md", configs.format(place))
+    with pytest.raises(UserError, match=r"README.md in data.path=.* names files elsewhere"):
+        read(tmp_path / "set")
+
+
+def test_workers_see_the_same_pictures(tmp_path):
+    source = read(parquet(tmp_path / "a.parquet", packed(tmp_path / "loose", 8)))
+    loader = DataLoader(
+        SourceDataset(source), batch_sampler=[[2 * k, 2 * k + 1] for k in range(4)], num_workers=2,
+        collate_fn=identity_collate, multiprocessing_context="fork",
+    )  # fmt: skip
+    assert torch.cat([batch["image"] for batch in loader]).equal(source.images(range(8)))

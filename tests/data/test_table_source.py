@@ -115,7 +115,10 @@ def test_missing_pictures_and_addresses_are_named(root):
 
 def test_addresses_alone_are_one_line(root):
     path = write(root / "a.tsv", "url\tcaption\nhttps://a.b/c.png\tfar\n")
-    with pytest.raises(UserError, match=r"it has url, caption; data.image_column=NAME"):
+    with pytest.raises(
+        UserError,
+        match=r"it has url, caption; data.image_column=NAME .*pictures at addresses have to be downloaded",
+    ):
         read(path)
     with pytest.raises(UserError, match="1 named by an address: download them first, as img2dataset does"):
         read(path, image_column="url")

@@ -5,10 +5,13 @@ import stat
 import zipfile
 
 import pytest
+import torch
 from formats import WHOLE, captions, picture, zipped
+from torch.utils.data import DataLoader
 
 from dalle.data.folder import Folder
 from dalle.data.imagefolder import ImageFolder
+from dalle.data.sources import SourceDataset, identity_collate
 from dalle.errors import UserError
 
 
@@ -75,3 +78,13 @@ def test_a_file_that_is_none_is_one_line(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(UserError, match="is not a whole zip file"):
         read(path)
+
+
+def test_workers_see_the_same_pictures(tmp_path):
+    """Each has the file opened by itself: the place in a shared one would move under them."""
+    source = read(zipped(tmp_path / "a.zip", 12))
+    loader = DataLoader(
+        SourceDataset(source), batch_sampler=[[3 * k, 3 * k + 1, 3 * k + 2] for k in range(4)], num_workers=2,
+        collate_fn=identity_collate, multiprocessing_context="fork",
+    )  # fmt: skip
+    assert torch.cat([batch["image"] for batch in loader]).equal(source.images(range(12)))

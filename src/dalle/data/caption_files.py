@@ -97,7 +97,7 @@ class CaptionFiles:
                 kinds[stem in TABLES or bool(split_names([stem]))].append(name)
         reader.try_all(kinds[True])
         texts = {
-            name: self._lines(root / text, files[text])
+            name: self._lines(f"{root}/{text}" if isinstance(root, Path) else root / text, files[text])
             for name, text in beside.items()
             if not reader.captions.get(name)
         }
@@ -108,7 +108,7 @@ class CaptionFiles:
             reader.unread += foreign(str(root), files)
         return reader.found(sum(map(bool, texts.values())))
 
-    def _lines(self, path: Path | Member, size: int) -> list[str]:
+    def _lines(self, path: str | Member, size: int) -> list[str]:
         """The captions in a text file. One odd file among thousands has none; its picture is named."""
         try:
             text = read_text(path) if size <= LARGEST_TEXT else ""

@@ -42,6 +42,7 @@ CAPTION_COLUMNS = (
     r"(label|class|classname|category|tag|keyword|name)s?",
 )
 SPLIT_COLUMNS = ("split", "subset")
+ADDRESS_COLUMNS = ("url", "urls", "imageurl", "imgurl", "link")
 
 
 class NotATable(Exception):
@@ -385,7 +386,9 @@ def _listed(value: str) -> list[str]:
 
 
 def _unknown(names: Sequence[str]) -> str:
+    far = any(plain(name) in ADDRESS_COLUMNS for name in names)
     return (
         f"without columns that are known: it has {', '.join(map(shown, names))[:200]}; "
         "data.image_column=NAME and data.caption_column=NAME say which hold names of pictures, and captions"
+        + ("; pictures at addresses have to be downloaded first, as img2dataset does" if far else "")
     )

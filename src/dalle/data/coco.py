@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -24,6 +25,7 @@ from dalle.errors import UserError
 from dalle.ranges import Fraction, Place, PositiveInt, Seed, Side, Text
 
 CAPTIONS = re.compile(r"captions?([_-].*)?\.json", re.IGNORECASE)  # not instances_*.json, which hold none
+HUGGING_FACE = re.compile(r"(.*/)?dataset_(infos?|dict)\.json", re.IGNORECASE)
 KARPATHY = re.compile(r"(dataset[_-]|karpathy).*\.json", re.IGNORECASE)
 
 
@@ -71,7 +73,8 @@ class Coco(Folder):
 
 def annotation_files(names: Sequence[str]) -> tuple[str, ...]:
     """Those of a folder's files that hold captions in one of COCO's formats, by their names."""
-    last = {name: PurePosixPath(name).name for name in sorted(names)}
+    files = sorted(name for name in names if name.lower().endswith(".json"))
+    last = {name: PurePosixPath(name).name for name in files if not HUGGING_FACE.fullmatch(name)}
     karpathy = tuple(name for name in last if KARPATHY.fullmatch(last[name]))
     return karpathy or tuple(name for name in last if CAPTIONS.fullmatch(last[name]))
 
@@ -119,7 +122,7 @@ class _Collected:
             if written is None:
                 self.left_out[f"rows of {short} without a picture's name"].append(f"row {number}")
                 continue
-            split = split_names([split]).get(split) if split else next(iter(words.values()), None)
+            split = kind_of(split) if split else next(iter(words.values()), None)
             name = self._name(written, [*words, split] if not karpathy else [])
             if name is None:
                 self.left_out["listed but not there"].append(written)
@@ -131,6 +134,10 @@ class _Collected:
 
     def _name(self, written: str, folders: Sequence[str | None]) -> str | None:
         """The picture that a file name means; of several called so, the one in the split's folder."""
+        for folder in filter(None, folders):
+            for name in (f"{folder}/{written}", f"images/{folder}/{written}"):  # where they usually are
+                if name in self.names.pictures:
+                    return name
         found = self.names.find(written, "")
         if not found and (number := re.fullmatch(r".*?(\d{12})(\.\w+)", written)):
             found = self.names.find("".join(number.groups()), "")  # 2014's names, 2017's pictures
@@ -144,6 +151,12 @@ class _Collected:
                 wanted = [set(split_names(parts[name]).values()) for name in found]
                 found = [n for n, splits in zip(found, wanted, strict=True) if splits & set(folders)]
         return found[0] if len(found) == 1 else None
+
+
+@lru_cache(maxsize=64)
+def kind_of(split: str) -> str | None:
+    """What the name of a split stands for."""
+    return split_names([split]).get(split)
 
 
 Rows = Iterator[tuple[int, str | None, list[str], str | None]]  # number, picture, captions, split

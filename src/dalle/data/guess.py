@@ -91,7 +91,7 @@ def _of_folder(path: str, place: Path) -> list[Settings]:
         found.append({"data": "coco", "data.root": path})
     if any(IDX.fullmatch(PurePosixPath(name).name) for name in names):
         found.append({"data": "idx", "data.root": path})
-    if any(holds_pictures(place / name, Columns()) for name in parquet[:1]):
+    if parquet and _holds_pictures(place / parquet[0]):
         found.append({"data": "table", "data.path": path})
     if tars and len(tars) >= len(pictures):
         found.append({"data": "webdataset", "data.shards": _pattern(path, tars)})
@@ -108,6 +108,13 @@ def _of_folder(path: str, place: Path) -> list[Settings]:
     if not found:
         raise UserError(f"{shown(path)} holds {len(names)} files in no format that is read{_pickled(names)}")
     return found
+
+
+def _holds_pictures(place: Path) -> bool:
+    try:
+        return holds_pictures(place, Columns())
+    except UserError:
+        return False
 
 
 def _pattern(path: str, tars: list[str]) -> str:

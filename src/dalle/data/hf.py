@@ -25,7 +25,7 @@ from dalle.data.imagefolder import sentences
 from dalle.data.picture_index import Stamp
 from dalle.data.pictures import Catalogue, Pictures, say
 from dalle.data.splits import Split, split_names
-from dalle.data.text import shown
+from dalle.data.text import read_text, shown
 from dalle.errors import UserError
 from dalle.ranges import Fraction, Place, PositiveInt, Seed, Side, Text
 
@@ -153,7 +153,8 @@ class Rows:
 
     def content(self, name: str) -> Path | bytes:
         split, _, row = name.rpartition("/")
-        return self.splits[split].picture(int(row), Path(self.place))
+        place = Path(self.place)
+        return self.splits[split].picture(int(row), place if os.path.isdir(place) else place.parent)
 
     def find(self) -> Catalogue:
         tables = self.splits
@@ -307,7 +308,9 @@ def _load(rows: Rows) -> Mapping[str, Any]:
             _look_for_the_hub(place)
         if folder and any(os.path.isfile(os.path.join(place, name)) for name in SAVED):
             loaded = datasets.load_from_disk(place)
-        elif folder or not rows.stamps:
+        elif folder or remote:
+            if folder:
+                _only_here(Path(place))
             builder = datasets.load_dataset_builder(place, rows.subset)
             kind = type(builder).__module__.rpartition(".")[2]
             if kind not in LOADERS:
@@ -323,8 +326,21 @@ def _load(rows: Rows) -> Mapping[str, Any]:
     except Exception as error:  # the library raises whatever its formats and the network give rise to
         why = " ".join(f"{type(error).__name__}: {error.__cause__ or error}".split())[:240]
         what = "is no file or folder here, and the hub does not give it" if remote else "cannot be read"
+        why += "; data.subset=NAME chooses one" if "onfig name is missing" in why else ""
         raise UserError(f"data.path={shown(place)} {what} ({why})") from None
     return loaded if isinstance(loaded, dict) else {"train": loaded}
+
+
+def _only_here(folder: Path) -> None:
+    """Refuses a folder whose README.md, which `datasets` follows, leads to files that are not in it."""
+    try:
+        text = read_text(folder / "README.md")
+    except (OSError, UnicodeDecodeError):
+        return
+    head = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
+    configs = re.search(r"^configs:.*?(?=^\w|\Z)", head[1] if head else "", re.MULTILINE | re.DOTALL)
+    if configs and (far := re.search(r"\S*(://|\.\./)\S*|(?<=[\s\"'])/\S+", configs[0])):
+        raise UserError(f"README.md in data.path={shown(str(folder))} names files elsewhere: {shown(far[0])}")
 
 
 def _look_for_the_hub(name: str) -> None:

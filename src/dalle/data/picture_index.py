@@ -10,6 +10,7 @@ import hashlib
 import os
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -37,58 +38,72 @@ class PictureIndex:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         name = hashlib.sha256(f"{FORMAT} {key}".encode("utf-8", "surrogateescape")).hexdigest()[:24]
         self.path = home / "dalle" / "pictures" / f"{name}.npz"
-        self._worth, self._new = items >= WORTH, 0
-        self._known: dict[str, tuple[Stamp, Look]] = {}
-        self._seen: dict[str, tuple[Stamp, Look]] = {}
+        self._worth = items >= WORTH
+        self._known, self._new = _none(), _none()
+        self._rows: dict[str, int] = {}  # of what is known
+        self._asked: list[int] = []
 
     def __enter__(self) -> "PictureIndex":
         if self._worth:
             with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
                 self._known = _load(self.path)
+                self._rows = {name: row for row, name in enumerate(self._known.names)}
         return self
 
     def __exit__(self, *failed: object) -> None:
         """Also where looking was broken off: what has been seen stays known."""
-        if self._worth and (self._new or len(self._seen) < len(self._known)):
-            kept = self._known | self._seen if any(failed) else self._seen
+        rows = range(len(self._known.names)) if any(failed) else self._asked
+        if self._worth and (self._new.names or len(rows) < len(self._known.names)):
             with contextlib.suppress(OSError, UserError):
-                _save(self.path, kept)
+                kept = zip(self._known, self._new, strict=True)
+                _save(self.path, _Columns(*([*(old[row] for row in rows), *new] for old, new in kept)))
 
     def get(self, name: str, stamp: Stamp) -> Look | None:
-        known = self._known.get(name)
-        if known is None or known[0] != stamp:
+        row, known = self._rows.get(name), self._known
+        if row is None or known.first[row] != stamp[0] or known.second[row] != stamp[1]:
             return None
-        self._seen[name] = known
-        return known[1]
+        self._asked.append(row)
+        return Look(known.digests[row], known.widths[row], known.heights[row], known.odd[row])
 
     def put(self, name: str, stamp: Stamp, look: Look) -> None:
-        self._seen[name] = stamp, look
-        self._new += 1
+        new = self._new
+        for column, value in zip(new, (name, *stamp, *look), strict=True):
+            column.append(value)
 
 
-def _save(path: Path, seen: dict[str, tuple[Stamp, Look]]) -> None:
-    names = b"\0".join(map(encoded, seen))
-    looks = [look for _, look in seen.values()]
+class _Columns(NamedTuple):
+    """Names, stamps and looks, as lists of plain values: a tuple each would keep Python's collector busy."""
+
+    names: list[str]
+    first: list[int]
+    second: list[int]
+    digests: list[str]
+    widths: list[int]
+    heights: list[int]
+    odd: list[bool]
+
+
+def _none() -> _Columns:
+    return _Columns([], [], [], [], [], [], [])
+
+
+def _save(path: Path, seen: _Columns) -> None:
     with atomic_path(path, sync=False) as hidden, hidden.open("wb") as file:
         np.savez(
             file,
-            names=np.frombuffer(names, np.uint8),
-            stamps=np.array([stamp for stamp, _ in seen.values()], np.int64).reshape(-1, 2),
-            digests=np.frombuffer(bytes.fromhex("".join(look.digest for look in looks)), np.uint8),
-            sides=np.array([(look.width, look.height) for look in looks], np.int64).reshape(-1, 2),
-            odd=np.array([look.odd_profile for look in looks], bool),
+            names=np.frombuffer(b"\0".join(map(encoded, seen.names)), np.uint8),
+            digests=np.frombuffer(bytes.fromhex("".join(seen.digests)), np.uint8),
+            numbers=np.array([seen.first, seen.second, seen.widths, seen.heights, seen.odd], np.int64),
         )
 
 
-def _load(path: Path) -> dict[str, tuple[Stamp, Look]]:
+def _load(path: Path) -> _Columns:
     with np.load(path, allow_pickle=False) as held:
         names = held["names"].tobytes().decode("utf-8", "surrogateescape").split("\0")
-        digests = held["digests"].tobytes().hex()
-        stamps, sides, odd = (held[key].tolist() for key in ("stamps", "sides", "odd"))
+        digests, numbers = held["digests"].tobytes().hex(), held["numbers"]
     step = 2 * DIGEST
-    if not len(names) == len(stamps) == len(sides) == len(odd) == len(digests) // step:
+    if numbers.shape != (5, len(names)) or len(digests) != step * len(names):
         raise ValueError
-    return {
-        name: ((stamp[0], stamp[1]), Look(digests[k * step : (k + 1) * step], width, height, bad))
-        for k, (name, stamp, (width, height), bad) in enumerate(zip(names, stamps, sides, odd, strict=True))
-    }
+    first, second, widths, heights, odd = numbers.tolist()
+    each = [digests[at : at + step] for at in range(0, len(digests), step)]
+    return _Columns(names, first, second, each, widths, heights, list(map(bool, odd)))

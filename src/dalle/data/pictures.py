@@ -89,6 +89,14 @@ class Scan:
     looks: dict[str, Look]
     out: dict[str, list[str]]  # why -> what is left out
     notes: dict[str, list[str]]
+    _divided: dict[tuple[float, float, int], dict[str, list[str]]] = field(default_factory=dict)
+
+    def divided(self, val_fraction: float, test_fraction: float, seed: int) -> dict[str, list[str]]:
+        """Names by split; worked out once for all of them."""
+        key = (val_fraction, test_fraction, seed)
+        if key not in self._divided:
+            self._divided[key] = divide(list(self.captions), *key, self.given, self.digests)
+        return self._divided[key]
 
 
 class Pictures:
@@ -130,8 +138,7 @@ class Pictures:
         self.random_crop = crop == "random" and split == "train"
         self.fixed = not self.random_crop
         self.scan = scanned = scan(collection, max_pixels)
-        names = list(scanned.captions)
-        splits = divide(names, val_fraction, test_fraction, seed, scanned.given, scanned.digests)
+        splits = scanned.divided(val_fraction, test_fraction, seed)
         introduce(collection, scanned, {split: len(names) for split, names in splits.items()}, fit, crop)
         self.names = splits[split]
         slot = 3 * image_size**2 * (LONGEST if self.random_crop else 1)
@@ -331,7 +338,8 @@ def say(line: str) -> None:
 def introduce(collection: Collection, scanned: Scan, sizes: Mapping[str, int], fit: str, crop: str) -> None:
     """Says in one line what was read and how it is divided, and in another what a square crop loses."""
     n, captions = len(scanned.captions), sum(map(len, scanned.captions.values()))
-    folders = sorted({word for name in scanned.given if (word := split_folder(name))})
+    parents = {name.rpartition("/")[0] for name in scanned.given}
+    folders = sorted({word for parent in parents if (word := split_folder(f"{parent}/"))})
     how = "by a hash of their names"
     if len(set(scanned.digests.values())) < FEWEST:
         how = f"fewer than {FEWEST} different ones are in every split"

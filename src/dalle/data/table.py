@@ -6,11 +6,12 @@ their folders is not looked at.
 
 import os
 import re
+import stat
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote
 
@@ -146,6 +147,7 @@ class _Found:
         self.read_from: dict[str, list[str]] = {}
         self.left_out: dict[str, list[str]] = defaultdict(list)
         self.unread: list[str] = []
+        self._prefixes: dict[Path, tuple[str, str]] = {}
         self.at: dict[str, tuple[str, Stamp] | None] = {}  # as written -> name and stamp
 
     def read(self, file: Path) -> None:
@@ -210,20 +212,27 @@ class _Found:
         if written.startswith("file://"):
             ways = [unquote(written.removeprefix("file://"))]
         for way in dict.fromkeys(ways):
-            path = folder / way
             try:
-                status = os.stat(path)
+                status = os.stat(os.path.join(folder, way))
             except (OSError, ValueError):  # ValueError: a NUL
                 continue
-            if os.path.isdir(path):
+            if stat.S_ISDIR(status.st_mode):
                 continue
             return self._name(way, folder), (status.st_size, status.st_mtime_ns)
         return None
 
     def _name(self, way: str, folder: Path) -> str:
         """Relative to the base where the table says so, so that names stay when all of it moves."""
-        base = os.path.join(os.path.abspath(self.table.base), "")
+        base, before = self.prefixes(folder)
         way = way.removeprefix(base)
         if not os.path.isabs(way):
-            way = os.path.join(os.path.relpath(folder, base), way)
-        return str(PurePosixPath(Path(way)))
+            way = before + way.removeprefix("./")
+        return way.replace("//", "/")
+
+    def prefixes(self, folder: Path) -> tuple[str, str]:
+        """The base as paths begin with it, and what leads from it to a folder."""
+        if folder not in self._prefixes:
+            base = os.path.join(os.path.abspath(self.table.base), "")
+            before = os.path.relpath(folder, base)
+            self._prefixes[folder] = base, "" if before == "." else f"{before}/"
+        return self._prefixes[folder]

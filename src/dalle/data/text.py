@@ -2,7 +2,6 @@
 
 import re
 import unicodedata
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 UTF16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks of what Windows calls Unicode
@@ -22,12 +21,18 @@ def read_text(path: str | Readable) -> str:
         OSError: it cannot be read.
         UnicodeDecodeError: it is no such text.
     """
-    content = (Path(path) if isinstance(path, str) else path).read_bytes()
+    if isinstance(path, str):
+        with open(path, "rb") as file:
+            content = file.read()
+    else:
+        content = path.read_bytes()
     return content.decode("utf-16" if content.startswith(UTF16) else _unmarked(content))
 
 
 def _unmarked(content: bytes) -> str:
     """Western text in UTF-16 has a NUL in every second byte."""
+    if b"\0" not in content[:200]:
+        return "utf-8-sig"
     first, second = (content[k:200:2] for k in (0, 1))
     if len(first) > 1 and 2 * second.count(0) > len(second) > 2 * first.count(0):
         return "utf-16-le"
