@@ -297,6 +297,7 @@ def _empty(rows: Rows) -> dict[str, SplitRows]:
 def _load(rows: Rows) -> Mapping[str, Any]:
     try:
         import datasets
+        from datasets import config
     except ImportError:
         raise UserError("Hugging Face data sets need a package: pip install 'dalle[data]'") from None
     place, folder = rows.places[0], os.path.isdir(rows.places[0])
@@ -304,7 +305,7 @@ def _load(rows: Rows) -> Mapping[str, Any]:
     try:
         if remote:
             say(f"data.path={place}: no such file here, so it is asked for at the Hugging Face hub (kept in "
-                f"{datasets.config.HF_DATASETS_CACHE})")  # fmt: skip
+                f"{config.HF_DATASETS_CACHE})")  # fmt: skip
             _look_for_the_hub(place)
         if folder and any(os.path.isfile(os.path.join(place, name)) for name in SAVED):
             loaded = datasets.load_from_disk(place)
@@ -328,7 +329,11 @@ def _load(rows: Rows) -> Mapping[str, Any]:
         what = "is no file or folder here, and the hub does not give it" if remote else "cannot be read"
         why += "; data.subset=NAME chooses one" if "onfig name is missing" in why else ""
         raise UserError(f"data.path={shown(place)} {what} ({why})") from None
-    return loaded if isinstance(loaded, dict) else {"train": loaded}
+    return (
+        {str(split): data for split, data in loaded.items()}
+        if isinstance(loaded, dict)
+        else {"train": loaded}
+    )
 
 
 def _only_here(folder: Path) -> None:
@@ -345,7 +350,7 @@ def _only_here(folder: Path) -> None:
 
 def _look_for_the_hub(name: str) -> None:
     """Where it cannot be reached, only what is kept here counts, at once instead of after many tries."""
-    import datasets
+    from datasets import config
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -354,7 +359,7 @@ def _look_for_the_hub(name: str) -> None:
     except HfHubHTTPError:
         return  # it has answered; `datasets` says what is wrong
     except Exception:
-        datasets.config.HF_HUB_OFFLINE = True
+        config.HF_HUB_OFFLINE = True
 
 
 def _instead(kind: str) -> str:

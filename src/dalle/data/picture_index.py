@@ -10,7 +10,7 @@ import hashlib
 import os
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -74,13 +74,13 @@ class PictureIndex:
 class _Columns(NamedTuple):
     """Names, stamps and looks, as lists of plain values: a tuple each would keep Python's collector busy."""
 
-    names: list[str]
-    first: list[int]
-    second: list[int]
-    digests: list[str]
-    widths: list[int]
-    heights: list[int]
-    odd: list[bool]
+    names: list[Any]
+    first: list[Any]
+    second: list[Any]
+    digests: list[Any]
+    widths: list[Any]
+    heights: list[Any]
+    odd: list[Any]
 
 
 def _none() -> _Columns:
