@@ -18,6 +18,7 @@ import yaml
 
 from dalle.errors import UserError
 from dalle.files import LEFT, check_writable, clean, explained
+from dalle.locks import locked
 from dalle.run_dir import Run
 
 MARKER = ".dalle-run"  # in every run directory; locked while a training is at work there
@@ -97,53 +98,6 @@ def check_ours(folder: Path, overwrite: bool) -> None:
 def sidecar(run: Path, suffix: str) -> Path:
     """A file about a run that stays when the run itself is deleted."""
     return run.parent / ".jobs" / (run.name + suffix)
-
-
-@contextmanager
-def locked(path: Path, wait: str = "") -> Iterator[int | None]:
-    """Locks a file, which is made where it is missing, and gives its descriptor; None where another process
-    has locked it, unless `wait`, which is printed then.
-
-    The lock is the open file: it ends with the process that holds it, however that ends. Where a system or a
-    file system knows no locks (Windows, some network disks), everybody is given one.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        yield 0
-        return
-    with explained(path):
-        file = path.open("a")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wait:
-                yield None
-                return
-            print(wait, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            pass  # no locks here
-        _held.add(file.fileno())
-        try:
-            yield file.fileno()
-        finally:
-            _held.discard(file.fileno())
-
-
-_held: set[int] = set()  # locks of this process
-
-
-def _forget() -> None:
-    """Workers that load data are copies of this process: they must not hold its locks when it is killed."""
-    for number in _held:
-        os.close(number)
-    _held.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
 
 
 @contextmanager

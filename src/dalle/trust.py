@@ -51,7 +51,7 @@ LISTED = {  # what runs and recipes are made of: the whole of it, a test says wh
     "sources": (
         "dalle.data.coco.Coco", "dalle.data.folder.Folder", "dalle.data.hf.HuggingFace",
         "dalle.data.idx.Idx", "dalle.data.imagefolder.ImageFolder", "dalle.data.shapes.Shapes",
-        "dalle.data.table.Table",
+        "dalle.data.table.Table", "dalle.data.webdataset.WebDataset",
     ),
 }  # fmt: skip
 SOURCE = ("images", "captions", "fingerprint", "__len__")  # what tells a source: see dalle.data.sources

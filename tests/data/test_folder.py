@@ -552,8 +552,8 @@ def test_workers_name_a_broken_picture_once(tmp_path, monkeypatch):
         with (tmp_path / "said").open("a") as file:
             file.write(f"{line}\n")
 
-    monkeypatch.setattr("dalle.data.pictures.read", read_at_once)
-    monkeypatch.setattr("dalle.data.pictures.rank_zero_warn", note)
+    monkeypatch.setattr("dalle.data.picture_reader.read", read_at_once)
+    monkeypatch.setattr("dalle.data.picture_reader.rank_zero_warn", note)
     batches = DataLoader(
         SourceDataset(source), batch_sampler=[[0], [0]], collate_fn=identity_collate, num_workers=2,
         multiprocessing_context="fork",

@@ -114,14 +114,16 @@ def today(argument: str) -> str:
 
 
 def quoted(argument: str) -> str:
-    """A prompt is plain text: commas, quotes, braces in it are not Hydra's; and a name may be a number.
+    """A prompt is plain text, and so is a pattern of shards: commas, quotes, braces in it are not Hydra's;
+    and a name may be a number.
 
     Lists, and values that are quoted as a whole, stay as they are.
     """
     key, equals, value = argument.partition("=")
     if key == "name":  # of one run, or of several jobs
         return key + equals + re.sub(r"(?<![^,])[-+]?\.?\d[\w.+-]*(?![^,])", r"'\g<0>'", value)
-    if key.lstrip("+") != "prompt" or not equals or value in ("", "null"):
+    shards = re.fullmatch(r"data\.(val_|test_)?shards", key.lstrip("+")) and "{" in value
+    if not (key.lstrip("+") == "prompt" or shards) or not equals or value in ("", "null"):
         return argument
     if len(value) > 1 and value[0] + value[-1] in ("[]", "''", '""'):
         return argument

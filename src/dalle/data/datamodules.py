@@ -191,6 +191,7 @@ class SourceDataModule(L.LightningDataModule):
             rank=self.trainer.global_rank if self.trainer else 0,
             world=self.trainer.world_size if self.trainer else 1,
             limit=self.limits.get(name),
+            order=getattr(self.split(name), "order", None),
         )
 
     def _loader(self, name: str, sampler: EpochSampler) -> DataLoader:

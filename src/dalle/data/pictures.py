@@ -16,23 +16,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
-import numpy as np
-import torch
-from jaxtyping import Float
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
-from torch import Tensor
 from tqdm import tqdm
 
-from dalle.data.image_files import BROKEN, BadPicture, Fit, Look, Memory, inspect, read
+from dalle.data.image_files import BadPicture, Fit, Look, inspect
 from dalle.data.picture_index import PictureIndex, Stamp
-from dalle.data.sources import mix
+from dalle.data.picture_reader import NAMED, PictureReader
 from dalle.data.splits import FEWEST, Split, divide, split_folder
 from dalle.data.text import encoded, shown
 from dalle.errors import UserError
 
-MEMORY = 2**30  # bytes of decoded pictures kept
-LONGEST = 2  # random crops are taken from the middle part of a picture, at most so many times as long as wide
-NAMED = 3  # pictures named in a report
 PATIENCE = 2  # seconds after which a progress bar is shown
 MUCH = 1 / 3  # of a picture, lost to a square crop
 
@@ -99,7 +92,7 @@ class Scan:
         return self._divided[key]
 
 
-class Pictures:
+class Pictures(PictureReader):
     """One split of a collection.
 
     Args:
@@ -132,33 +125,19 @@ class Pictures:
         fit: Fit,
     ):
         check_options(image_size, crop, val_fraction, test_fraction, fit)
-        self.split, self.image_size, self.seed, self.max_pixels = split, image_size, seed, max_pixels
-        self.fit: Fit = fit
+        super().__init__(split, image_size, crop, seed, max_pixels, fit)
         self.collection = collection
-        self.random_crop = crop == "random" and split == "train"
-        self.fixed = not self.random_crop
         self.scan = scanned = scan(collection, max_pixels)
         splits = scanned.divided(val_fraction, test_fraction, seed)
         introduce(collection, scanned, {split: len(names) for split, names in splits.items()}, fit, crop)
         self.names = splits[split]
-        slot = 3 * image_size**2 * (LONGEST if self.random_crop else 1)
-        self._memory = Memory(len(self.names), slot if slot * len(self.names) <= MEMORY else 0)
+        self.remember(len(self.names))
 
     def __len__(self) -> int:
         return len(self.names)
 
     def captions(self, item: int) -> list[str]:
         return self.scan.captions[self.names[self._readable(item)]]
-
-    def images(self, items: Sequence[int], epoch: int = 0) -> Float[Tensor, "b 3 s s"]:
-        """(B, 3, S, S) float32 in [-1, 1]. A picture that turns out broken is replaced by the next one."""
-        size = self.image_size
-        batch = np.empty((len(items), size, size, 3), np.uint8)
-        for row, item in zip(batch, items, strict=True):
-            picture = self._picture(item)
-            top, left = self._corner(picture.shape, item, epoch)
-            row[:] = picture[top : top + size, left : left + size]
-        return torch.from_numpy(batch).permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
 
     def fingerprint(self) -> str:
         return self._fingerprint
@@ -171,45 +150,15 @@ class Pictures:
             digest.update(f"\n{self.scan.digests[name]}\n{self.scan.captions[name]}\n".encode())
         return digest.hexdigest()[:16]
 
-    def _picture(self, item: int) -> np.ndarray:
-        """(H, W, 3) uint8, H or W = S; read from disk once where memory allows."""
-        while True:
-            item = self._readable(item)
-            if (picture := self._memory.get(item)) is not None:
-                return picture
-            aspect = LONGEST if self.random_crop else 1
-            name = self.names[item]
-            try:
-                content = self.collection.content(name)
-                picture = read(content, self.image_size, aspect, self.max_pixels, self.fit)
-            except BadPicture as error:
-                if 0 < (broken := self._memory.give_up(item)) <= NAMED:
-                    more = "; more of the kind are not named" if broken == NAMED else ""
-                    where = shown(str(Path(self.collection.place, name)))
-                    rank_zero_warn(f"{where}: {error}; another picture takes its place{more}")
-            else:
-                self._memory.put(item, picture)
-                return picture
+    def picture_of(self, item: int) -> Path | bytes:
+        return self.collection.content(self.names[item])
 
-    def _readable(self, item: int) -> int:
-        """The item itself, or the next after it that has not turned out to be broken."""
-        state = self._memory.state
-        if state[item] != BROKEN:
-            return item
-        n = len(self)
-        for other in range(item + 1, item + n):
-            if state[other % n] != BROKEN:
-                return other % n
-        raise UserError(
-            f"none of the {n} {self.split} pictures in {self.collection.place} can be read any more"
-        )
+    def called(self, item: int) -> str:
+        return str(Path(self.collection.place, self.names[item]))
 
-    def _corner(self, shape: tuple[int, ...], item: int, epoch: int) -> tuple[int, int]:
-        free = [side - self.image_size for side in shape[:2]]
-        if not self.random_crop:
-            return free[0] // 2, free[1] // 2
-        draw = mix(self.seed, epoch, item, 1)  # 1: another draw than that of the caption
-        return draw % (free[0] + 1), draw % (free[1] + 1)  # one of the two is always 0
+    @property
+    def place(self) -> str:
+        return self.collection.place
 
 
 def check_options(image_size: int, crop: str, val_fraction: float, test_fraction: float, fit: str) -> None:

@@ -40,6 +40,7 @@ class Source(Protocol):
 
 SourceFactory = Callable[..., Source]  # source(split=...) -> Source
 Tokenize = Callable[[list[str]], Tensor]  # B captions -> (B, T) int64
+Order = Callable[[np.ndarray], np.ndarray]  # places in an epoch (k,) -> items (k,)
 Caption = TypeVar("Caption")
 
 
@@ -134,6 +135,8 @@ class EpochSampler(Sampler[list[int]]):
         drop_last: drop what does not fill a batch on all ranks; else items from the front fill up the ranks.
         limit: only the first `limit` items (bounded validation).
         whole: epochs are a multiple of so many batches, those of an accumulated step; for `drop_last`.
+        order: of a shuffled epoch, where the source has one of its own: `order(seed, epoch, items)` gives
+            what maps places in the epoch to items. Else a permutation of all.
         position: asked at every `iter` for (epoch, batches already seen in it), so a resumed run goes on with
             exactly the batches it would have seen; without it `set_epoch` says.
     """
@@ -151,7 +154,9 @@ class EpochSampler(Sampler[list[int]]):
         limit: int | None = None,
         position: Callable[[], tuple[int, int]] | None = None,
         whole: int = 1,
+        order: Callable[[int, int, int], Order] | None = None,
     ):
+        self.order = order
         self.n, self.batch_size, self.shuffle, self.drop_last = n, batch_size, shuffle, drop_last
         self.seed, self.rank, self.world, self.position, self.whole = seed, rank, world, position, whole
         self.used = n if limit is None else min(n, limit)
@@ -173,15 +178,17 @@ class EpochSampler(Sampler[list[int]]):
         return self._batches(epoch, start)
 
     def _batches(self, epoch: int, start: int) -> Iterator[list[int]]:
-        mine = self._order(epoch)
+        order, step = self._order(epoch), self.batch_size * self.world
+        # Without drop_last the ranks are filled up, so that each has as many
+        end = len(self) * step if self.drop_last else -(-self.used // self.world) * self.world
         for b in range(start, len(self)):
-            yield (epoch * self.n + mine[b * self.batch_size : (b + 1) * self.batch_size]).tolist()
+            places = np.arange(b * step + self.rank, min((b + 1) * step, end), self.world)
+            yield (epoch * self.n + order(places % self.used)).tolist()
 
-    def _order(self, epoch: int) -> np.ndarray:
-        """This rank's items of an epoch, in order."""
-        order = np.arange(self.used, dtype=np.int64)
-        if self.shuffle:
-            order = np.random.default_rng([self.seed, epoch]).permutation(order)
-        if self.drop_last:
-            return order[self.rank : len(self) * self.batch_size * self.world : self.world]
-        return np.resize(order, -(-self.used // self.world) * self.world)[self.rank :: self.world]
+    def _order(self, epoch: int) -> Order:
+        """From places in an epoch to items."""
+        if not self.shuffle:
+            return lambda places: places
+        if self.order:
+            return self.order(self.seed, epoch, self.used)
+        return np.random.default_rng([self.seed, epoch]).permutation(self.used).__getitem__
