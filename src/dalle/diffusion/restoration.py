@@ -37,7 +37,7 @@ class Degradation(Protocol):
     def likeliest(
         self,
         x: Float[Tensor, "B C H W"],
-        y: Float[Tensor, "B C h w"],
+        y: Float[Tensor, "#B C h w"],
         spread: Float[Tensor, "B"],
         noise: float,
     ) -> Float[Tensor, "B C H W"]:
@@ -60,7 +60,7 @@ class Separable:
     def likeliest(
         self,
         x: Float[Tensor, "B C H W"],
-        y: Float[Tensor, "B C h w"],
+        y: Float[Tensor, "#B C h w"],
         spread: Float[Tensor, "B"],
         noise: float,
     ) -> Float[Tensor, "B C H W"]:
@@ -86,7 +86,7 @@ class Hidden:
     def likeliest(
         self,
         x: Float[Tensor, "B C H W"],
-        y: Float[Tensor, "B C H W"],
+        y: Float[Tensor, "#B C H W"],
         spread: Float[Tensor, "B"],
         noise: float,
     ) -> Float[Tensor, "B C H W"]:
@@ -96,12 +96,12 @@ class Hidden:
 
 
 def given(
-    denoise: Denoise, degradation: Degradation, y: Float[Tensor, "B C h w"], noise: float, schedule: Schedule
+    denoise: Denoise, degradation: Degradation, y: Float[Tensor, "#B C h w"], noise: float, schedule: Schedule
 ) -> Denoise:
     """A denoiser whose estimate of x_0 is one from x_t and y; what it tells of the variance stays.
 
     Args:
-        y: the spoilt pictures.
+        y: the spoilt pictures, or one for all.
         noise: standard deviation of what was added to them, in units of [-1, 1]; 0 trusts them bit for bit.
     """
 

@@ -218,9 +218,20 @@ class Sampler:
         schedule: Schedule,
         randn: Randn = torch.randn_like,
         on_step: OnStep | None = None,
+        start: Float[Tensor, "#B *S"] | None = None,
+        strength: Fraction = 1.0,
     ) -> Float[Tensor, "B *S"]:
-        """From standard normal `noise` to x0."""
+        """From standard normal `noise` to x0.
+
+        Args:
+            start: begins with this x0, to which noise is added, and takes the last `strength` of all steps,
+                at least one (Meng et al. 2022, SDEdit).
+        """
         levels = self.levels(schedule)
+        if start is not None:
+            levels = levels.last(max(1, round(strength * len(levels))))
+            x = levels.alpha[0].item() * start + levels.sigma[0].item() * noise
+            return METHODS[self.method](denoise, x, levels, randn=randn, on_step=on_step, **self.options)
         first = levels.alpha[0] ** 2 + levels.sigma[0] ** 2  # the variance there, for data of variance 1
         x = noise * first.sqrt().item()
         return METHODS[self.method](denoise, x, levels, randn=randn, on_step=on_step, **self.options)

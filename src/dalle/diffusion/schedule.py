@@ -72,6 +72,11 @@ class Levels:
     def __len__(self) -> int:
         return len(self.t) - 1
 
+    def last(self, steps: int) -> "Levels":
+        """Those of the last `steps` steps."""
+        kept = slice(len(self) - steps, None)
+        return Levels(self.t[kept], self.alpha[kept], self.sigma[kept], self.schedule)
+
     def steps(self) -> Iterator[tuple[int, Level, Level]]:
         """(step number, level one is at, level one goes to)."""
         points = list(map(Level, self.t.tolist(), self.alpha.tolist(), self.sigma.tolist()))

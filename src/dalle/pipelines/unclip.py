@@ -23,15 +23,15 @@ from dalle.data.sources import mix
 from dalle.data.tokenizers import TextTokenizer
 from dalle.diffusion.noise import per_sample
 from dalle.errors import UserError
-from dalle.pipelines.upsampling import Drawing
+from dalle.pipelines.repair import Repairing
+from dalle.pipelines.upsampling import DECODER, PRIOR, Drawing
 
 log = logging.getLogger(__name__)
 
-PRIOR, DECODER = 1, 2  # each has its own noise: another prior sampler leaves the decoder's noise as it was
 RAW, UNIT = ("none", "standardized"), ("unit", "unit_times_sqrt_dim")
 
 
-class UnCLIP(Drawing):
+class UnCLIP(Repairing, Drawing):
     """Trained stages put together; `sample` turns captions into pictures.
 
     Args:

@@ -15,7 +15,8 @@ from dalle.data.sources import mix
 from dalle.diffusion.noise import per_sample
 from dalle.errors import UserError
 
-FIRST = 16  # of the numbers that tell the upsamplers' noise apart from the other stages'
+# Each stage has its own noise: another prior sampler leaves the decoder's noise as it was.
+PRIOR, DECODER, FIRST = 1, 2, 16  # the last of these is the first upsampler
 LARGEST, TILE = 2048**2, 1024  # larger pictures (in pixels) are looked at in tiles of this side
 
 

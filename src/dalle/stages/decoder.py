@@ -6,6 +6,7 @@ independently, so that each can be guided by a scale of its own. The paper drops
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from dalle.data.batch import Batch
 from dalle.diffusion.denoiser import Denoiser
 from dalle.diffusion.guidance import Branch, guide, one_scale, threshold, two_scales
-from dalle.diffusion.samplers import OnStep, Randn, Sampler
+from dalle.diffusion.samplers import Denoise, OnStep, Randn, Sampler
 from dalle.nets.interfaces import DecoderNet, check_interface
 from dalle.optim.factory import OptimizerFactory
 from dalle.ranges import Fraction, Guidance
@@ -81,17 +82,26 @@ class DecoderStage(Stage):
         text_guidance: float | None = None,
         randn: Randn = torch.randn_like,
         on_step: OnStep | None = None,
+        wrap: Callable[[Denoise], Denoise] | None = None,
+        start: Float[Tensor, "#B 3 H W"] | None = None,
+        strength: float = 1.0,
     ) -> Float[Tensor, "B 3 H W"]:
-        """Images in [-1, 1] for the embeddings and captions in `batch`; without the former, for captions."""
+        """Images in [-1, 1] for the embeddings and captions in `batch`; without the former, for captions.
+
+        Args:
+            wrap: puts in what is known of the images (`dalle.diffusion.restoration.given`).
+            start: images to begin with; `strength` says how much of the way they go (`Sampler`).
+        """
         guidance = self.guidance if guidance is None else guidance
         text_guidance = self.text_guidance if text_guidance is None else text_guidance
         denoise = self.denoiser.with_variance if self.denoiser.learned_variance else self.denoiser
         guided = guide(denoise, self.branches(batch, guidance, text_guidance), self.rescale, self.denoiser)
         guided = threshold(guided, self.thresholding)
+        guided = wrap(guided) if wrap else guided
         n, size, device = len(batch["text_embed"]), self.net.image_size, batch["text_embed"].device
         like = torch.empty(n, self.net.channels, size, size, device=device)
         noise = randn(like).contiguous(memory_format=torch.channels_last)
-        run = sampler or self.sampler
+        run = partial(sampler or self.sampler, start=start, strength=strength)
         return run(guided, noise, self.denoiser.schedule, randn=randn, on_step=on_step).clamp(-1, 1)
 
     def branches(self, batch: Batch, guidance: float, text_guidance: float | None) -> list[Branch]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dalle.data.batch import Batch
 from dalle.diffusion.denoiser import Denoiser
 from dalle.diffusion.guidance import threshold
-from dalle.diffusion.samplers import OnStep, Randn, Sampler
+from dalle.diffusion.samplers import Denoise, OnStep, Randn, Sampler
 from dalle.diffusion.tiles import tiled
 from dalle.errors import UserError
 from dalle.nets.interfaces import UpsamplerNet, check_interface
@@ -98,12 +98,14 @@ class UpsamplerStage(Stage):
         tile: int | None = None,
         randn: Randn = torch.randn_like,
         on_step: OnStep | None = None,
+        wrap: Callable[[Denoise], Denoise] | None = None,
     ) -> Float[Tensor, "B 3 H W"]:
         """Images in [-1, 1], `net.factor` times as large as `batch["low"]`, of whatever size that is.
 
         Args:
             noise_level: of noise that the small pictures get.
             tile: side of the tiles in which large pictures are looked at; None: all at once.
+            wrap: puts in what is known of the images (`dalle.diffusion.restoration.given`).
         """
         low = batch["low"]
         s = self.noise_level if noise_level is None else noise_level
@@ -117,4 +119,5 @@ class UpsamplerStage(Stage):
         whole = tiled(estimate, low, tile, step=self.net.whole) if tile else partial(estimate, low=low)
         run = sampler or self.sampler
         denoise = threshold(whole, self.thresholding)
+        denoise = wrap(denoise) if wrap else denoise
         return run(denoise, noise, self.denoiser.schedule, randn=randn, on_step=on_step).clamp(-1, 1)
