@@ -6,6 +6,7 @@ import sys
 import datasets
 import pytest
 from formats import coco, idx, packed, parquet, picture, write, zipped
+from made_tars import shards
 from tiny import ROOT
 
 from dalle.cli import command as cli
@@ -64,6 +65,8 @@ def test_the_lines_train_sample_and_evaluate_as_they_stand(title, block, shell, 
         ("SAVED", "data=hf data.path=SAVED"),
         ("TABLE.tsv", "data=table data.path=TABLE.tsv"),
         ("PACKED.parquet", "data=table data.path=PACKED.parquet"),
+        ("SHARDS", "data=webdataset 'data.shards=SHARDS/*.tar'"),
+        ("SHARDS/00000.tar", "data=webdataset data.shards=SHARDS/00000.tar"),
         ("PICTURES.zip", "data=folder data.root=PICTURES.zip"),
         ("MNIST", "data=idx data.root=MNIST"),
         ("a folder, with texts", "data=folder \"data.root='a folder, with texts'\""),
@@ -74,6 +77,7 @@ def test_data_check_says_what_is_there_and_the_line_for_it(samples, monkeypatch,
     for k in range(4):
         write(picture(samples / "a folder, with texts" / f"{k}.png", k).with_suffix(".txt"), f"thing {k}")
         picture(samples / "classes" / ("cats", "dogs")[k % 2] / f"{k}.png", k)
+    shards(samples / "SHARDS")
     said = check(monkeypatch, capsys, path)
     assert f"\nsettings       {settings}" in said
     sheet = re.search(r"contact sheet +(.*)", said)
@@ -106,7 +110,7 @@ def test_data_check_counts(tmp_path, monkeypatch, capsys):
         "left out       2",
         "1 without a readable caption: 3.png",
         "1 empty: 2.png",
-        "1 broken, as decoding shows; replaced by others in training: 1.png",
+        "1 broken, as decoding shows; replaced by others in training: set/1.png",
         "duplicates     2 pictures are equal to another, byte for byte",
     ):
         assert line in said, said

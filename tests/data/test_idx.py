@@ -47,6 +47,7 @@ def head(*shape, kind=8):
         ("train-images-idx3-ubyte", head(12, 28, 28) + b"x", "cut short: 1 of 9408 bytes"),
         ("train-images-idx3-ubyte", head(12, 28, 28, kind=13), "no idx file of bytes"),
         ("train-images-idx3-ubyte", b"\x89PNG", "no idx file of bytes"),
+        ("train-images-idx3-ubyte", head(12, 28, 28)[:9], "no idx file with anything in it"),
         ("train-images-idx3-ubyte", head(2**31, 2**31, 4), "no idx file with anything in it"),
         ("train-images-idx3-ubyte", head(4, 4, 4) + bytes(64), "12.* labels of 4 pictures"),
         ("train-images-idx3-ubyte", head(4, 4) + bytes(16), "holds no pictures"),

@@ -188,6 +188,13 @@ def test_text_that_is_neither_utf_8_nor_utf_16_is_one_line(root):
         read(write(root / "a.tsv", TSV.replace("thing", "\xfcber"), "latin-1"))
 
 
+def test_one_line_that_is_not_utf_8_is_named(root):
+    path = write(root / "a.tsv", TSV)
+    path.write_bytes(path.read_bytes() + b"images/0.png\tth\xefng\n" + b"images/0.png\tmore\n")
+    with pytest.warns(UserWarning, match=r"1 lines of a.tsv without .*\(line 4\)"):
+        assert captions(read(path)) == EXPECTED | {"images/0.png": ["thing 0", "more"]}
+
+
 def test_metadata_in_parquet_beside_pictures(root):
     """A folder's table may be one, too."""
     parquet(

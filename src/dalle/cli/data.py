@@ -10,9 +10,10 @@ import os
 import re
 import shlex
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -43,13 +44,13 @@ def main(arguments: list[str]) -> None:
         "--sheet", type=Path, help="where the contact sheet goes; else logs/data_check/NAME.png"
     )
     args = parser.parse_args(arguments)
-    words, module = find(args.path, args.settings)
-    for line in report(args.path, words, module, args.quick, args.sheet):
+    words, module, said = find(args.path, args.settings)
+    for line in report(args.path, words, module, said, args.quick, args.sheet):
         print(printable(line), flush=True)
 
 
-def find(path: str, given: Sequence[str]) -> tuple[list[str], Any]:
-    """The settings that read a path, and the DataModule of a CLIP that they make."""
+def find(path: str, given: Sequence[str]) -> tuple[list[str], Any, list[str]]:
+    """The settings that read a path, the DataModule of a CLIP that they make, and what was warned of."""
     from dalle.data.guess import guesses
 
     if chosen := [word for word in given if word.startswith("data=")]:
@@ -63,7 +64,7 @@ def find(path: str, given: Sequence[str]) -> tuple[list[str], Any]:
     for settings in tried:
         words = [f"{key}={_value(value)}" for key, value in settings.items()] + list(given)
         try:
-            return words, _module(words)
+            return words, *_module(words)
         except UserError as error:
             failed.append(error)
     raise failed[0]
@@ -82,40 +83,77 @@ def _for_shell(word: str) -> str:
     return f'"{word}"' if "'" in word and not re.search(r'["$`\\!]', word) else shlex.quote(word)
 
 
-def _module(words: Sequence[str]) -> Any:
+def _module(words: Sequence[str]) -> tuple[Any, list[str]]:
+    """The DataModule of a CLIP, and what was warned of while its data were opened."""
     from dalle.instantiate import instantiate
 
     config = compose("train", ["model=clip", "batch_size=1", *words])[0].config
     module = instantiate(config["datamodule"], "datamodule")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is left out is said below
-        module.split("train")
-    return module
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for name in SPLITS:
+            module.split(name)
+    return module, [str(warning.message) for warning in said if warning.category is UserWarning]
 
 
-def report(path: str, words: Sequence[str], module: Any, quick: bool, sheet: Path | None) -> Iterator[str]:
+@dataclass
+class Survey:
+    """What was seen of the pictures that are used."""
+
+    looks: dict[str, Any] = field(default_factory=dict)  # by name
+    splits: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))  # of names
+    broken: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # why -> names
+
+
+def report(
+    path: str, words: Sequence[str], module: Any, said: Sequence[str], quick: bool, sheet: Path | None
+) -> Iterator[str]:
     """What there is, line by line."""
-    from dalle.data.pictures import Pictures
-
     splits = {name: module.split(name) for name in SPLITS}
-    spoilt: dict[str, list[str]] = {}
-    train = splits["train"]
-    yield row("format", f"{words[0]} ({type(train).__name__})")
+    yield row("format", f"{words[0]} ({type(splits['train']).__name__})")
+    found = survey(splits, quick)
     sizes = ", ".join(f"{name} {len(source):,}" for name, source in splits.items())
-    yield row("pictures", f"{len(set(chain(*(s.names for s in splits.values())))):,} ({sizes})"
-              if isinstance(train, Pictures) else sizes)  # fmt: skip
-    if isinstance(train, Pictures):
-        yield from pictures(train)
+    yield row("pictures", f"{len(found.splits):,} ({sizes})")
+    yield from shapes(found, splits["train"])
     yield from captions(splits, module.tokenizer)
-    if isinstance(train, Pictures):
-        spoilt = {} if quick else broken(train)
-        yield from left_out(train, spoilt)
-        yield from duplicates(splits)
-    bad = set(chain(*spoilt.values()))
-    yield row("contact sheet", contact_sheet(path, splits, bad, sheet))
+    yield from left_out(found, splits["train"], said)
+    yield from duplicates(found)
+    yield row("contact sheet", contact_sheet(path, splits, set(chain(*found.broken.values())), sheet))
     line = " ".join(map(_for_shell, words))
     yield row("settings", line)
     yield f"\npython train.py -m model=clip,prior,decoder {line} name=mine"
+
+
+def survey(splits: dict[str, Any], quick: bool) -> Survey:
+    """Looks at every picture, and decodes it to its end unless in a hurry."""
+    from tqdm import tqdm
+
+    from dalle.data.image_files import BadPicture, inspect, read
+    from dalle.data.pictures import Pictures
+
+    def seen(job: tuple[str, Any, int]) -> tuple[str, str, Any, str]:
+        split, source, item = job
+        look = source.scan.looks[source.names[item]] if isinstance(source, Pictures) else None
+        name, wrong = source.called(item), ""
+        try:
+            look = look or inspect(source.picture_of(item), source.max_pixels)
+            if not quick:
+                read(source.picture_of(item), source.image_size, 1, source.max_pixels, source.fit)
+        except BadPicture as error:
+            wrong = str(error)
+        return split, name, look, wrong
+
+    found = Survey()
+    jobs = [(split, source, item) for split, source in splits.items() for item in range(len(source))]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        bar = tqdm(pool.map(seen, jobs), "Looking at pictures", len(jobs), unit="", delay=PATIENCE)
+        for split, name, look, wrong in bar:
+            if wrong and name not in found.splits:
+                found.broken[f"{wrong}, as decoding shows; replaced by others in training"].append(name)
+            if look is not None:
+                found.looks[name] = look
+            found.splits[name].add(split)
+    return found
 
 
 def row(name: str, text: object) -> str:
@@ -128,18 +166,17 @@ def spread(values: Sequence[float] | np.ndarray, unit: str = "") -> str:
     return f"{low:g} to {high:g}{unit}, median {middle:g}"
 
 
-def pictures(source: Any) -> Iterator[str]:
-    looks = list(source.scan.looks.values())
-    short = np.array([min(look.width, look.height) for look in looks])
-    long = np.array([max(look.width, look.height) for look in looks])
+def shapes(found: Survey, source: Any) -> Iterator[str]:
+    short = np.array([min(look.width, look.height) for look in found.looks.values()])
+    long = np.array([max(look.width, look.height) for look in found.looks.values()])
     yield row("shorter side", spread(short, " px"))
     yield row("long : short", spread((long / short).round(2)))
     if small := int((short < source.image_size).sum()):
         yield row("", f"{small:,} are smaller than data.image_size={source.image_size} and are enlarged")
-    if source.fit == "crop" and source.scan.cropped:
-        share = source.scan.cropped / len(looks)
-        yield row("", f"{source.scan.cropped:,} ({share:.0%}) lose more than a third to the square crop: "
-                  "data.fit=pad keeps the whole")  # fmt: skip
+    cropped = int((1 - short / long > 1 / 3).sum())
+    if source.fit == "crop" and cropped:
+        share = f"{cropped:,} ({cropped / len(short):.0%})"
+        yield row("", f"{share} lose more than a third to the square crop: data.fit=pad keeps the whole")
 
 
 def captions(splits: dict[str, Any], tokenizer: Any) -> Iterator[str]:
@@ -163,50 +200,29 @@ def captions(splits: dict[str, Any], tokenizer: Any) -> Iterator[str]:
         yield row("", f"the longest: {max(cut, key=len)[:100]!r} ...")
 
 
-def broken(source: Any) -> dict[str, list[str]]:
-    """Pictures that cannot be decoded to their end, by what is wrong with them."""
-    from tqdm import tqdm
+def left_out(found: Survey, source: Any, said: Sequence[str]) -> Iterator[str]:
+    from dalle.data.pictures import Pictures
 
-    from dalle.data.image_files import BadPicture, read
-
-    def decoded(name: str) -> str | None:
-        try:
-            read(source.collection.content(name), source.image_size, 1, source.max_pixels, source.fit)
-        except BadPicture as error:
-            return str(error)
-        return None
-
-    found: dict[str, list[str]] = defaultdict(list)
-    names = list(source.scan.captions)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        bar = tqdm(pool.map(decoded, names), "Decoding pictures", len(names), unit="", delay=PATIENCE)
-        for name, why in zip(names, bar, strict=True):
-            if why:
-                found[f"{why}, as decoding shows; replaced by others in training"].append(name)
-    return found
-
-
-def left_out(source: Any, decoded: dict[str, list[str]]) -> Iterator[str]:
-    reasons = source.scan.out | decoded
-    yield row("left out", f"{sum(map(len, source.scan.out.values())):,}")
-    for why, names in reasons.items():
+    out = source.scan.out if isinstance(source, Pictures) else {}
+    if isinstance(source, Pictures) or not said:
+        yield row("left out", f"{sum(map(len, out.values())):,}")
+    else:
+        yield from (row("left out" if not k else "", line) for k, line in enumerate(said))
+    for why, names in (out | found.broken).items():
         more = ", ..." if len(names) > NAMED else ""
         yield row("", f"{len(names):,} {why}: {', '.join(names[:NAMED])}{more}")
 
 
-def duplicates(splits: dict[str, Any]) -> Iterator[str]:
-    digests = next(iter(splits.values())).scan.digests
-    count = Counter(digests.values())
-    equal = [name for name in digests if count[digests[name]] > 1]
-    places: dict[str, set[str]] = defaultdict(set)
-    for split, source in splits.items():
-        for name in source.names:
-            places[digests[name]].add(split)
-    apart = [name for name in equal if len(places[digests[name]]) > 1]
-    line = f"{len(equal):,} pictures are equal to another, byte for byte"
+def duplicates(found: Survey) -> Iterator[str]:
+    same: dict[str, list[str]] = defaultdict(list)
+    for name, look in found.looks.items():
+        same[look.digest].append(name)
+    groups = [names for names in same.values() if len(names) > 1]
+    apart = [names for names in groups if len(set().union(*(found.splits[name] for name in names))) > 1]
+    line = f"{sum(map(len, groups)):,} pictures are equal to another, byte for byte"
     if apart:
-        line += f"; {len(apart):,} of them to one in another split ({', '.join(apart[:NAMED])})"
-    yield row("duplicates", line if equal else "none")
+        line += f"; {sum(map(len, apart)):,} of them to one in another split ({', '.join(apart[0][:NAMED])})"
+    yield row("duplicates", line if groups else "none")
 
 
 def contact_sheet(path: str, splits: dict[str, Any], bad: set[str], place: Path | None) -> Path:
@@ -219,7 +235,7 @@ def contact_sheet(path: str, splits: dict[str, Any], bad: set[str], place: Path 
     total = sum(map(len, splits.values()))
     images, texts = [], []
     for name, source in splits.items():
-        good = [i for i in range(len(source)) if not bad or source.names[i] not in bad]
+        good = [item for item in range(len(source)) if not bad or source.called(item) not in bad]
         share = min(len(good), max(1, round(SHEET * len(good) / total)))
         items = [good[i] for i in np.linspace(0, len(good) - 1, share).round().astype(int)]
         with contextlib.suppress(UserError):  # all of a split break

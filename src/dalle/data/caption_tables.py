@@ -25,6 +25,8 @@ from dalle.errors import UserError
 PARQUET = (".parquet", ".pq")
 SUFFIXES = (*PARQUET, ".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".txt", ".token")
 SEPARATORS = (",", "\t", ";", "|")
+SURROGATE = re.compile(r"[\ud800-\udfff]")  # stands for a byte that is not UTF-8
+ODD_LINES = 0.1  # share of lines that may be so
 ODD_SEPARATOR = re.compile(r"[^\w\s\"'().\[\]{}/\\-]|[\x00-\x08\x1c-\x1f]")
 LONGEST_RECORD = 100  # lines in one quoted field, after which the quote is taken for a letter
 PEEK = 20  # lines that tell whether a table without a header names pictures
@@ -100,17 +102,30 @@ def read_table(path: Path | Member, columns: Columns, is_picture: Callable[[str]
     """
     if path.suffix.lower() in PARQUET:
         return _from_objects(enumerate(_parquet(path, columns), 1), columns)
+    odd: list[int] = []
     try:
         text = read_text(path)
     except UnicodeDecodeError:
-        raise NotATable("not UTF-8 text; save it as UTF-8") from None
+        text, odd = _mostly_text(path)
     except OSError as error:
         raise NotATable(f"a file that cannot be read ({error.strerror})") from None
     if not text.strip():
         raise NotATable("empty")
     if path.suffix.lower() in (".jsonl", ".ndjson", ".json"):
-        return _from_objects(_objects(text), columns)
-    return _from_records(text, columns, is_picture)
+        table = _from_objects(_objects(text), columns)
+    else:
+        table = _from_records(text, columns, is_picture)
+    table.broken = sorted({*table.broken, *odd})
+    return table
+
+
+def _mostly_text(path: Path | Member) -> tuple[str, list[int]]:
+    """The text of a file of which some lines are not UTF-8, without them, and their numbers."""
+    rows = path.read_bytes().decode("utf-8-sig", "surrogateescape").split("\n")
+    odd = [number for number, row in enumerate(rows, 1) if SURROGATE.search(row)]
+    if len(odd) > max(1, ODD_LINES * len(rows)) or odd[0] == 1:
+        raise NotATable("not UTF-8 text; save it as UTF-8")
+    return "\n".join("" if SURROGATE.search(row) else row for row in rows), odd
 
 
 def _parquet(path: Path | Member, columns: Columns) -> Iterator[dict[str, Any]]:

@@ -298,10 +298,13 @@ def _load(rows: Rows) -> Mapping[str, Any]:
     try:
         import datasets
         from datasets import config
+        from datasets.utils import logging
     except ImportError:
         raise UserError("Hugging Face data sets need a package: pip install 'dalle[data]'") from None
     place, folder = rows.places[0], os.path.isdir(rows.places[0])
     remote = not rows.stamps and not os.path.exists(place)
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # what goes wrong is raised as well
     try:
         if remote:
             say(f"data.path={place}: no such file here, so it is asked for at the Hugging Face hub (kept in "
@@ -329,6 +332,8 @@ def _load(rows: Rows) -> Mapping[str, Any]:
         what = "is no file or folder here, and the hub does not give it" if remote else "cannot be read"
         why += "; data.subset=NAME chooses one" if "onfig name is missing" in why else ""
         raise UserError(f"data.path={shown(place)} {what} ({why})") from None
+    finally:
+        logging.set_verbosity(before)
     return (
         {str(split): data for split, data in loaded.items()}
         if isinstance(loaded, dict)

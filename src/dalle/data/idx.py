@@ -202,7 +202,8 @@ def read_idx(path: Path) -> np.ndarray:
             head = file.read(4)
             if len(head) < 4 or head[:2] != b"\0\0" or head[2] != UBYTE or not 1 <= head[3] <= 4:
                 raise UserError(f"{shown(str(path))} is no idx file of bytes")
-            shape = np.frombuffer(file.read(4 * head[3]), ">u4").tolist()
+            sides = file.read(4 * head[3])
+            shape = np.frombuffer(sides[: len(sides) // 4 * 4], ">u4").tolist()
             size = math.prod(shape)
             if len(shape) < head[3] or not 0 < size <= LARGEST:
                 raise UserError(f"{shown(str(path))} is no idx file with anything in it")
