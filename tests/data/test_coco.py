@@ -1,6 +1,7 @@
 """COCO: what pycocotools reads, several captions a picture, the usual splits and Karpathy's."""
 
 import json
+import shutil
 
 import pytest
 from formats import captions, coco, karpathy, picture, write
@@ -36,6 +37,12 @@ def test_a_split_that_is_not_there_is_drawn_from_training(tmp_path):
     found = splits(coco(tmp_path))
     assert [len(found[split]) for split in found] == [5, 3, 1]
     assert all(name.startswith("train2017/") for name in found["test"])
+
+
+def test_a_zip_file_of_it(tmp_path):
+    path = shutil.make_archive(str(tmp_path / "coco"), "zip", coco(tmp_path / "coco"))
+    zipped, loose = splits(path), splits(tmp_path / "coco")
+    assert zipped == loose
 
 
 def test_karpathys_splits(tmp_path):

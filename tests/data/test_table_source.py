@@ -1,6 +1,7 @@
 """data=table: every dialect of CSV and TSV, JSON lines, parquet with paths or with pictures in it."""
 
 import json
+import sys
 
 import datasets
 import pytest
@@ -51,6 +52,8 @@ TSV = "filepath\ttitle\nimages/0.png\tthing 0\nimages/1.png\ta thing, 1\n"
         ("train.csv", 'path,caption\n"images/0.png","thing 0"\n"images/1.png","a thing, 1"\n', "utf-8"),
         ("train.csv", "path,caption\nimages/0.png,thing 0\nimages/1.png,a thing, 1\n", "utf-8"),
         ("train.csv", "images/0.png\tthing 0\nimages/1.png\ta thing, 1\n", "utf-8"),
+        ("train.csv", "'path';'caption'\n'images/0.png';'thing 0'\n'images/1.png';'a thing, 1'\n", "utf-8"),
+        ("train.csv", TSV.replace("images/", "C:\\data\\images\\"), "utf-8"),
         ("train.csv", TSV.replace("images/", ".\\images\\"), "utf-8"),
         ("train.csv", TSV.replace("images/", "/elsewhere/images/"), "utf-8"),
         ("train.csv", TSV.replace("images/", "").replace(".png", ""), "utf-8"),
@@ -68,6 +71,26 @@ TSV = "filepath\ttitle\nimages/0.png\tthing 0\nimages/1.png\ta thing, 1\n"
 )
 def test_dialects(root, name, text, encoding):
     assert captions(read(write(root / name, text, encoding))) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    ("line", "caption"),
+    [
+        (r'images/0.png,"he said \"hi\", then left"', 'he said "hi", then left'),
+        ('images/0.png,"he said ""hi"", then left"', 'he said "hi", then left'),
+        ('images/0.png,a 5" wide thing, red', 'a 5" wide thing, red'),
+        ('images/0.png,"two\nlines, one caption"', "two\nlines, one caption"),
+        ('images/0.png,"[""one"", ""two""]"', ["one", "two"]),
+        ("images/0.png,,", None),
+    ],
+)
+def test_quotes(root, line, caption):
+    path = write(root / "a.csv", f"path,caption\n{line}\nimages/1.png,other\n")
+    found = captions(read(path))
+    assert found.pop("images/1.png") == ["other"]
+    assert found == (
+        {} if caption is None else {"images/0.png": [caption] if isinstance(caption, str) else caption}
+    )
 
 
 def test_absolute_paths_and_another_root(root, tmp_path_factory):
@@ -132,6 +155,9 @@ def test_splits_by_files_and_by_a_column(root):
             ["../images/0.png"],
             ["../images/1.png"],
         ]
+    for split, k in (("train", 0), ("test", 1)):
+        write(root / "parts" / f"split={split}" / "0.csv", f"image,text\n../../images/{k}.png,thing\n")
+    assert read(root / "parts", "test").names == ["split=test/../../images/1.png"]
     path = write(root / "a.csv", "image,text,split\nimages/0.png,x,train\nimages/1.png,y,validation\n")
     assert read(path, "val").names == ["images/1.png"]
 
@@ -201,3 +227,20 @@ def test_metadata_in_parquet_beside_pictures(root):
         root / "images" / "metadata.parquet", [{"file_name": f"{k}.png", "text": f"t {k}"} for k in range(2)]
     )
     assert captions(Folder("train", root, 8, **WHOLE)) == {f"images/{k}.png": [f"t {k}"] for k in range(2)}
+
+
+def test_a_folder_of_texts_is_no_folder_of_tables(root):
+    for k in range(2):
+        write(root / "images" / f"{k}.txt", "a caption")
+    with pytest.raises(UserError, match="holds no table"):
+        read(root / "images")
+
+
+@pytest.mark.parametrize(("package", "rows"), [("pyarrow", None), ("datasets", 2)])
+def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch, package, rows):
+    path = parquet(
+        tmp_path / "a.parquet", packed(tmp_path / "loose", rows) if rows else [{"image": "x", "text": "y"}]
+    )
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=r"pip install 'dalle\[data\]'"):
+        read(path)

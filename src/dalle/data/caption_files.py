@@ -24,6 +24,7 @@ TABLES = ("metadata", "captions", "caption", "annotations", "labels", "prompts")
 TEXTS = (".txt", ".caption")
 LARGEST_TEXT = 2**20  # bytes of a picture's text file; what is larger is no caption
 SHOWN = 8  # class names in the first line
+UNPACK = "have to be unpacked first"
 FOREIGN = {  # endings of files that hold pictures themselves -> what they are, and what reads them
     "-ubyte": ("idx", "data=idx data.root={root} reads"),
     "-ubyte.gz": ("idx", "data=idx data.root={root} reads"),
@@ -31,8 +32,8 @@ FOREIGN = {  # endings of files that hold pictures themselves -> what they are, 
     ".arrow": ("arrow", "data=hf data.path={root} reads"),
     ".tar": ("WebDataset (tar)", "data=webdataset data.shards={root}/{name} reads"),
     ".zip": ("zip", "data=folder data.root={root}/{name} reads"),
-    ".tgz": ("tar.gz", "have to be unpacked first"),
-    ".tar.gz": ("tar.gz", "have to be unpacked first"),
+    ".tgz": ("tar.gz", UNPACK),
+    ".tar.gz": ("tar.gz", UNPACK),
 }
 GENERIC = re.compile(r"(image|img|picture|photo)s?", re.IGNORECASE)  # folders that name no class
 TEXT_FOLDER = re.compile(r"(caption|text|txt|prompt|description)s?", re.IGNORECASE)  # beside that of pictures
@@ -105,7 +106,7 @@ class CaptionFiles:
         if not any(reader.captions.values()):
             reader.try_all(kinds[False])
         if not any(reader.captions.values()):
-            reader.unread += foreign(str(root), files)
+            reader.unread += foreign(None if isinstance(root, Archive) else str(root), files)
         return reader.found(sum(map(bool, texts.values())))
 
     def _lines(self, path: str | Member, size: int) -> list[str]:
@@ -118,15 +119,19 @@ class CaptionFiles:
         return found[:1] if self.first_line else found
 
 
-def foreign(root: str, files: Iterable[str]) -> list[str]:
-    """What a folder holds in formats that other choices of `data` read, and by which settings."""
+def foreign(root: str | None, files: Iterable[str]) -> list[str]:
+    """What a folder holds in formats that other choices of `data` read, and by which settings.
+
+    Args:
+        root: the folder; None: an archive, which has to be unpacked for them.
+    """
     found: dict[str, list[str]] = defaultdict(list)
     for name in sorted(files):
         if ending := next((end for end in reversed(FOREIGN) if name.lower().endswith(end)), None):
             found[ending].append(name)
     return [
         f"{len(names)} {FOREIGN[ending][0]} files, which "
-        + FOREIGN[ending][1].format(root=shown(root), name=shown(names[0]))
+        + (FOREIGN[ending][1].format(root=shown(root), name=shown(names[0])) if root else UNPACK)
         for ending, names in found.items()
     ]
 

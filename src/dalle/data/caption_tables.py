@@ -25,6 +25,7 @@ from dalle.errors import UserError
 PARQUET = (".parquet", ".pq")
 SUFFIXES = (*PARQUET, ".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".txt", ".token")
 SEPARATORS = (",", "\t", ";", "|")
+OTHER_QUOTES = str.maketrans("'\"", "\"'")
 SURROGATE = re.compile(r"[\ud800-\udfff]")  # stands for a byte that is not UTF-8
 ODD_LINES = 0.1  # share of lines that may be so
 ODD_SEPARATOR = re.compile(r"[^\w\s\"'().\[\]{}/\\-]|[\x00-\x08\x1c-\x1f]")
@@ -276,6 +277,13 @@ def texts(value: Any, depth: int = 0) -> list[str]:
 def _from_records(text: str, columns: Columns, is_picture: Callable[[str], bool]) -> Table:
     if head := re.match(r"sep=(.)\r?\n", text):  # Excel's own
         text = text[head.end() :]
+    if re.match(r"\s*'[^'\"]*'[^\w\s]'|\s*'[^'\"]*'\t'", text):  # quoted by the other kind of quotes
+        table = _from_records(text.translate(OTHER_QUOTES), columns, is_picture)
+        table.rows = [
+            Row(row.picture, [caption.translate(OTHER_QUOTES) for caption in row.captions], row.split)
+            for row in table.rows
+        ]
+        return table
     first = next(line for line in lines(text) if line.strip())
     others = sorted(set(ODD_SEPARATOR.findall(first)) - set(SEPARATORS))
     separators = (*SEPARATORS, *others)
@@ -355,10 +363,11 @@ def _fields(raw: str, separator: str) -> list[str] | None:
     if '"' not in raw:
         return raw.split(separator)
     csv.field_size_limit(sys.maxsize)
-    try:
-        return next(csv.reader([raw], delimiter=separator, skipinitialspace=True, strict=True))
-    except csv.Error:
-        return None
+    backslashes: dict[str, Any] = {"escapechar": "\\", "doublequote": False}
+    for more in ({}, backslashes) if '\\"' in raw else ({},):
+        with contextlib.suppress(csv.Error):
+            return next(csv.reader([raw], delimiter=separator, skipinitialspace=True, strict=True, **more))
+    return None
 
 
 def _open_quote(raw: str, separator: str) -> bool:

@@ -372,12 +372,19 @@ def _instead(kind: str) -> str:
 
 
 def _by_split(files: Sequence[str]) -> dict[str, list[str]]:
-    """Files by the first word of their names, where that is a split: `train-00000-of-00002.parquet`."""
-    words = {file: re.split(r"[-_.]", Path(file).name)[0] for file in files}
-    kinds = split_names(words.values())
-    if "train" not in kinds.values() or any(word not in kinds for word in words.values()):
+    """Files by the splits that their names tell."""
+    base = os.path.commonpath([os.path.dirname(file) for file in files])
+    kinds = {file: split_of(os.path.relpath(file, base)) for file in files}
+    if "train" not in kinds.values() or None in kinds.values():
         return {"train": list(files)}
     found: dict[str, list[str]] = defaultdict(list)
-    for file, word in words.items():
-        found[{"val": "validation"}.get(kinds[word], kinds[word])].append(file)
+    for file, kind in kinds.items():
+        found["validation" if kind == "val" else str(kind)].append(file)
     return dict(found)
+
+
+def split_of(name: str) -> str | None:
+    """The split that a file's name tells: `train-00000-of-00002.parquet`, `val/0.csv`, `split=test/0.csv`."""
+    *folders, last = name.replace(os.sep, "/").split("/")
+    words = [re.split(r"[-_.]", last)[0], *(folder.removeprefix("split=") for folder in reversed(folders))]
+    return next((kind for word in words if (kind := split_names([word]).get(word))), None)

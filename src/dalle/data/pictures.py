@@ -265,13 +265,18 @@ def _warn(
     unread: Sequence[str],
 ) -> None:
     parts = [f"Left out: {listed(out)}" if out else "", f"Of these, {listed(notes)}" if notes else ""]
-    parts += [f"Not read: {'; '.join(unread)}" if unread else ""]
+    parts += [f"Not read: {_some(unread)}" if unread else ""]
     if said := [part for part in parts if part]:
         rank_zero_warn(f"{shown(place)}: {used} pictures are used. {'. '.join(said)}")
 
 
+def _some(lines: Sequence[str]) -> str:
+    more = f"; and {len(lines) - 2 * NAMED} others" if len(lines) > 2 * NAMED else ""
+    return "; ".join(lines[: 2 * NAMED]) + more
+
+
 def _nothing(collection: Collection, found: Catalogue, out: Mapping[str, list[str]]) -> str:
-    unread = f". {'; '.join(found.unread)}" if found.unread else ""
+    unread = f". {_some(found.unread)}" if found.unread else ""
     return (
         f"{collection.setting}={shown(collection.place)} has no usable picture. Looked for {found.wanted}; "
         f"found {len(found.pictures)} pictures" + (f": {listed(out)}" if out else found.among) + unread

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote
 
-from dalle.data.caption_files import Names
+from dalle.data.caption_files import TABLES, Names
 from dalle.data.caption_tables import PARQUET, SUFFIXES, Columns, NotATable, Row, holds_pictures, read_table
 from dalle.data.file_listing import list_files
 from dalle.data.folder import columns
-from dalle.data.hf import files_of, rows_of
+from dalle.data.hf import files_of, rows_of, split_of
 from dalle.data.image_files import MAX_PIXELS, Fit
 from dalle.data.image_files import SUFFIXES as PICTURES
 from dalle.data.picture_index import Stamp
@@ -30,6 +30,7 @@ from dalle.errors import UserError
 from dalle.ranges import Fraction, Place, PositiveInt, Seed, Side, Text
 
 ADDRESS = re.compile(r"(?!file:)[a-z][a-z0-9+.-]+://|data:image/", re.IGNORECASE)
+IN_FOLDERS = (".csv", ".tsv", ".jsonl", ".ndjson")  # of a folder; a .txt there may be any text
 ADDRESSED = "named by an address: download them first, as img2dataset does (data=webdataset reads its shards)"
 
 
@@ -78,7 +79,8 @@ def tables_of(path: str | Path | Sequence[str]) -> list[Path]:
     """The tables that a setting names; of a folder its parquet files, or else its other tables."""
     given = [str(path)] if isinstance(path, str | Path) else [str(one) for one in path]
     places = [os.path.expanduser(one) for one in given]
-    files = files_of(places, PARQUET) or files_of(places, tuple(s for s in SUFFIXES if s not in PARQUET))
+    kinds = (PARQUET, IN_FOLDERS, tuple(f"{name}{suffix}" for name in TABLES for suffix in SUFFIXES))
+    files = next((found for kind in kinds if (found := files_of(places, kind))), [])
     if not files:
         raise UserError(f"data.path={shown(given[0])} holds no table ({', '.join(SUFFIXES)})")
     return [Path(file) for file in files]
@@ -159,7 +161,7 @@ class _Found:
                 raise UserError(f"{shown(str(file))} is {error}") from None
             self.unread.append(f"{shown(file.name)} is {error}")
             return
-        split = next(iter(split_names(re.split(r"[-_.]", file.name)[:1]).values()), None)
+        split = split_of(str(file.relative_to(self.table.base)) if not self.table.root else file.name)
         gone: list[Row] = []
         for row in table.rows:
             if place := self.locate(row.picture, folder):
