@@ -316,12 +316,17 @@ def test_a_text_that_several_pictures_may_mean_is_nobodys(tmp_path):
     [
         ("train.parquet", "1 parquet files, which data=table data.path={root} reads"),
         ("00000.TAR", "1 WebDataset .tar. files, which data=webdataset data.shards={root}/00000.TAR reads"),
+        (
+            "00000.tar 1.tar",
+            r"2 WebDataset .tar. files, which data=webdataset data.shards={root}/\*.tar reads",
+        ),
         ("all.zip", "1 zip files, which data=folder data.root={root}/all.zip reads"),
         ("all.tar.gz", "1 tar.gz files, which have to be unpacked first"),
     ],
 )
 def test_other_formats_are_named_with_what_reads_them(tmp_path, name, said):
-    (tmp_path / name).write_bytes(b"PAR1")
+    for file in name.split():
+        (tmp_path / file).write_bytes(b"PAR1")
     with pytest.raises(UserError, match=rf"no usable picture.*{said.format(root=tmp_path)}"):
         folder(tmp_path)
 

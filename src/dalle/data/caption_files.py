@@ -129,11 +129,15 @@ def foreign(root: str | None, files: Iterable[str]) -> list[str]:
     for name in sorted(files):
         if ending := next((end for end in reversed(FOREIGN) if name.lower().endswith(end)), None):
             found[ending].append(name)
-    return [
-        f"{len(names)} {FOREIGN[ending][0]} files, which "
-        + (FOREIGN[ending][1].format(root=shown(root), name=shown(names[0])) if root else UNPACK)
-        for ending, names in found.items()
-    ]
+    said = []
+    for ending, names in found.items():
+        kind, line = FOREIGN[ending]
+        several = posixpath.join(posixpath.dirname(names[0]), f"*{ending}")
+        name = shown(names[0] if len(names) == 1 or kind == "zip" else several)
+        said.append(
+            f"{len(names)} {kind} files, which {line.format(root=shown(root), name=name) if root else UNPACK}"
+        )
+    return said
 
 
 def texts_beside(pictures: Sequence[str], files: Iterable[str]) -> dict[str, str]:
