@@ -49,9 +49,10 @@ LISTED = {  # what runs and recipes are made of: the whole of it, a test says wh
         "dalle.run_dir.load_image_tokenizer",
     ),
     "sources": (
-        "dalle.data.coco.Coco", "dalle.data.folder.Folder", "dalle.data.hf.HuggingFace",
-        "dalle.data.idx.Idx", "dalle.data.imagefolder.ImageFolder", "dalle.data.shapes.Shapes",
-        "dalle.data.table.Table", "dalle.data.webdataset.WebDataset",
+        "dalle.data.coco.Coco", "dalle.data.encoded.Encoded", "dalle.data.folder.Folder",
+        "dalle.data.hf.HuggingFace", "dalle.data.idx.Idx", "dalle.data.imagefolder.ImageFolder",
+        "dalle.data.shapes.Shapes", "dalle.data.table.Table",
+        "dalle.data.webdataset.WebDataset",
     ),
 }  # fmt: skip
 SOURCE = ("images", "captions", "fingerprint", "__len__")  # what tells a source: see dalle.data.sources

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from dalle.data.code_cache import CodeCache, CodeDataset, cached_codes
 from dalle.data.embed_norm import EmbedNorm
 from dalle.data.embedding_cache import CachedDataset, EmbeddingCache, cached_embeddings, chunks
+from dalle.data.encoded import Encoded
 from dalle.data.frozen import FrozenCLIP, FrozenTokenizer
 from dalle.data.sources import (
     EpochSampler,
@@ -123,6 +124,13 @@ class SourceDataModule(L.LightningDataModule):
         task = self.trainer.state.fn if self.trainer else None
         names = {"test": (), "validate": ("val",)}.get(task or "", ("train", "val"))
         return [name for name in names if self.split(name).fixed and 0 < self.items(name) <= most]
+
+    def encoded_splits(self) -> dict[str, Encoded]:
+        """Those that come with what frozen networks make of them."""
+        splits = {name: self.split(name) for name in ("train", "val", "test")}
+        return {
+            name: source for name, source in splits.items() if isinstance(source, Encoded) and len(source)
+        }
 
     def dataset(self, name: str) -> SourceDataset:
         raise NotImplementedError
@@ -350,6 +358,8 @@ class EmbeddingDataModule(SourceDataModule):
         if self.trainer:
             self.clip.to(self.trainer.strategy.root_device)
         embed = partial(cached_embeddings, self.cache_dir, clip=self.clip, verify=verify)
+        for name, source in self.encoded_splits().items():
+            self._caches.setdefault(name, source.embeddings(self.clip))
         for name in self.splits_to_keep(self.cache_items):
             if name not in self._caches:
                 source, n, first_only = self.split(name), self.items(name), name == "val"
@@ -544,6 +554,8 @@ class CodeDataModule(TextImageDataModule):
     def _encode(self, verify: bool) -> None:
         if self.trainer:
             self.image_tokenizer.to(self.trainer.strategy.root_device)
+        for name, source in self.encoded_splits().items():
+            self._caches.setdefault(name, source.codes(self.image_tokenizer))
         for name in self.splits_to_keep(self.cache_items):
             if name not in self._caches:
                 source, n = self.split(name), self.items(name)

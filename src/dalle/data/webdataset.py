@@ -7,7 +7,7 @@ uninterrupted run would. What is read when follows `shuffling`: shards one after
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Literal
 
@@ -112,8 +112,12 @@ class WebDataset(PictureReader):
         row = self.rows[item]
         return self._shard(item).read(int(row["picture"]), int(row["bytes"]))
 
-    def order(self, seed: int, epoch: int, items: int) -> ShardOrder:
-        return ShardOrder(self.first, self.shuffle_window, self.resample, seed, epoch, items)
+    @property
+    def order(self) -> Callable[[int, int, int], ShardOrder] | None:
+        """Of an epoch, `order(seed, epoch, items)`; None: a permutation of all."""
+        if self.shuffle_window is None and not self.resample:
+            return None
+        return lambda *which: ShardOrder(self.first, self.shuffle_window, self.resample, *which)
 
     def fingerprint(self) -> str:
         facts = (
