@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "src"))  # of this tree, whatever is installed
 
 from dalle.ranges import describe  # noqa: E402
 
-COMMANDS = {"train": "Training", "sample": "Sampling", "evaluate": "Evaluation"}
+COMMANDS = {"train": "Training", "sample": "Sampling", "evaluate": "Evaluation", "encode": "Encoding"}
 GROUPS = {  # in the order of the site; what is not here follows
     "model": "Stages", "model/datamodule": "DataModules of a stage",
     "model/net": "Networks of a stage", "data": "Pictures and captions",
@@ -116,7 +116,7 @@ def command(name: str, title: str) -> str:
     lines = [
         f"# {title}",
         "",
-        f"The settings at the top of `python {name}.py`; those of its groups are on the groups' pages.",
+        f"The settings at the top of `{'dalle encode' if name == 'encode' else f'python {name}.py'}`; those of its groups are on the groups' pages.",
         "",
     ]
     return "\n".join([*lines, *header(source), "", *chosen(source), "", *table(source), ""])

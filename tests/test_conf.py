@@ -84,7 +84,7 @@ def check_all(config: dict) -> None:
     check({"_target_": "lightning.Trainer", **config["trainer"]}, "trainer")
 
 
-@pytest.mark.parametrize("primary", ["train", "sample", "evaluate"])
+@pytest.mark.parametrize("primary", ["train", "sample", "evaluate", "encode"])
 def test_no_setting_has_the_name_of_a_group_that_is_not_used(primary):
     """`key=value` chooses a file of the folder conf/key, if there is one, whatever the setting `key` says."""
     config = OmegaConf.to_container(OmegaConf.load(CONF / f"{primary}.yaml"))

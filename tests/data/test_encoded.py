@@ -49,7 +49,7 @@ def shards(tmp_path) -> Path:
 
 def encode(kind: str, logs: Path, data: Path, out: Path, *more: str) -> None:
     GlobalHydra.instance().clear()
-    main([kind, "name=default", f"paths.logs='{logs}'", *of(data), f"out='{out}'", "batch_size=8", *more])
+    main([kind, "name=default", f"paths.logs='{logs}'", *of(data), f"out='{out}'", *more])
 
 
 def of(data: Path) -> list[str]:
@@ -84,7 +84,7 @@ def test_the_layout_is_clip_retrievals_and_the_values_are_the_networks(logs, sha
     folder = tmp_path / "out" / "train"
     images = np.concatenate([np.load(folder / f"img_emb/img_emb_{k}.npy") for k in range(3)])
     exact = clip.embed_image(source.images(range(len(source)))).numpy()
-    np.testing.assert_allclose(images, exact, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(images, exact, rtol=1e-4, atol=1e-5)
     rows = [
         row for k in range(3) for row in pq.read_table(folder / f"metadata/metadata_{k}.parquet").to_pylist()
     ]
@@ -92,7 +92,7 @@ def test_the_layout_is_clip_retrievals_and_the_values_are_the_networks(logs, sha
     assert [row["caption"] for row in rows] == [source.captions(i)[0] for i in range(len(source))]
     texts = np.concatenate([np.load(folder / f"text_emb/text_emb_{k}.npy") for k in range(3)])
     flat = [caption for row in rows for caption in row["captions"]]
-    np.testing.assert_allclose(texts, clip.embed_captions(flat)["text_embed"].numpy(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(texts, clip.embed_captions(flat)["text_embed"].numpy(), rtol=1e-4, atol=1e-5)
     assert np.load(folder / "text_hidden/text_hidden_0.npy").dtype == np.float16
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["weights"] == clip.weights_hash
@@ -166,7 +166,7 @@ def test_mistakes_are_one_line(logs, shards, tmp_path):
         encode("clip", logs, shards, tmp_path / "full")
     with pytest.raises(UserError, match="give one of clip, codes, latents; did you mean codes"):
         main(["code"])
-    with pytest.raises(UserError, match="set data.image_size=16"):
+    with pytest.raises(UserError, match=r"set data\.image_size=16"):
         encode("codes", logs, shards, tmp_path / "out", "data.image_size=8")
     with pytest.raises(UserError, match="shard_items must be"):
         encode("codes", logs, shards, tmp_path / "out", "shard_items=0")
@@ -182,14 +182,15 @@ def test_mistakes_are_one_line(logs, shards, tmp_path):
 
 def test_a_prior_without_pictures_is_that_with_pictures(logs, shards, tmp_path):
     direct = train("prior", logs, tmp_path / "direct", *of(shards))
-    encode("clip", logs, shards, tmp_path / "out", "shard_items=16")
+    encode("clip", logs, shards, tmp_path / "out")
     shutil.rmtree(shards)
     encoded = train("prior", logs, tmp_path / "encoded", "data=encoded", f"data.path='{tmp_path / 'out'}'",
                     "datamodule.num_workers=1")  # fmt: skip
     expected = weights(direct)
     assert all(torch.equal(weight, expected[name]) for name, weight in weights(encoded).items())
-    assert encoded.manifest()["metrics"] == direct.manifest()["metrics"]
-    with pytest.raises(UserError, match="holds no pictures, which are needed here, and .*there are no tar"):
+    # Text states are kept in half precision, and a test of pictures keeps nothing
+    assert encoded.manifest()["metrics"] == pytest.approx(direct.manifest()["metrics"], abs=1e-4)
+    with pytest.raises(UserError, match=r"holds no pictures, which are needed here, and .*there are no tar"):
         Encoded("train", tmp_path / "out").images([0])
 
 

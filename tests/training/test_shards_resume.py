@@ -1,4 +1,4 @@
-"""Training from shards: killed and resumed it sees each sample as if it never had been, whoever reads them."""
+"""Training from shards: killed and resumed, it sees each sample as if it never had been, whoever reads."""
 
 import os
 import signal

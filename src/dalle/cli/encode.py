@@ -38,6 +38,8 @@ def encode(config: dict[str, Any]) -> None:
     from dalle.trust import set_trusted
 
     set_trusted(config["trust"])
+    if not config["out"] or not isinstance(config["out"], str):
+        raise UserError("out is needed: give it as out=FOLDER")
     names = ("shard_items", "batch_size", "num_workers", "dtype", "text_states")
     precision = PRECISIONS.get(config["precision"])
     if precision is None:

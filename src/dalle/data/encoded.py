@@ -68,6 +68,23 @@ def metadata_path(out: Path, split: str, number: int, width: int) -> Path:
     return out / split / "metadata" / f"metadata_{number:0{width}d}.parquet"
 
 
+def read_manifest(path: Place) -> Manifest:
+    """Of a folder that `dalle encode` has written.
+
+    Raises:
+        UserError: no such folder, or one of another layout.
+    """
+    file = Path(path).expanduser() / MANIFEST
+    if not file.is_file():
+        raise UserError(
+            f"data.path={path} holds no {MANIFEST}; dalle encode clip data=... out={path} writes it"
+        )
+    manifest = read_json(file, Manifest, ADVICE)
+    if manifest["schema"] != SCHEMA:
+        raise UserError(f"{path} was written with layout {manifest['schema']}, this version reads {SCHEMA}")
+    return manifest
+
+
 class Rows:
     """Arrays of shards as one long array, read where asked."""
 
@@ -181,15 +198,7 @@ class Encoded:
 
     def __init__(self, split: Split, path: Place, shuffle_window: PositiveInt | None = None) -> None:
         self.split, self.path, self.shuffle_window = split, Path(path).expanduser(), shuffle_window
-        if not (self.path / MANIFEST).is_file():
-            raise UserError(
-                f"data.path={path} holds no {MANIFEST}; dalle encode clip data=... out={path} writes it"
-            )
-        self.manifest = read_json(self.path / MANIFEST, Manifest, ADVICE)
-        if self.manifest["schema"] != SCHEMA:
-            raise UserError(
-                f"{path} was written with layout {self.manifest['schema']}, this version reads {SCHEMA}"
-            )
+        self.manifest = read_manifest(self.path)
         self.image_size: int = self.manifest["image_size"]
         self.items = self.manifest["items"].get(split, 0)
         step = self.manifest["shard_items"]

@@ -16,6 +16,7 @@ from annotated_types import Ge, Le
 from lightning.pytorch.loggers import Logger
 
 from dalle.data.datamodules import SourceDataModule
+from dalle.data.encoded import read_manifest
 from dalle.diffusion.samplers import Sampler
 from dalle.errors import UserError
 from dalle.instantiate import check, instantiate
@@ -190,6 +191,8 @@ def rehearse(config: Config) -> None:
     if isinstance(net.get("image_levels"), list) and net.get("image_vocab") == "auto":
         return  # its product: not to be guessed
     said = [place.get("image_size") for place in (source, net) if isinstance(place, dict)]
+    if isinstance(source, dict) and source.get("_target_") == "dalle.data.encoded.Encoded":
+        said = [read_manifest(source["path"])["image_size"]]
     size = next((size for size in said if isinstance(size, int)), PLAUSIBLE["image_size"])
     guessed = PLAUSIBLE.keys() - suit(net, size).keys()
     sizes = {key: PLAUSIBLE[key] for key, value in net.items() if value == "auto" and key in guessed}
