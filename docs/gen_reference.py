@@ -113,10 +113,11 @@ def overview(pages: dict[str, tuple[str, str]]) -> str:
 
 def command(name: str, title: str) -> str:
     source = (CONF / f"{name}.yaml").read_text(encoding="utf-8")
+    typed = "dalle encode KIND" if name == "encode" else f"python {name}.py"
     lines = [
         f"# {title}",
         "",
-        f"The settings at the top of `{'dalle encode' if name == 'encode' else f'python {name}.py'}`; those of its groups are on the groups' pages.",
+        f"The settings at the top of `{typed}`; those of its groups are on the groups' pages.",
         "",
     ]
     return "\n".join([*lines, *header(source), "", *chosen(source), "", *table(source), ""])

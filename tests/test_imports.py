@@ -10,8 +10,8 @@ from tiny import ROOT
 SOURCE = ROOT / "src"
 # Rooms, lowest first: the libraries each may import beside Python's own, and the rooms of ours. None: any.
 FREE = {
-    "dalle.errors", "dalle.files", "dalle.finite", "dalle.ranges", "dalle.reading", "dalle.schemas",
-    "dalle.weight_names",
+    "dalle.errors", "dalle.files", "dalle.finite", "dalle.locks", "dalle.ranges", "dalle.reading",
+    "dalle.schemas", "dalle.weight_names",
 }  # fmt: skip
 RUNS = {
     "dalle.run_dir",
@@ -30,7 +30,7 @@ LIBRARIES = {
     "optim": PURE,
     "data": PURE
     | {"lightning", "torchvision", "PIL", "numpy", "tokenizers", "tqdm", "open_clip", "safetensors"}
-    | {"datasets", "huggingface_hub", "pyarrow"},
+    | {"datasets", "huggingface_hub", "pyarrow", "fsspec"},
     "metrics": PURE | {"torchmetrics", "lightning", "torch_fidelity", "open_clip", "timm"},
     "stages": PURE | {"torchmetrics", "lightning"},
     "pipelines": PURE | {"yaml", "tqdm"},
@@ -40,7 +40,7 @@ ROOMS = {
     "diffusion": set(),
     "autoregressive": set(),
     "optim": set(),
-    "data": {"dalle.nets", "dalle.trust"},
+    "data": {"dalle.nets", "dalle.trust", "dalle.instantiate"},
     "metrics": {"dalle.data", "dalle.images"},
     "stages": {
         "dalle.diffusion",

@@ -75,6 +75,30 @@ class Manifest(TypedDict):
 
 
 @with_config(LOOSE)
+class EncodedData(TypedDict):
+    node: dict[str, Any]  # the settings of the source
+
+
+@with_config(LOOSE)
+class EncodedManifest(TypedDict):
+    """manifest.json of a folder of encoded data: see `dalle.data.encoding`."""
+
+    schema: int
+    kind: Literal["clip", "codes", "latents"]
+    weights: Text
+    network: dict[str, int]
+    image_size: Side
+    precision: Text
+    dtype: Text
+    text_states: bool
+    shard_items: Annotated[int, Ge(1)]
+    fingerprint: dict[str, str]
+    items: dict[str, NonNegativeInt]
+    difference: NotRequired[dict[str, float]]
+    data: EncodedData
+
+
+@with_config(LOOSE)
 class Node(TypedDict):
     """Something to be built (dalle.instantiate)."""
 

@@ -59,8 +59,6 @@ def of(data: Path) -> list[str]:
 
 def config(model: str, logs: Path, *more: str) -> dict:
     words = [word for word in overrides(model, logs, *more) if not word.startswith("data.size")]
-    if "data=encoded" in words:
-        words.remove("data.image_size=16")
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         return OmegaConf.to_container(compose("train", words), resolve=True)  # pyright: ignore[reportReturnType]
@@ -190,7 +188,7 @@ def test_a_prior_without_pictures_is_that_with_pictures(logs, shards, tmp_path):
     assert all(torch.equal(weight, expected[name]) for name, weight in weights(encoded).items())
     # Text states are kept in half precision, and a test of pictures keeps nothing
     assert encoded.manifest()["metrics"] == pytest.approx(direct.manifest()["metrics"], abs=1e-4)
-    with pytest.raises(UserError, match=r"holds no pictures, which are needed here, and .*there are no tar"):
+    with pytest.raises(UserError, match=r"holds no pictures, which are needed here, and .*not there"):
         Encoded("train", tmp_path / "out").images([0])
 
 

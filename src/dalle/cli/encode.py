@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> None:
     kind, *words = arguments or [""]
     if kind in ("-h", "--help"):
         print(f"{(__doc__ or '').strip()}\n\nusage: dalle encode {'|'.join(KINDS)} SETTING=VALUE ...")
-        return
+        raise SystemExit(0)
     if kind not in KINDS:
         raise UserError(f"dalle encode {kind}: give one of {', '.join(KINDS)}{instead(kind, KINDS, '')}")
     for job in compose("encode", [f"kind={kind}", *words]):

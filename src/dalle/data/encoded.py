@@ -7,14 +7,12 @@ the transformer on codes, none are. Arrays stay on disk, memory-mapped, and capt
 from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal, NotRequired
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
-from pydantic import with_config
 from torch import Tensor
-from typing_extensions import TypedDict
 
 from dalle.data.code_cache import CodeCache
 from dalle.data.embedding_cache import IN_BATCH, EmbeddingCache
@@ -25,39 +23,15 @@ from dalle.data.sources import Source
 from dalle.data.splits import Split
 from dalle.errors import UserError
 from dalle.instantiate import instantiate
-from dalle.ranges import NonNegativeInt, Place, PositiveInt, Side, Text
+from dalle.ranges import Place, PositiveInt, Side
 from dalle.reading import read_json
-from dalle.schemas import LOOSE
+from dalle.schemas import EncodedManifest
 from dalle.trust import listed
 
 SCHEMA = 1  # of the manifest and the files
 MANIFEST = "manifest.json"
 ADVICE = "encode it again"
 TEXT = {"text": "text", "text_emb": "text_embed", "text_hidden": "text_hidden", "text_mask": "text_mask"}
-
-
-@with_config(LOOSE)
-class DataNode(TypedDict):
-    node: dict[str, Any]
-
-
-@with_config(LOOSE)
-class Manifest(TypedDict):
-    """manifest.json of a folder of encoded data."""
-
-    schema: int
-    kind: Literal["clip", "codes", "latents"]
-    weights: Text
-    network: dict[str, int]
-    image_size: Side
-    precision: Text
-    dtype: Text
-    text_states: bool
-    shard_items: PositiveInt
-    fingerprint: dict[str, str]
-    items: dict[str, NonNegativeInt]
-    difference: NotRequired[dict[str, float]]
-    data: DataNode
 
 
 def array_path(out: Path, split: str, name: str, number: int, width: int) -> Path:
@@ -68,7 +42,7 @@ def metadata_path(out: Path, split: str, number: int, width: int) -> Path:
     return out / split / "metadata" / f"metadata_{number:0{width}d}.parquet"
 
 
-def read_manifest(path: Place) -> Manifest:
+def read_manifest(path: Place) -> EncodedManifest:
     """Of a folder that `dalle encode` has written.
 
     Raises:
@@ -79,7 +53,7 @@ def read_manifest(path: Place) -> Manifest:
         raise UserError(
             f"data.path={path} holds no {MANIFEST}; dalle encode clip data=... out={path} writes it"
         )
-    manifest = read_json(file, Manifest, ADVICE)
+    manifest = read_json(file, EncodedManifest, ADVICE)
     if manifest["schema"] != SCHEMA:
         raise UserError(f"{path} was written with layout {manifest['schema']}, this version reads {SCHEMA}")
     return manifest
@@ -186,6 +160,7 @@ class Encoded:
     Args:
         split: train, val or test.
         path: the folder.
+        image_size: that of what was encoded, or null; another is refused.
         shuffle_window: places among which samples are mixed; null: a whole epoch.
 
     Raises:
@@ -196,10 +171,20 @@ class Encoded:
     fixed = True
     has_classes = False
 
-    def __init__(self, split: Split, path: Place, shuffle_window: PositiveInt | None = None) -> None:
+    def __init__(
+        self,
+        split: Split,
+        path: Place,
+        image_size: Side | None = None,
+        shuffle_window: PositiveInt | None = None,
+    ) -> None:
         self.split, self.path, self.shuffle_window = split, Path(path).expanduser(), shuffle_window
         self.manifest = read_manifest(self.path)
         self.image_size: int = self.manifest["image_size"]
+        if image_size not in (None, self.image_size):
+            raise UserError(
+                f"data.image_size={image_size}, but {path} was encoded from pictures of {self.image_size} px"
+            )
         self.items = self.manifest["items"].get(split, 0)
         step = self.manifest["shard_items"]
         most = max(-(-n // step) for n in self.manifest["items"].values())

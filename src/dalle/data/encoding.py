@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dalle.data.encoded import ADVICE, MANIFEST, SCHEMA, Manifest, array_path, metadata_path
+from dalle.data.encoded import ADVICE, MANIFEST, SCHEMA, array_path, metadata_path
 from dalle.data.frozen import Frozen, FrozenCLIP, FrozenTokenizer
 from dalle.data.sources import Source, captions_of, identity_collate
 from dalle.errors import UserError
@@ -35,6 +35,7 @@ from dalle.files import atomic_path, clean, explained, write_json
 from dalle.locks import locked
 from dalle.ranges import PositiveInt, Workers
 from dalle.reading import read_json
+from dalle.schemas import EncodedManifest
 
 Kind = Literal["clip", "codes", "latents"]
 Arrays = dict[str, np.ndarray]
@@ -224,7 +225,7 @@ def _agree(encoder: Encoder, sources: dict[str, Source], described: dict[str, An
     path = out / MANIFEST
     with locked(out / ".lock", wait=f"{out}: another process is beginning there; waiting for it"):
         if path.exists():
-            there = dict(read_json(path, Manifest, ADVICE))
+            there = dict(read_json(path, EncodedManifest, ADVICE))
             other = [
                 f"{key} {there[key]}, here {value}" for key, value in facts.items() if there[key] != value
             ]
