@@ -143,7 +143,8 @@ def test_families_side_by_side_on_the_same_prompts(command, stages, jobs, tmp_pa
             manifest = stages / name / stage / "manifest.json"
             facts = {**json.loads(manifest.read_text()), "seconds_training": 10.0 * (k + 1)}
             manifest.write_text(json.dumps(facts))
-    shared = ("n=8", "precision=fp32", "trainer=cpu", "features=random")
+    of_unclip = ("steps=2", "pipeline.prior_sampler.steps=2", "prior=prior")  # the others know no such thing
+    shared = ("n=8", "precision=fp32", "trainer=cpu", "features=random", *of_unclip)
     ended = command(
         "evaluate.py", f"compare=['{stages}/default*']", *shared, "metrics=[fid,judge,speed,clip_score]"
     )

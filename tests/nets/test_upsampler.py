@@ -86,3 +86,15 @@ def test_recomputing_gives_the_same_gradients():
 def test_sizes_that_do_not_fit(options, line):
     with pytest.raises(UserError, match=line):
         make_net(**options)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("options", [{}, {"resample": "block", "residual": True}])
+def test_compiles_to_one_graph(options):
+    """Captured whole, without the minutes that inductor takes to make code of it."""
+    torch.compiler.reset()
+    net = moved(make_net(**options))
+    given = {"x": torch.randn(2, 3, 16, 16), "t": torch.rand(2), "low": torch.randn(2, 3, 8, 8),
+             "level": torch.rand(2)}  # fmt: skip
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**given), net(**given), rtol=1e-4, atol=1e-4)

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from dalle.autoregressive.sampling import generate
+from dalle.data.batch import text_of
 from dalle.data.embed_norm import EmbedNorm
 from dalle.diffusion.noise import per_sample
 from dalle.errors import UserError
 from dalle.nets.ar_prior import ARPrior, EmbeddingCodes
 from dalle.stages.ar_prior import ARPriorStage, Writer
-from dalle.stages.embedding_stage import text_of
 
 EMBED, LENGTH, DIMS, K = 8, 6, 4, 16
 

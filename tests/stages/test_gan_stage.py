@@ -18,6 +18,7 @@ from tiny import column, configure, train, weights
 from torch import Tensor
 from two_ranks import watch
 
+from dalle.data.batch import text_of
 from dalle.diffusion.noise import per_sample
 from dalle.errors import UserError
 from dalle.nets.gan import Discriminator, Generator
@@ -101,7 +102,7 @@ class TestPenalty:
     def test_is_that_of_the_real_network(self):
         """Against differences of D along a direction, in double precision."""
         d, batch = make_stage().discriminator.double(), make_batch(1)
-        text = {k: v.double() if v.is_floating_point() else v for k, v in gan.text_of(batch).items()}
+        text = {k: v.double() if v.is_floating_point() else v for k, v in text_of(batch).items()}
         image = batch["image"].double().requires_grad_()
         penalty = gan.r1(torch_sum(d, image, text), image, gamma=2)
         (gradient,) = torch.autograd.grad(torch_sum(d, image, text).sum(), image)
@@ -138,7 +139,7 @@ class TestStep:
         torch.manual_seed(3)
         out = stage.step(batch)
         torch.manual_seed(3)
-        text = gan.text_of(batch)
+        text = text_of(batch)
         fake = stage.net(torch.randn(3, 7), **text)
         neighbour = {key: value.roll(1, 0) for key, value in text.items()}
         d, (loss_g, loss_d) = stage.discriminator, gan.LOSSES[loss]
@@ -162,7 +163,7 @@ class TestSample:
         stage, batch = make_stage(), make_batch()
         made = stage.sample(batch, randn=per_sample([4, 5, 6]))
         z = per_sample([4, 5, 6]).initial((7,))
-        torch.testing.assert_close(made, stage.net(z, **gan.text_of(batch)))
+        torch.testing.assert_close(made, stage.net(z, **text_of(batch)))
 
     def test_a_picture_does_not_depend_on_its_batch(self):
         stage, batch = make_stage(), make_batch()

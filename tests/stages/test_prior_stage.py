@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dalle.data.batch import text_of
 from dalle.data.embed_norm import EmbedNorm
 from dalle.diffusion.denoiser import Denoiser
 from dalle.diffusion.noise import per_sample
 from dalle.diffusion.samplers import Sampler
 from dalle.diffusion.schedule import Schedule
 from dalle.nets.prior import Prior
-from dalle.stages.embedding_stage import best, text_of
+from dalle.stages.embedding_stage import best
 from dalle.stages.prior import PriorStage
 
 WIDTH, EMBED, LENGTH = 16, 8, 6

@@ -81,10 +81,11 @@ def test_two_ranks_do_what_one_does_with_twice_the_batch(work, tmp_path):
     assert two.manifest()["metrics"] == pytest.approx(one.manifest()["metrics"], abs=1e-4)
 
 
-def test_ranks_agree_and_test_pictures_are_counted_once(work, tmp_path):
+@pytest.mark.parametrize("model", ["decoder", "upsampler"])
+def test_ranks_agree_and_test_pictures_are_counted_once(work, tmp_path, model):
     """Each rank draws noise of its own, yet all hold the same weights; six pictures on two ranks are six."""
     options = ("callbacks.generation.items=6", "trainer.max_steps=3")
-    seen = watch(2, work / "logs", tmp_path, "decoder", *options)
+    seen = watch(2, work / "logs", tmp_path, model, *options)
     assert torch.equal(*seen["weights"][-1])
     assert (seen["losses"][:, 0] != seen["losses"][:, 1]).all()
     assert Run(tmp_path / "2").manifest()["metrics"]["test/pictures"] == 6

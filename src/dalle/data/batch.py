@@ -1,6 +1,6 @@
 """The one vocabulary of batches, from every DataModule to every stage."""
 
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from torch import Tensor
 
@@ -18,3 +18,8 @@ class Batch(TypedDict, total=False):
     text_mask: Tensor  # (B, T) bool, True = a real token, start and end included
     image_embed: Tensor  # (B, E) float32, normalised as `EmbedNorm` says
     codes: Tensor  # (B, N) int64, dVAE image tokens
+
+
+def text_of(batch: Batch) -> dict[str, Any]:
+    """The part of a batch that says what the caption says."""
+    return {key: batch[key] for key in ("text_embed", "text_hidden", "text_mask")}

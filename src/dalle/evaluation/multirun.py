@@ -8,6 +8,7 @@ import math
 import shlex
 import tempfile
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from dalle.evaluation.run import evaluate
 from dalle.evaluation.stability import stability
 from dalle.evaluation.targets import MAIN
 from dalle.launch.processes import REASON, STOPPED, call, child_command
-from dalle.pipelines.sampling import REQUESTS, new_folder
+from dalle.pipelines.sampling import REQUESTS, SamplingConfig, new_folder
 from dalle.run_dir import Run
 
 
@@ -50,8 +51,12 @@ def compare(config: dict[str, Any], overrides: Sequence[str]) -> None:
         clips = [folders[0] / "clip" for _, folders in families if Run(folders[0] / "clip").finished]
         shared += [f"scorer='{clips[0]}'"] if clips else []
     shared += [f"paths.cache='{config['paths']['cache']}'"]
+    chosen = config["pipeline"]["kind"]
     jobs = [
-        [*shared, f"pipeline={kind}", f"name='{folders[0].name}'", f"paths.logs='{folders[0].parent}'"]
+        [
+            *(word for word in shared if kind == chosen or not is_of(chosen, word)),
+            *(f"pipeline={kind}", f"name='{folders[0].name}'", f"paths.logs='{folders[0].parent}'"),
+        ]
         for kind, folders in families
     ]
     results, failed = [], []
@@ -63,6 +68,12 @@ def compare(config: dict[str, Any], overrides: Sequence[str]) -> None:
         results, failed = results + found, failed + missing
     home = Path(config["paths"]["logs"], "comparisons")
     conclude(results, failed, home, [command_line(overrides)])
+
+
+def is_of(kind: str, word: str) -> bool:
+    """Whether a setting is one that this pipeline has and others need not know."""
+    own = {field.name for field in fields(REQUESTS[kind])} - {field.name for field in fields(SamplingConfig)}
+    return word.lstrip("+~").startswith("pipeline.") or word.lstrip("+~").partition("=")[0] in own
 
 
 def typed(jobs: Sequence[Sequence[str]]) -> list[str]:

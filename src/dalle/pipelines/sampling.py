@@ -194,6 +194,7 @@ class SamplingConfig:
 class UnclipSamplingConfig(SamplingConfig):
     """DALL-E 2: conf/pipeline/unclip.yaml."""
 
+    prior: Text | None
     sampler: dict[str, Any]
     steps: Steps | None
     text_guidance: Guidance | None

@@ -16,13 +16,13 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from dalle.autoregressive.sampling import check_options, generate
-from dalle.data.batch import Batch
+from dalle.data.batch import Batch, text_of
 from dalle.data.embed_norm import EmbedNorm
 from dalle.diffusion.samplers import Randn
 from dalle.nets.interfaces import ARPriorNet, check_interface
 from dalle.optim.factory import OptimizerFactory
 from dalle.ranges import Depth, Fraction, Guidance, NonNegative, NonNegativeInt, PositiveInt, Share
-from dalle.stages.embedding_stage import EmbeddingStage, text_of
+from dalle.stages.embedding_stage import EmbeddingStage
 
 
 class ARPriorStage(EmbeddingStage):

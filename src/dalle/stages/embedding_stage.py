@@ -80,8 +80,3 @@ def best(drawn: list[Tensor], text_embed: Float[Tensor, "B E"], norm: EmbedNorm)
         return drawn[0]
     scores = torch.stack([(norm.decode(z) * text_embed).sum(1) for z in drawn])
     return torch.stack(drawn)[scores.argmax(0), torch.arange(len(text_embed), device=text_embed.device)]
-
-
-def text_of(batch: Batch) -> dict[str, Any]:
-    """The part of a batch that says what the caption says."""
-    return {key: batch[key] for key in ("text_embed", "text_hidden", "text_mask")}

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from dalle.data.batch import Batch
+from dalle.data.batch import Batch, text_of
 from dalle.diffusion.samplers import Randn
 from dalle.nets.interfaces import GeneratorNet, check_interface
 from dalle.optim.factory import OptimizerFactory
@@ -152,11 +152,6 @@ class GanStage(Stage):
             generator,
             {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}},
         ]
-
-
-def text_of(batch: Batch) -> dict[str, Any]:
-    """The part of a batch that says what the caption says."""
-    return {key: batch[key] for key in ("text_embed", "text_hidden", "text_mask")}
 
 
 # Losses

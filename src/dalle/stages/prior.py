@@ -14,14 +14,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dalle.data.batch import Batch
+from dalle.data.batch import Batch, text_of
 from dalle.diffusion.denoiser import Denoiser
 from dalle.diffusion.guidance import guide, one_scale
 from dalle.diffusion.samplers import Randn, Sampler
 from dalle.nets.interfaces import PriorNet, check_interface
 from dalle.optim.factory import OptimizerFactory
 from dalle.ranges import Depth, Fraction, Guidance, NonNegativeInt
-from dalle.stages.embedding_stage import EmbeddingStage, text_of
+from dalle.stages.embedding_stage import EmbeddingStage
 
 
 class PriorStage(EmbeddingStage):
