@@ -14,6 +14,7 @@ from dalle.ranges import Length, NonNegative, NonNegativeInt, Side, Text, Vocabu
 
 Many = Annotated[int, Ge(1), Le(2**20)]  # pictures
 LOOSE = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
+STRICT = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
 
 
 @with_config(LOOSE)
@@ -141,7 +142,22 @@ class StageFacts(TypedDict):
     weights: Text
 
 
-@with_config({**LOOSE, "extra": "forbid"})
+@with_config(STRICT)
+class PictureFacts(TypedDict):
+    """Of a picture that is edited, or its mask."""
+
+    path: Text
+    digest: Text
+
+
+@with_config(STRICT)
+class EditFacts(TypedDict):
+    kind: Text
+    files: dict[Literal["image", "mask"], PictureFacts]
+    settings: dict[str, Any]
+
+
+@with_config(STRICT)
 class SampleRecipe(TypedDict):
     """recipe.yaml beside sampled pictures: see `dalle.pipelines.recipe`."""
 
@@ -156,6 +172,7 @@ class SampleRecipe(TypedDict):
     pipeline: NotRequired[Text]
     truncate: NotRequired[bool]
     progress_strip: NotRequired[bool]
+    edit: NotRequired[EditFacts]
     made_with: NotRequired[dict[str, Any]]
     schema: int
 

@@ -59,6 +59,7 @@ class SampleRecipe:
         precision: fp32 or bf16. `device`: cpu or cuda.
         pipeline: what put the stages together. `truncate`: whether long prompts were cut.
         progress_strip: whether pictures were also shown half done.
+        edit: what was done to which picture (`dalle.pipelines.editing.Edit`); None: drawn from nothing.
         made_with: the `environment` at the time.
     """
 
@@ -73,6 +74,7 @@ class SampleRecipe:
     pipeline: str = "unclip"
     truncate: bool = False
     progress_strip: bool = False
+    edit: dict[str, Any] | None = None
     made_with: dict[str, Any] = field(default_factory=environment)
     schema: int = SCHEMA
 
@@ -85,7 +87,8 @@ class SampleRecipe:
         """The file's text; also fit for a PNG's metadata."""
         # PyYAML folds exotic line breaks into blanks unless it may escape them
         readable = all(prompt.isprintable() for prompt in self.prompts)
-        return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=readable, width=100)
+        facts = {key: value for key, value in asdict(self).items() if key != "edit" or value}
+        return yaml.safe_dump(facts, sort_keys=False, allow_unicode=readable, width=100)
 
     @classmethod
     def read(cls, path: str | Path) -> "SampleRecipe":

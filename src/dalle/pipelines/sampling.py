@@ -23,6 +23,7 @@ from dalle.files import check_writable, explained
 from dalle.images import from_uint8, grid, save_png, to_pil
 from dalle.instantiate import check_arguments, instantiate
 from dalle.machine import fast_in_bf16, pick_device
+from dalle.pipelines.editing import LINES, Edit, Figures
 from dalle.pipelines.load import (
     PUBLIC,
     Loaded,
@@ -454,6 +455,35 @@ def draw(
     ]
 
 
+def edited(
+    edit: Edit, pipeline: Any, recipe: SampleRecipe, options: dict[str, dict[str, Any]]
+) -> tuple[Tensor, Figures]:
+    """The recipe's pictures (N, 1, 3, H, W), and figures about them."""
+    drawing: dict[str, Any] = {"n": recipe.n, "seed": recipe.seed, "batch_size": recipe.batch_size}
+    drawing["precision"] = recipe.precision
+    images, figures = edit.draw(pipeline, recipe.pipeline, recipe.prompts[0], drawing, options)
+    if pipeline.upsamplers is not None:
+        told = {name: node for name, node in options.items() if _is_upsampler(name)}
+        images = pipeline.upsample(images, **drawing, options=told)
+    return images[:, None], figures
+
+
+def prompts_for(request: SamplingConfig, edit: Edit | None) -> list[str]:
+    """The prompts; an edit does with one, and some with none.
+
+    Raises:
+        UserError: there is none but must be, or there are too many.
+    """
+    if edit is None:
+        return request.prompts_read()
+    if request.prompt is None and request.prompts is None:
+        return [""]  # where one is needed, the edit has said so
+    prompts = request.prompts_read()
+    if len(prompts) > 1:
+        raise UserError(f"edit={edit.kind} takes one prompt, not {len(prompts)}; n= makes several pictures")
+    return prompts
+
+
 def sample(config: dict[str, Any]) -> Path:
     """Samples what `config` or its recipe asks for; grid.png, single PNGs and recipe.yaml go into one folder.
 
@@ -463,10 +493,13 @@ def sample(config: dict[str, Any]) -> Path:
     set_trusted(config.get("trust"))
     request = kind_of(config["pipeline"].get("kind"), "pipeline.kind").of(config)
     again = SampleRecipe.read(request.recipe) if request.recipe else None
-    recipe = again or make_recipe(request, request.prompts_read())
+    edit = None if again else Edit.asked_for(config)
+    recipe = again or make_recipe(request, prompts_for(request, edit), edit)
     kind = kind_of(recipe.pipeline, f"{request.recipe}: pipeline")
     if again:
         check_parts(again, kind, f"{request.recipe}")
+    if again and again.edit:
+        edit = Edit.of(again.edit, again.pipeline, f"{request.recipe}")
     if recipe.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda was asked for but PyTorch sees no GPU; use device=cpu")
     for stage, node in recipe.options.items():
@@ -492,9 +525,15 @@ def sample(config: dict[str, Any]) -> Path:
     )
 
     options = {stage: arguments(node, stage) for stage, node in recipe.options.items()}
-    frames = draw(kind, loaded.pipeline.to(recipe.device), recipe, options)
+    pipeline, figures = loaded.pipeline.to(recipe.device), {}
+    if edit:
+        frames, figures = edited(edit, pipeline, recipe, options)
+    else:
+        frames = draw(kind, pipeline, recipe, options)
     out = out if request.out else new_folder(usual)
     write(frames, recipe, out)
+    for name, value in figures.items():
+        print(LINES[name].format(value))
     return out
 
 
@@ -575,8 +614,11 @@ def readable(prompt: str) -> str:
     return prompt
 
 
-def make_recipe(request: SamplingConfig, prompts: list[str]) -> SampleRecipe:
+def make_recipe(request: SamplingConfig, prompts: list[str], edit: Edit | None = None) -> SampleRecipe:
     """The recipe of a request; its stages are known once they are loaded."""
+    for name in ("progress_strip", "init_image"):
+        if edit and getattr(request, name, None):
+            raise UserError(f"{name} is not for edits; leave it out")
     if request.upsamplers and getattr(request, "progress_strip", False):
         raise UserError("progress_strip shows pictures at the size they are drawn at; leave out upsamplers")
     half = request.precision == "bf16-mixed" or (request.precision == "auto" and fast_in_bf16())
@@ -592,6 +634,7 @@ def make_recipe(request: SamplingConfig, prompts: list[str]) -> SampleRecipe:
         pipeline=request.pipeline["kind"],
         truncate=request.truncate,
         progress_strip=getattr(request, "progress_strip", False),
+        edit=edit.to_dict() if edit else None,
     )
 
 

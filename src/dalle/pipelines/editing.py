@@ -1,0 +1,252 @@
+"""Edits of a picture: what `sample.py edit=... image=...` asks for, checked, and done by a method of the
+pipeline. A recipe names the pictures, and knows them by their digests.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypedDict, get_type_hints
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from dalle.data.image_files import MAX_PIXELS, BadPicture, Look, inspect, read
+from dalle.errors import UserError, instead
+from dalle.images import from_uint8
+from dalle.pipelines.masks import kept_psnr, pasted
+from dalle.ranges import NonNegativeInt, Positive, Share, misfit, shown
+
+Figures = dict[str, float]
+LINES = {  # what is said of figures
+    "kept_psnr": "the kept part, as the image tokenizer gives it back: {:.1f} dB",
+    "codes_drawn": "codes drawn anew: {:.0%}",
+}
+
+
+class Settings(TypedDict):
+    """The settings `editing` of conf/sample.yaml."""
+
+    paste: bool
+    left: NonNegativeInt
+    right: NonNegativeInt
+    top: NonNegativeInt
+    bottom: NonNegativeInt
+    noise: Positive
+    blur: Positive
+    strength: Share
+
+
+@dataclass(frozen=True)
+class Job:
+    """What an edit works with: pictures that were read, and further arguments of a pipeline's methods."""
+
+    image: Float[Tensor, "3 H W"]
+    mask: Bool[Tensor, "h w"] | None
+    prompt: str
+    settings: dict[str, Any]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An edit that a pipeline knows.
+
+    Args:
+        do: gives the pictures (N, 3, H, W), and figures about them.
+        takes: the settings of `editing` that it knows.
+        needs: what it cannot do without, alternatives with a |.
+        stages: whose options its pipeline's method takes.
+        small: the picture is read at its own size, not at the pipeline's.
+    """
+
+    do: Callable[[Any, Job], tuple[Tensor, Figures]]
+    takes: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    stages: tuple[str, ...] = ()
+    small: bool = False
+
+
+def inpaint(pipeline: Any, job: Job) -> tuple[Tensor, Figures]:
+    settings = dict(job.settings)
+    paste = settings.pop("paste", True)
+    drawn = pipeline.inpaint(job.image, job.mask, job.prompt, paste=False, **settings, **job.options)
+    assert job.mask is not None
+    stayed = kept_psnr(drawn, job.image, job.mask).mean().item()
+    codes = torch.tensor(pipeline.known_codes(job.image, job.mask))
+    images = pasted(drawn, job.image, job.mask) if paste else drawn
+    return images, {"kept_psnr": stayed, "codes_drawn": (codes < 0).float().mean().item()}
+
+
+def outpaint(pipeline: Any, job: Job) -> tuple[Tensor, Figures]:
+    return pipeline.outpaint(job.image, job.prompt, **job.settings, **job.options), {}
+
+
+def denoise(pipeline: Any, job: Job) -> tuple[Tensor, Figures]:
+    return pipeline.denoise(job.image, job.prompt or None, **job.settings, **job.options), {}
+
+
+def restore(pipeline: Any, job: Job) -> tuple[Tensor, Figures]:
+    settings = dict(job.settings)
+    if job.mask is not None:
+        return pipeline.fill(job.image, job.mask, job.prompt or None, **settings, **job.options), {}
+    settings["blur_sigma"] = settings.pop("blur")
+    return pipeline.deblur(job.image, job.prompt or None, **settings, **job.options), {}
+
+
+def enhance(pipeline: Any, job: Job) -> tuple[Tensor, Figures]:
+    return pipeline.enhance(job.image, job.prompt or None, **job.settings, **job.options), {}
+
+
+def restyle(pipeline: Any, job: Job) -> tuple[Tensor, Figures]:
+    return pipeline.restyle(job.image, job.prompt, **job.settings, **job.options), {}
+
+
+SIDES = ("left", "right", "top", "bottom")
+EDITS: dict[str, dict[str, Kind]] = {
+    "dalle": {
+        "inpaint": Kind(inpaint, ("paste",), ("mask", "prompt"), ("dalle", "clip")),
+        "outpaint": Kind(outpaint, SIDES, ("|".join(SIDES), "prompt"), ("dalle", "clip")),
+    },
+    "unclip": {
+        "denoise": Kind(denoise, ("noise",), (), ("decoder",)),
+        "restore": Kind(restore, ("noise", "blur"), ("blur|mask",), ("decoder",)),
+        "enhance": Kind(enhance, ("noise",), (), ("decoder",), small=True),
+        "restyle": Kind(restyle, ("strength",), ("prompt",), ("prior", "decoder")),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What is done to which pictures (path and digest of `image` and `mask`). Plain data, for recipes."""
+
+    kind: str
+    files: dict[str, dict[str, str]]
+    settings: dict[str, Any]
+
+    @classmethod
+    def asked_for(cls, config: Mapping[str, Any]) -> "Edit | None":
+        """The edit of conf/sample.yaml's settings; None: pictures are drawn from nothing.
+
+        Raises:
+            UserError: one that the pipeline does not know; what it takes is wrong, missing or not for it;
+                pictures that are missing or unreadable; a mask of another size.
+        """
+        name, settings = config["edit"], {k: v for k, v in config["editing"].items() if v is not None}
+        paths = {key: config[key] for key in ("image", "mask") if config[key] is not None}
+        if name is None:
+            for word in [*paths, *(f"editing.{key}" for key in settings)]:
+                raise UserError(f"{word} is of an edit: say which with edit=")
+            return None
+        kind = kind_of(name, config["pipeline"]["kind"])
+        check_settings(settings, kind, name)
+        check_needs({**settings, **paths, "prompt": config["prompt"] or config["prompts"]}, kind, name)
+        looks = {key: look(path, key) for key, path in paths.items()}
+        check_alike(looks, paths)
+        files = {key: {"path": paths[key], "digest": found.digest} for key, found in looks.items()}
+        return cls(name, files, settings)
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any], pipeline: str, where: str) -> "Edit":
+        """What a recipe says. Raises UserError for what is no edit of its pipeline."""
+        edit = cls(**facts)
+        kind = kind_of(edit.kind, pipeline)
+        check_settings(edit.settings, kind, edit.kind)
+        if "image" not in edit.files or ("mask" in kind.needs and "mask" not in edit.files):
+            raise UserError(f"{where}: edit.files say too little; restore the recipe")
+        return edit
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def draw(
+        self, pipeline: Any, kind: str, prompt: str, drawing: Mapping[str, Any], stages: Mapping[str, Any]
+    ) -> tuple[Float[Tensor, "N 3 H W"], Figures]:
+        """The pictures, and figures about them.
+
+        Args:
+            kind: of the pipeline.
+            drawing: n, seed, batch_size, precision. stages: options of the stages by name.
+        """
+        edit = EDITS[kind][self.kind]
+        image = read_picture("image", **self.files["image"], size=None if edit.small else pipeline.image_size)
+        mask = None
+        if found := self.files.get("mask"):
+            mask = read_picture("mask", **found, size=pipeline.image_size).mean(0) > 0
+        options = {name: stages.get(name, {}) for name in edit.stages}
+        chooser = options.pop("clip", {})  # the pipeline itself takes `candidates`
+        options = {**drawing, **options, **chooser}
+        images, figures = edit.do(pipeline, Job(image, mask, prompt, self.settings, options))
+        return images, {name: value for name, value in figures.items() if math.isfinite(value)}
+
+
+def kind_of(name: Any, pipeline: str) -> Kind:
+    """Raises UserError for an edit that the pipeline does not know."""
+    known = EDITS.get(pipeline, {})
+    if isinstance(name, str) and name in known:
+        return known[name]
+    if others := [other for other, edits in EDITS.items() if isinstance(name, str) and name in edits]:
+        raise UserError(f"edit={name} is of pipeline={' or '.join(others)}, not of pipeline={pipeline}")
+    raise UserError(f"pipeline={pipeline} has no edit={shown(name)}{instead(str(name), known, 'edit=')}")
+
+
+def check_settings(settings: Mapping[str, Any], kind: Kind, name: str) -> None:
+    """Raises UserError for a setting of a wrong type, or one that this edit does not know."""
+    hints = get_type_hints(Settings, include_extras=True)
+    for key, value in settings.items():
+        if key not in kind.takes:
+            known = ", ".join(f"editing.{one}" for one in kind.takes) or "none"
+            raise UserError(f"editing.{key} is no setting of edit={name}; its settings are {known}")
+        if wrong := misfit(value, hints[key]):
+            raise UserError(f"editing.{key} must be {wrong.wanted}, got {shown(wrong.got)}")
+
+
+def check_needs(given: Mapping[str, Any], kind: Kind, name: str) -> None:
+    """Raises UserError where something is missing, or there is a mask too many."""
+    for need in ("image", *kind.needs):
+        ways = need.split("|")
+        if not any(given.get(way) for way in ways):
+            named = [f"editing.{way}=" if way in kind.takes else f"{way}=" for way in ways]
+            raise UserError(f"edit={name} needs {' or '.join(named)}")
+    if "mask" in given and not any("mask" in need for need in kind.needs):
+        raise UserError(f"edit={name} takes no mask; leave it out")
+    if "mask" in given and "blur" in given:
+        raise UserError(f"edit={name} undoes one thing at a time: give editing.blur or mask, not both")
+
+
+def look(path: Any, name: str) -> Look:
+    """Raises UserError for what is no picture."""
+    if not isinstance(path, str):
+        raise UserError(f"{name} must be a file, got {shown(path)}")
+    if not Path(path).expanduser().is_file():
+        raise UserError(f"there is no picture {name}={path}")
+    try:
+        return inspect(Path(path).expanduser(), MAX_PIXELS)
+    except BadPicture as error:
+        raise UserError(f"{name}={path} is {error}; give a picture") from None
+
+
+def check_alike(looks: Mapping[str, Look], paths: Mapping[str, str]) -> None:
+    """Raises UserError for a mask of another size than the picture's."""
+    if "mask" in looks:
+        sizes = {name: f"{seen.width} x {seen.height}" for name, seen in looks.items()}
+        if sizes["mask"] != sizes["image"]:
+            raise UserError(
+                f"mask={paths['mask']} has {sizes['mask']} px, but the picture {sizes['image']}; give one of "
+                "its size"
+            )
+
+
+def read_picture(name: str, path: str, digest: str, size: int | None) -> Float[Tensor, "3 H W"]:
+    """Its central square at this size, in [-1, 1]; None: at its own size.
+
+    Raises:
+        UserError: it is gone, cannot be read, or is another than its digest says.
+    """
+    seen = look(path, name)
+    if seen.digest != digest:
+        raise UserError(f"{path} is another picture than it was; give the one that the recipe is of")
+    pixels = read(Path(path).expanduser(), size or min(seen.width, seen.height), 1, MAX_PIXELS)
+    return from_uint8(torch.from_numpy(pixels.copy()).permute(2, 0, 1))

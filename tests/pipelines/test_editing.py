@@ -1,0 +1,188 @@
+"""sample.py edit=... on tiny stages with random weights: pictures, recipes that make them again, mistakes."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import files_below
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+from PIL import Image
+from tiny import ROOT
+
+from dalle.cli import entry
+from dalle.errors import UserError
+from dalle.pipelines.sampling import sample
+
+PROMPT = "prompt=a small red circle"
+FAST = {"dalle": (), "unclip": ("steps=2", "pipeline.prior_sampler.steps=2")}
+PAPER = (255, 255, 255)
+
+
+@pytest.fixture
+def make(untrained_stages, tmp_path, monkeypatch):
+    """`make("out", "dalle", "edit=inpaint")`: what sample.py does, in the folder of the pictures."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(out: str, pipeline: str, *overrides: str) -> Path:
+        settings = [f"pipeline={pipeline}", f"paths.logs='{untrained_stages}'", f"out='{out}'"]
+        words = [*settings, "precision=fp32", *FAST[pipeline], *overrides]
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            composed = compose("sample", [entry.quoted(word) for word in words])
+        config = OmegaConf.to_container(composed, resolve=True)
+        assert isinstance(config, dict)
+        return sample(config)
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def pictures(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "picture.png")
+    Image.fromarray(noise[:8, :8]).save(tmp_path / "small.png")
+    mask = Image.new("RGB", (16, 16))
+    mask.paste(PAPER, (4, 4, 8, 12))  # two cells of 4 px
+    mask.save(tmp_path / "mask.png")
+    Image.new("RGB", (16, 16)).save(tmp_path / "black.png")
+    (tmp_path / "none.png").write_bytes(b"no picture")
+
+
+def pixels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path)).astype(int)
+
+
+EDITS = {
+    "dalle inpaint": ("edit=inpaint", "image=picture.png", "mask=mask.png", PROMPT),
+    "dalle outpaint": ("edit=outpaint", "image=picture.png", "editing.right=6", "editing.top=4", PROMPT),
+    "unclip denoise": ("edit=denoise", "image=picture.png"),
+    "unclip restore": ("edit=restore", "image=picture.png", "editing.blur=1.5", "editing.noise=0.1"),
+    "unclip restore hole": ("edit=restore", "image=picture.png", "mask=mask.png", PROMPT),
+    "unclip enhance": ("edit=enhance", "image=small.png", PROMPT),
+    "unclip restyle": ("edit=restyle", "image=picture.png", "editing.strength=0.5", PROMPT),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_every_edit_leaves_pictures_and_a_recipe_that_makes_them_again(make, name):
+    pipeline = name.split()[0]
+    first = make("first", pipeline, *EDITS[name], "n=2", "seed=3")
+    assert sorted(files_below(first)) == ["000-00.png", "000-01.png", "grid.png", "recipe.yaml"]
+    other = "unclip" if pipeline == "dalle" else "dalle"
+    again = make("again", other, "recipe=first/recipe.yaml", "seed=9")
+    assert files_below(again) == files_below(first)
+    size = Image.open(first / "000-00.png").size
+    assert size == ((22, 20) if "outpaint" in name else (16, 16))
+    assert (first / "000-00.png").read_bytes() != (first / "000-01.png").read_bytes()
+
+
+def test_inpainting_keeps_what_is_not_white_and_says_how_well_it_would_have_stayed(make, capsys):
+    image, white = pixels(Path("picture.png")), pixels(Path("mask.png"))[..., 0] > 0
+    out = make("pasted", "dalle", *EDITS["dalle inpaint"])
+    assert (pixels(out / "000-00.png") == image)[~white].all()
+    assert not (pixels(out / "000-00.png") == image)[white].all()
+    said = capsys.readouterr().out
+    assert "codes drawn anew: 12%" in said  # two of sixteen
+    plain = make("plain", "dalle", *EDITS["dalle inpaint"], "editing.paste=false")
+    off = (pixels(plain / "000-00.png") - image)[~white]
+    dB = 20 * np.log10(255 / np.sqrt((off**2).mean()))
+    assert f"the kept part, as the image tokenizer gives it back: {dB:.1f} dB" in said
+
+
+def test_a_picture_that_changed_is_not_the_recipes(make):
+    make("first", "unclip", *EDITS["unclip denoise"])
+    recipe = yaml.safe_load(Path("first/recipe.yaml").read_text())
+    assert recipe["edit"]["files"]["image"]["path"] == "picture.png"
+    Image.new("RGB", (16, 16)).save("picture.png")
+    with pytest.raises(UserError, match=r"picture.png is another picture than it was"):
+        make("again", "unclip", "recipe=first/recipe.yaml")
+    Path("picture.png").unlink()
+    with pytest.raises(UserError, match=r"there is no picture image=picture.png"):
+        make("again", "unclip", "recipe=first/recipe.yaml")
+
+
+def test_pictures_without_an_edit_have_recipes_as_before(make):
+    out = make("plain", "dalle", PROMPT)
+    assert "edit" not in yaml.safe_load((out / "recipe.yaml").read_text())
+
+
+DAMAGE = {
+    "no edit": ({"kind": "paint"}, "pipeline=unclip has no edit='paint'"),
+    "another's": ({"kind": "inpaint"}, "edit=inpaint is of pipeline=dalle"),
+    "settings": ({"settings": {"noise": -1}}, "editing.noise must be a number above 0, got -1"),
+    "no picture": ({"files": {}}, "edit.files say too little"),
+    "odd files": ({"files": {"image": {"path": "a"}}}, "edit.files"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_recipes_are_one_line(make, name):
+    make("first", "unclip", *EDITS["unclip denoise"])
+    facts = yaml.safe_load(Path("first/recipe.yaml").read_text())
+    damage, message = DAMAGE[name]
+    facts["edit"] |= damage
+    Path("bad.yaml").write_text(yaml.safe_dump(facts))
+    with pytest.raises(UserError) as error:
+        make("again", "unclip", "recipe=bad.yaml")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("dalle edit=inpant image=picture.png", "has no edit='inpant'; did you mean edit=inpaint?"),
+        ("dalle edit=denoise image=picture.png", "edit=denoise is of pipeline=unclip, not of pipeline=dalle"),
+        ("dalle image=picture.png", "image is of an edit: say which with edit="),
+        ("dalle editing.left=3", "editing.left is of an edit: say which with edit="),
+        ("dalle edit=inpaint mask=mask.png prompt=a", "edit=inpaint needs image="),
+        ("dalle edit=inpaint image=picture.png prompt=a", "edit=inpaint needs mask="),
+        ("dalle edit=inpaint image=picture.png mask=mask.png", "edit=inpaint needs prompt="),
+        ("dalle edit=inpaint image=none.png mask=mask.png prompt=a", "image=none.png is broken; give"),
+        ("dalle edit=inpaint image=gone.png mask=mask.png prompt=a", "there is no picture image=gone.png"),
+        (
+            "dalle edit=inpaint image=small.png mask=mask.png prompt=a",
+            "mask=mask.png has 16 x 16 px, but the picture 8 x 8; give one of its size",
+        ),
+        (
+            "dalle edit=outpaint image=picture.png prompt=a",
+            "edit=outpaint needs editing.left= or editing.right= or editing.top= or editing.bottom=",
+        ),
+        ("dalle edit=outpaint image=picture.png editing.left=-1 prompt=a", "editing.left must be"),
+        (
+            "dalle edit=inpaint image=picture.png mask=mask.png prompt=a editing.blur=2",
+            "editing.blur is no setting of edit=inpaint; its settings are editing.paste",
+        ),
+        ("dalle edit=inpaint image=picture.png mask=mask.png prompt=[a,b]", "takes one prompt, not 2"),
+        (
+            "dalle edit=inpaint image=picture.png mask=mask.png prompt=a init_image=picture.png",
+            "init_image is not for edits",
+        ),
+        ("unclip edit=restore image=picture.png", "edit=restore needs editing.blur= or mask="),
+        ("unclip edit=restore image=picture.png mask=mask.png editing.blur=1", "editing.blur or mask, not"),
+        ("unclip edit=denoise image=picture.png mask=mask.png", "edit=denoise takes no mask"),
+        ("unclip edit=restyle image=picture.png prompt=a editing.strength=2", "editing.strength must be"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line_before_anything_is_loaded(make, monkeypatch, words, message):
+    def refuse(*_):
+        raise AssertionError("stages were loaded")
+
+    monkeypatch.setattr("dalle.pipelines.sampling.load", refuse)
+    pipeline, *more = words.split()
+    with pytest.raises(UserError) as error:
+        make("out", pipeline, *more)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not Path("out").exists()
+
+
+def test_a_mask_without_white_and_a_picture_that_is_not_small(make):
+    with pytest.raises(UserError, match="the mask is black all over"):
+        make("out", "dalle", "edit=inpaint", "image=picture.png", "mask=black.png", PROMPT)
+    with pytest.raises(UserError, match="enhance makes pictures of 8, 4, 2 px ones of 16 px"):
+        make("out", "unclip", "edit=enhance", "image=picture.png")
+    assert not Path("out").exists()
