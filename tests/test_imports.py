@@ -30,7 +30,7 @@ LIBRARIES = {
     "optim": PURE,
     "data": PURE
     | {"lightning", "torchvision", "PIL", "numpy", "tokenizers", "tqdm", "open_clip", "safetensors"}
-    | {"datasets", "huggingface_hub", "pyarrow", "fsspec"},
+    | {"datasets", "fsspec", "huggingface_hub", "pyarrow"},
     "metrics": PURE | {"torchmetrics", "lightning", "torch_fidelity", "open_clip", "timm"},
     "stages": PURE | {"torchmetrics", "lightning"},
     "pipelines": PURE | {"yaml", "tqdm"},
@@ -40,7 +40,7 @@ ROOMS = {
     "diffusion": set(),
     "autoregressive": set(),
     "optim": set(),
-    "data": {"dalle.nets", "dalle.trust", "dalle.instantiate"},
+    "data": {"dalle.nets", "dalle.trust"},
     "metrics": {"dalle.data", "dalle.images"},
     "stages": {
         "dalle.diffusion",

@@ -30,7 +30,9 @@ def test_the_captions_and_splits_are_those_of_pycocotools(tmp_path, capsys):
         }
         assert found[split] == expected
     assert found["test"] == {}
-    assert "captions_train2017.json, captions_val2017.json; 6 train, 3 val, 0 test" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "from captions_train2017.json, captions_val2017.json; 6 train, 3 val, 0 test" in said
+    assert "(by the folders train2017, val2017)" in said
 
 
 def test_a_split_that_is_not_there_is_drawn_from_training(tmp_path):

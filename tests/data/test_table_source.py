@@ -162,6 +162,16 @@ def test_splits_by_files_and_by_a_column(root):
     assert read(path, "val").names == ["images/1.png"]
 
 
+def test_relative_paths_of_tables(root, monkeypatch):
+    for split, k in (("train", 0), ("val", 1)):
+        write(root / "sets" / f"{split}.tsv", f"filepath\ttitle\n../images/{k}.png\tthing {k}\n")
+    monkeypatch.chdir(root)
+    for path in ("sets", "sets/*.tsv", ["sets/train.tsv", "sets/val.tsv"]):
+        assert read(path, "val").names == ["../images/1.png"]
+    monkeypatch.chdir(root / "images")
+    assert captions(read("../sets/train.tsv")) == {"../images/0.png": ["thing 0"]}
+
+
 def test_parquet_of_paths(root):
     rows = [{"image_path": name, "caption": some, "junk": {"a": b"x"}} for name, some in EXPECTED.items()]
     assert captions(read(parquet(root / "a.parquet", rows))) == EXPECTED

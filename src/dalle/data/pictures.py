@@ -293,7 +293,7 @@ def introduce(collection: Collection, scanned: Scan, sizes: Mapping[str, int], f
     """Says in one line what was read and how it is divided, and in another what a square crop loses."""
     n, captions = len(scanned.captions), sum(map(len, scanned.captions.values()))
     parents = {name.rpartition("/")[0] for name in scanned.given}
-    folders = sorted({word for parent in parents if (word := split_folder(f"{parent}/"))})
+    folders = sorted({word for parent in parents if (word := split_folder(f"{parent}/x"))})
     how = "by a hash of their names"
     if len(set(scanned.digests.values())) < FEWEST:
         how = f"fewer than {FEWEST} different ones are in every split"

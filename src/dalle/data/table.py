@@ -161,7 +161,7 @@ class _Found:
                 raise UserError(f"{shown(str(file))} is {error}") from None
             self.unread.append(f"{shown(file.name)} is {error}")
             return
-        split = split_of(str(file.relative_to(self.table.base)) if not self.table.root else file.name)
+        split = split_of(os.path.relpath(file, self.table.base) if not self.table.root else file.name)
         gone: list[Row] = []
         for row in table.rows:
             if place := self.locate(row.picture, folder):
