@@ -20,6 +20,7 @@ import webdataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from dalle.data import picture_reader
 from dalle.data.sources import EpochSampler, SourceDataset, identity_collate
 from dalle.data.webdataset import WebDataset
 
@@ -74,6 +75,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
+    picture_reader.MEMORY = 0  # as of sets too large to keep
     with tempfile.TemporaryDirectory() as place:
         os.environ["XDG_CACHE_HOME"] = f"{place}/cache"
         (folder := Path(place, "shards")).mkdir()

@@ -2,23 +2,27 @@
 
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loops.progress import _BatchProgress
 from torch import nn
 
 from dalle.data.datamodules import (
     CodeDataModule,
     EmbeddingCodeDataModule,
     EmbeddingDataModule,
+    ImageDataModule,
     ImageEmbeddingDataModule,
     SourceDataModule,
     TextImageDataModule,
     tokenizer_facts,
 )
 from dalle.data.frozen import FrozenCLIP, FrozenTokenizer
+from dalle.data.shapes import Shapes
 from dalle.data.sources import SourceDataset
 from dalle.data.tokenizers import CaptionTokenizer, ClipBPE
 from dalle.errors import UserError
@@ -496,3 +500,51 @@ def test_clips_tokenizer_has_no_dropout(tmp_path):
     ):
         coded(tmp_path, ClipBPE)
     assert coded(tmp_path, ClipBPE, bpe_dropout=0).sizes["text_length"] == 77
+
+
+def place_of(data, world, rank=0):
+    """A stand-in for a Trainer of so many ranks, with Lightning's own count of batches."""
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=_BatchProgress()))
+    data.trainer = SimpleNamespace(
+        world_size=world, global_rank=rank, overfit_batches=0, limit_train_batches=1.0,
+        accumulate_grad_batches=1, fit_loop=loop,
+    )  # fmt: skip
+    return data.trainer.fit_loop.epoch_loop.batch_progress
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "seen", "begins"), [(1, 2, 3, 2), (2, 1, 2, 4), (4, 3, 1, 2), (2, 2, 2, 2)]
+)
+def test_on_other_ranks_no_item_comes_twice_in_an_epoch(before, now, seen, begins):
+    """40 items in batches of 4: places in an epoch count in items, whatever the ranks."""
+
+    def module():
+        return ImageDataModule(
+            partial(Shapes, image_size=16, size=40), 4, val_items=None, test_items=None, train_items=None
+        )
+
+    epochs = []
+    for rank in range(before):
+        data = module()
+        progress = place_of(data, before, rank)
+        loader = data.train_dataloader()
+        epochs.append([batch["index"].tolist() for batch, _ in zip(loader, range(seen), strict=False)])
+        for count in (progress.total, progress.current):
+            count.ready = count.started = count.processed = count.completed = seen
+        state = data.state_dict()
+    assert state == {"epoch": 0, "items": 4 * before * seen, "batches": seen, "world": before}
+    rest = []
+    for rank in range(now):
+        data = module()
+        progress = place_of(data, now, rank)
+        for count in (progress.total, progress.current):
+            count.ready = count.started = count.processed = count.completed = seen
+        data.load_state_dict(state)
+        rest.append([batch["index"].tolist() for batch in data.train_dataloader()])
+        assert progress.current.ready == progress.current.completed == begins
+        progress.total.processed += len(rest[-1])
+        assert data.state_dict()["epoch"] == 1
+        assert data.state_dict()["items"] == 0
+    items = [item for batches in (*epochs, *rest) for batch in batches for item in batch]
+    assert len(items) == len(set(items))
+    assert len(items) > 40 - 2 * 4 * max(before, now)

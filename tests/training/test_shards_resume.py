@@ -84,4 +84,11 @@ def test_killed_and_resumed_is_as_never_killed(folder, ranks):
     assert column(parts, "train/loss") == column(whole, "train/loss")
     assert column(parts, "val/loss") == column(whole, "val/loss")
     expected = weights(whole)
+    if ranks == 2:  # and with one process
+        other = Run(folder / "logs" / "other" / "dvae")
+        step = kill_amid(start(folder, "other", *more), other)
+        output = finish(start(folder, "other", "resume=true", "trainer=cpu"))
+        assert "world_size=1 (was 2)" in output
+        assert "a step takes 8 items now, it took 16: weights are no longer those" in output
+        assert list(column(other, "train/loss")) == list(range(STEPS))
     assert all(torch.equal(weight, expected[name]) for name, weight in weights(parts).items())

@@ -105,6 +105,8 @@ class SourceDataModule(L.LightningDataModule):
         self.make_source, self.batch_size, self.num_workers, self.seed = source, batch_size, num_workers, seed
         self.limits = {"train": train_items, "val": val_items, "test": test_items}
         self._splits: dict[str, Source] = {}
+        self._place: Callable[[], tuple[int, int]] | None = None
+        self._left: dict[str, int] = {}  # of the checkpoint with which a run goes on
 
     def split(self, name: str) -> Source:
         """The source of `train`, `val` or `test`."""
@@ -159,7 +161,7 @@ class SourceDataModule(L.LightningDataModule):
                     f"trainer.accumulate_grad_batches={sampler.whole} times {self.batch_size * world} items "
                     f"are more than the training set of {n}; lower it"
                 )
-            sampler.position = partial(_position, self.trainer, len(sampler), overfit)
+            self._place = sampler.position = partial(self._position, len(sampler), overfit)
         return self._loader("train", sampler)
 
     def val_dataloader(self) -> DataLoader | list[DataLoader]:
@@ -188,6 +190,46 @@ class SourceDataModule(L.LightningDataModule):
             },
             "image_size": self.split("train").image_size,
         }
+
+    def state_dict(self) -> dict[str, int]:
+        """Where training is: in items, as it may go on with other ranks."""
+        if self._place is None or self.trainer is None:
+            return {}
+        epoch, start = self._place()
+        world = self.trainer.world_size
+        seen: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
+        return {
+            "epoch": epoch,
+            "items": start * self.batch_size * world,
+            "batches": seen.processed,
+            "world": world,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._left = dict(state_dict)
+
+    def _position(self, batches: int, overfit: bool) -> tuple[int, int]:
+        """Epoch and number of batches seen in it, from the count of batches that Lightning saves.
+
+        Its count of epochs will not do: a run that `max_steps` ended amid an epoch goes on in its middle, but
+        under the next number. Called when an iterator is made, which is after a checkpoint has been loaded.
+        On other ranks than before a batch has another size: the next begins where all items are new.
+        """
+        trainer: Any = self.trainer
+        limit = trainer.limit_train_batches
+        batches = max(1, min(batches, limit) if isinstance(limit, int) else int(batches * limit))
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        left = self._left or {"epoch": 0, "items": 0, "batches": 0, "world": trainer.world_size}
+        start = -(-left["items"] // (self.batch_size * trainer.world_size))
+        if left["world"] != trainer.world_size:
+            whole = trainer.accumulate_grad_batches
+            start = min(-(-start // whole) * whole, batches)
+        more, start = divmod(start + progress.total.processed - left["batches"], batches)
+        if left["world"] != trainer.world_size and progress.total.processed == left["batches"]:
+            now = progress.current  # in batches of this size
+            now.completed += start - now.processed
+            now.ready = now.started = now.processed = start
+        return (0 if overfit else left["epoch"] + more), start
 
     def _sampler(self, name: str, shuffle: bool = False, drop_last: bool = False) -> EpochSampler:
         return EpochSampler(
@@ -220,19 +262,6 @@ def _deaf(_: int) -> None:
     """What stops a group of processes is for the training itself, which then ends its workers."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
-
-
-def _position(trainer: L.Trainer, batches: int, overfit: bool) -> tuple[int, int]:
-    """Epoch and number of batches seen in it, from the count of batches that Lightning saves in checkpoints.
-
-    Its count of epochs will not do: a run that `max_steps` ended amid an epoch goes on in its middle, but
-    under the next number. Called when an iterator is made, which is after a checkpoint has been loaded.
-    """
-    limit = trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-    seen: Any = trainer.fit_loop.epoch_loop.batch_progress.total
-    epoch, start = divmod(seen.processed, max(1, batches))
-    return (0 if overfit else epoch), start
 
 
 class ImageDataModule(SourceDataModule):

@@ -89,8 +89,19 @@ def check(
         told = ", ".join(f"{key}={now} (was {was})" for key, (was, now) in noted.items())
         if is_main_process():
             print(f"{run} goes on with {told}")
+            if ranks := noted.get("world_size"):
+                print(other_ranks(*ranks, config["batch_size"]))
         entry = {"step": checkpoint["global_step"], "changed": {k: list(v) for k, v in noted.items()}}
         config["resumed"] = [*history, entry]
+
+
+def other_ranks(before: int, now: int, batch_size: int) -> str:
+    """What is not as it would have been."""
+    return (
+        f"a step takes {now * batch_size} items now, it took {before * batch_size}: weights are no longer "
+        "those of a run that was never stopped. The order of items goes on: none comes twice in this epoch, "
+        "and fewer than a step's are left out; each rank draws noise of its own"
+    )
 
 
 def steps_behind(run: Run, stage: Stage) -> int:
