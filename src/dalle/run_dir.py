@@ -222,9 +222,8 @@ def load_stage(path: str | Path, *expected: str) -> tuple[Stage, dict[str, Any]]
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{run.path}: model.safetensors does not fit config.yaml: {reason}") from None
     if "image_embed_norm" in manifest:
-        stage.norm = norm = EmbedNorm.from_dict(manifest["image_embed_norm"])
-        sizes = {0 if values is None else len(values) for values in (norm.mean, norm.std)}
-        if norm.kind == "standardized" and sizes != {stage.net.embed_dim}:
+        stage.norm = EmbedNorm.from_dict(manifest["image_embed_norm"])
+        if not stage.norm.fits(stage.net.embed_dim):
             raise UserError(f"{run.path / 'manifest.json'} is damaged (image_embed_norm); {ADVICE}")
     return stage.eval().requires_grad_(False), manifest
 

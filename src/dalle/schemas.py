@@ -43,9 +43,10 @@ class TokenizerFacts(TypedDict):
 class Norm(TypedDict):
     """Of image embeddings: see `EmbedNorm`."""
 
-    kind: Literal["none", "unit", "unit_times_sqrt_dim", "standardized"]
+    kind: Literal["none", "unit", "unit_times_sqrt_dim", "standardized", "whitened"]
     mean: NotRequired[list[float] | None]
     std: NotRequired[list[float] | None]
+    components: NotRequired[list[list[float]] | None]
 
 
 @with_config(LOOSE)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dalle.data.embed_norm import EmbedNorm
+from dalle.data.embed_norm import WHITE_FLOOR, EmbedNorm
 from dalle.errors import UserError
 
 # Ramesh et al. 2022: 17.2 at dimension 1024, so 17.2 * sqrt(D / 1024) at D.
@@ -27,7 +27,7 @@ def test_isotropic_embeddings_get_the_std_of_pixels_per_dimension():
     assert EmbedNorm("unit_times_sqrt_dim").encode(raw).std().item() == pytest.approx(0.5375, abs=1e-3)
 
 
-@given(st.sampled_from(["none", "unit", "unit_times_sqrt_dim", "standardized"]), st.integers(0, 2**31))
+@given(st.sampled_from(["none", "unit", "unit_times_sqrt_dim", "standardized", "whitened"]), st.integers(0, 2**31))
 def test_decode_gives_back_the_direction_and_for_two_kinds_the_length(kind, seed):
     raw = torch.randn(9, 5, generator=torch.Generator().manual_seed(seed)) * 3 + 1
     norm = EmbedNorm(kind).fit(raw)
@@ -43,7 +43,43 @@ def test_standardized_has_zero_mean_and_unit_variance_and_survives_a_constant_di
     torch.testing.assert_close(encoded.std(0, correction=0), torch.tensor([1.0, 1.0, 0.0]), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["none", "unit", "unit_times_sqrt_dim", "standardized"])
+def test_whitened_makes_all_directions_equally_loud_but_those_of_noise():
+    generator = torch.Generator().manual_seed(0)
+    turned = torch.linalg.qr(torch.randn(6, 6, generator=generator)).Q
+    spread = torch.tensor([1.0, 0.3, 0.1, 0.04, 1e-3, 0.0])
+    raw = 9 * (torch.randn(4000, 6, generator=generator) * spread) @ turned
+    norm, unit = EmbedNorm("whitened").fit(raw), raw / raw.norm(dim=1, keepdim=True)
+    covariance = torch.cov(norm.encode(raw).T, correction=0)
+    variances = torch.linalg.eigvalsh(torch.cov(unit.T.double(), correction=0)).flip(0)
+    expected = variances / (variances + WHITE_FLOOR * variances[0])
+    torch.testing.assert_close(covariance, expected.float().diag(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(norm.encode(raw).mean(0), torch.zeros(6), atol=1e-4, rtol=0)
+    assert expected[2] > 0.9 > 0.1 > expected[4]
+    assert torch.equal(norm.encode(raw * 2), norm.encode(raw))
+
+
+def test_whitened_dot_products_are_those_of_unit_vectors():
+    raw, text = torch.randn(30, 5) + 1, torch.randn(30, 5)
+    norm = EmbedNorm("whitened").fit(raw)
+    expected = torch.nn.functional.cosine_similarity(raw, text)
+    torch.testing.assert_close(norm.dot(norm.encode(raw), text), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "damage", "whole"),
+    [("whitened", {}, True), ("standardized", {}, True), ("unit", {}, True),
+     ("whitened", {"components": None}, False), ("whitened", {"components": [[1.0] * 5] * 4}, False),
+     ("whitened", {"mean": [0.0] * 4}, False), ("standardized", {"std": None}, False),
+     ("standardized", {"std": [1.0] * 4 + [0.0]}, False), ("standardized", {"std": [float("nan")] * 5}, False),
+     ("unit", {"mean": [0.0] * 5}, False)],
+)  # fmt: skip
+def test_a_state_is_whole_or_refused(kind, damage, whole):
+    state = EmbedNorm(kind).fit(torch.randn(20, 5)).to_dict() | damage
+    assert EmbedNorm.from_dict(state).fits(5) is whole
+    assert kind == "unit" or not EmbedNorm.from_dict(state).fits(6)
+
+
+@pytest.mark.parametrize("kind", ["none", "unit", "unit_times_sqrt_dim", "standardized", "whitened"])
 def test_the_state_survives_json_exactly(kind):
     raw = torch.randn(20, 6)
     norm = EmbedNorm(kind).fit(raw)

@@ -155,7 +155,7 @@ class TestSample:
         alone = stage.sample({k: v[2:3] for k, v in batch.items()}, randn=per_sample([2]))
         torch.testing.assert_close(whole[2:3], alone, rtol=1e-4, atol=1e-5)
 
-    @pytest.mark.parametrize("kind", ["none", "unit", "unit_times_sqrt_dim", "standardized"])
+    @pytest.mark.parametrize("kind", ["none", "unit", "unit_times_sqrt_dim", "standardized", "whitened"])
     def test_keeps_the_candidate_nearest_to_the_caption(self, kind):
         stage, batch = make_stage(), make_batch(8)
         generator = torch.Generator().manual_seed(0)

@@ -123,7 +123,7 @@ class TestSample:
         alone = stage.sample({k: v[2:3] for k, v in batch.items()}, randn=per_sample([2]))
         torch.testing.assert_close(whole[2:3], alone, rtol=1e-4, atol=1e-5)
 
-    @pytest.mark.parametrize("kind", ["none", "unit", "unit_times_sqrt_dim", "standardized"])
+    @pytest.mark.parametrize("kind", ["none", "unit", "unit_times_sqrt_dim", "standardized", "whitened"])
     def test_embeddings_have_the_length_of_the_datas(self, kind):
         """The decoder has seen no other, and the mean of vectors of one length is shorter than they are."""
         stage, batch = make_stage(), make_batch(8)
@@ -132,11 +132,13 @@ class TestSample:
         made = stage.sample(batch, candidates=1, randn=self.randn(8))
         if kind in ("none", "standardized"):
             assert torch.equal(made, stage.sample(batch, candidates=1, randn=self.randn(8)))
+        elif kind == "whitened":
+            torch.testing.assert_close(stage.norm.encode(stage.norm.decode(made)), made)
         else:
             torch.testing.assert_close(made.norm(dim=1), torch.full((8,), stage.norm.scale(EMBED)))
             assert F.cosine_similarity(made, plain).min() > 1 - 1e-5
 
-    @pytest.mark.parametrize("kind", ["none", "unit", "unit_times_sqrt_dim", "standardized"])
+    @pytest.mark.parametrize("kind", ["none", "unit", "unit_times_sqrt_dim", "standardized", "whitened"])
     def test_keeps_the_candidate_nearest_to_the_caption(self, kind):
         stage, batch = make_stage(), make_batch(8)
         stage.norm = EmbedNorm(kind).fit(

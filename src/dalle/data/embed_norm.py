@@ -3,6 +3,9 @@
 Ramesh et al. 2022 (DALL-E 2) train the prior on unit embeddings scaled by 17.2; at their dimension 1024 that
 is a standard deviation of 0.5375 per dimension, that of ImageNet pixels in [-1, 1]. `unit_times_sqrt_dim`
 keeps it at any dimension: |z| = 0.5375 sqrt(E).
+
+A CLIP trained for minutes says most of what it knows along few directions, and the rest so quietly that a prior
+loses it and a decoder does not find it. `whitened` makes all directions equally loud.
 """
 
 from typing import Any, Literal, get_args
@@ -13,13 +16,17 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from dalle.errors import UserError
+from dalle.nets.ar_prior import principal_components
+from dalle.nets.blocks import linear_fp32
 
-Kind = Literal["none", "unit", "unit_times_sqrt_dim", "standardized"]
+Kind = Literal["none", "unit", "unit_times_sqrt_dim", "standardized", "whitened"]
 
-UNIT: tuple[Kind, ...] = ("unit", "unit_times_sqrt_dim")  # all embeddings have one length
+UNIT: tuple[Kind, ...] = ("unit", "unit_times_sqrt_dim", "whitened")  # the length of the raw one is lost
+FITTED: tuple[Kind, ...] = ("standardized", "whitened")
 
 STD_PER_DIM = 17.2 / 1024**0.5  # 0.5375
 SMALLEST_STD = 1e-6  # a dimension that never moves is left at zero, not blown up
+WHITE_FLOOR = 1e-3  # of the largest variance: directions far below it are noise, and stay quiet
 
 
 class EmbedNorm:
@@ -27,52 +34,81 @@ class EmbedNorm:
 
     Args:
         kind: `none`; `unit` (length 1); `unit_times_sqrt_dim` (length 0.5375 sqrt(E)); `standardized` (zero
-            mean and unit variance per dimension, measured by `fit`).
-        mean, std: (E,), only for `standardized`.
+            mean and unit variance per dimension, measured by `fit`); `whitened` (the same along the principal
+            components of the unit embeddings, each divided by sqrt(variance + 0.001 of the largest)).
+        mean, std: (E,), for `standardized` and `whitened`.
+        components: (E, E), directions as rows, for `whitened`.
     """
 
-    def __init__(self, kind: str, mean: Tensor | None = None, std: Tensor | None = None):
+    def __init__(
+        self,
+        kind: str,
+        mean: Tensor | None = None,
+        std: Tensor | None = None,
+        components: Tensor | None = None,
+    ):
         if kind not in get_args(Kind):
             raise UserError(f"image_embed_norm={kind} is unknown; choose one of {', '.join(get_args(Kind))}")
-        self.kind, self.mean, self.std = kind, mean, std
+        self.kind, self.mean, self.std, self.components = kind, mean, std, components
 
     @property
     def needs_fit(self) -> bool:
-        return self.kind == "standardized" and self.mean is None
+        return self.kind in FITTED and self.mean is None
 
     def fit(self, embeds: Float[Tensor, "n e"]) -> "EmbedNorm":
-        """Measures mean and standard deviation per dimension; nothing to do for the other kinds."""
+        """Measures what the kind needs of raw training embeddings; nothing for most."""
         if self.kind == "standardized":
             self.mean = embeds.double().mean(0).float()
             self.std = embeds.double().std(0, correction=0).float().clamp(min=SMALLEST_STD)
+        elif self.kind == "whitened":
+            mean, variances, rows = principal_components(normalize(embeds, dim=-1))
+            self.mean, self.components = mean.float(), rows.float()
+            self.std = (variances + WHITE_FLOOR * variances[0]).sqrt().float().clamp(min=SMALLEST_STD)
         return self
 
+    def fits(self, embed_dim: int) -> bool:
+        """Whether what was measured is whole, and of embeddings of this size."""
+        measured = {"mean": (embed_dim,), "std": (embed_dim,), "components": (embed_dim, embed_dim)}
+        needed = {"standardized": ("mean", "std"), "whitened": tuple(measured)}.get(self.kind, ())
+        for name, shape in measured.items():
+            value = getattr(self, name)
+            if (value is None) == (name in needed) or (value is not None and tuple(value.shape) != shape):
+                return False
+        return self.std is None or bool((self.std > 0).all())
+
     def encode(self, raw: Float[Tensor, "b e"]) -> Float[Tensor, "b e"]:
-        if self.kind == "none":
-            return raw
-        if self.kind == "standardized":
-            mean, std = self._statistics(raw)
-            return (raw - mean) / std
+        match self.kind:
+            case "none":
+                return raw
+            case "standardized":
+                mean, std, _ = self._measured(raw)
+                return (raw - mean) / std
+            case "whitened":
+                mean, std, components = self._measured(raw)
+                return linear_fp32(normalize(raw, dim=-1) - mean, components) / std
         return normalize(raw, dim=-1) * self.scale(raw.shape[-1])
 
     def decode(self, normalised: Float[Tensor, "b e"]) -> Float[Tensor, "b e"]:
-        """The unit vector for the two unit kinds (the length is lost), the raw embedding for the others."""
-        if self.kind == "none":
-            return normalised
-        if self.kind == "standardized":
-            mean, std = self._statistics(normalised)
-            return normalised * std + mean
+        """The unit vector for the unit kinds and `whitened` (the length is lost), else the raw embedding."""
+        match self.kind:
+            case "none":
+                return normalised
+            case "standardized":
+                mean, std, _ = self._measured(normalised)
+                return normalised * std + mean
+            case "whitened":
+                mean, std, components = self._measured(normalised)
+                return normalize(linear_fp32(normalised * std, components.T) + mean, dim=-1)
         return normalize(normalised, dim=-1)
 
     def project(self, normalised: Float[Tensor, "b e"]) -> Float[Tensor, "b e"]:
-        """The nearest that an encoded embedding can be: of the right length for the two unit kinds."""
+        """The nearest that an encoded embedding can be: of a unit vector where the length is lost."""
         return self.encode(self.decode(normalised)) if self.kind in UNIT else normalised
 
     def dot(self, normalised: Float[Tensor, "b e"], text: Float[Tensor, "b e"]) -> Float[Tensor, " b"]:
-        """Dot products with caption embeddings: of unit vectors where these are, else of raw ones."""
-        if self.kind in UNIT:
-            return cosine_similarity(normalised, text)
-        return (self.decode(normalised) * text).sum(1)
+        """Dot products with caption embeddings: of unit vectors where the length is lost, else of raw ones."""
+        decoded = self.decode(normalised)
+        return cosine_similarity(decoded, text) if self.kind in UNIT else (decoded * text).sum(1)
 
     def scale(self, dim: int) -> float:
         """Length of an encoded vector of the two unit kinds."""
@@ -80,16 +116,27 @@ class EmbedNorm:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; float32 values survive the trip exactly."""
-        if self.mean is None or self.std is None:
-            return {"kind": self.kind}
-        return {"kind": self.kind, "mean": self.mean.tolist(), "std": self.std.tolist()}
+        measured = {name: getattr(self, name) for name in ("mean", "std", "components")}
+        return {"kind": self.kind} | {k: as_lists(v) for k, v in measured.items() if v is not None}
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> "EmbedNorm":
-        mean, std = (None if state.get(k) is None else torch.tensor(state[k]) for k in ("mean", "std"))
-        return cls(state["kind"], mean, std)
+        values = (state.get(k) for k in ("mean", "std", "components"))
+        try:
+            return cls(state["kind"], *(None if v is None else torch.tensor(v) for v in values))
+        except ValueError:
+            raise UserError("image_embed_norm is damaged: rows of components differ in length") from None
 
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _measured(self, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, standard deviations and directions; the last is nothing but for `whitened`."""
         if self.mean is None or self.std is None:
-            raise UserError("image_embed_norm=standardized is not fitted yet: fit it on training embeddings")
-        return self.mean.to(like), self.std.to(like)
+            raise UserError(f"image_embed_norm={self.kind} is not fitted yet: fit it on training embeddings")
+        components = like.new_empty(0) if self.components is None else self.components.to(like)
+        return self.mean.to(like), self.std.to(like), components
+
+
+def as_lists(values: Tensor) -> list[Any]:
+    """Numbers as short as float32 needs them."""
+    if values.ndim > 1:
+        return [as_lists(row) for row in values]
+    return [float(str(x)) for x in values.float().cpu().numpy()]

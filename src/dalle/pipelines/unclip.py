@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dalle.data.batch import Batch
-from dalle.data.embed_norm import EmbedNorm
+from dalle.data.embed_norm import UNIT, EmbedNorm
 from dalle.data.sources import mix
 from dalle.data.tokenizers import TextTokenizer
 from dalle.diffusion.noise import per_sample
@@ -28,7 +28,6 @@ from dalle.pipelines.upsampling import DECODER, PRIOR, Drawing
 
 log = logging.getLogger(__name__)
 
-RAW, UNIT = ("none", "standardized"), ("unit", "unit_times_sqrt_dim")
 
 
 class UnCLIP(Repairing, Drawing):
@@ -183,7 +182,7 @@ class UnCLIP(Repairing, Drawing):
 
 def check_norms(prior: str, decoder: str) -> None:
     """Raises UserError where the prior's embeddings cannot be turned into the decoder's."""
-    if prior in UNIT and decoder in RAW:
+    if prior in UNIT and decoder not in UNIT:
         raise UserError(
             f"prior and decoder do not fit together: the prior's embeddings (image_embed_norm={prior}) have "
             f"lost the length that the decoder's (image_embed_norm={decoder}) need; train one of them again "

@@ -55,13 +55,12 @@ class EmbeddingStage(Stage):
         made = self.sample(batch, randn=lambda x: torch.randn(x.shape, generator=generator).to(x))
         text = batch["text_embed"]
         assert self.norm is not None
+        made, true = self.norm.decode(made), self.norm.decode(batch["image_embed"])
         cosines = {
-            "cosine_image": F.cosine_similarity(made, batch["image_embed"]).mean(),
-            "cosine_caption": F.cosine_similarity(self.norm.decode(made), text).mean(),
-            "cosine_other_caption": F.cosine_similarity(self.norm.decode(made), text.roll(1, 0)).mean(),
-            "cosine_caption_of_data": F.cosine_similarity(
-                self.norm.decode(batch["image_embed"]), text
-            ).mean(),
+            "cosine_image": F.cosine_similarity(made, true).mean(),
+            "cosine_caption": F.cosine_similarity(made, text).mean(),
+            "cosine_other_caption": F.cosine_similarity(made, text.roll(1, 0)).mean(),
+            "cosine_caption_of_data": F.cosine_similarity(true, text).mean(),
         }
         self.log_scalars(split, cosines, batch)
         return cosines
