@@ -4,8 +4,8 @@ Ramesh et al. 2022 (DALL-E 2) train the prior on unit embeddings scaled by 17.2;
 is a standard deviation of 0.5375 per dimension, that of ImageNet pixels in [-1, 1]. `unit_times_sqrt_dim`
 keeps it at any dimension: |z| = 0.5375 sqrt(E).
 
-A CLIP trained for minutes says most of what it knows along few directions, and the rest so quietly that a prior
-loses it and a decoder does not find it. `whitened` makes all directions equally loud.
+A CLIP trained for minutes says most of what it knows along few directions, and the rest so quietly that a
+prior loses it and a decoder does not find it. `whitened` makes all directions equally loud.
 """
 
 from typing import Any, Literal, get_args
@@ -106,7 +106,7 @@ class EmbedNorm:
         return self.encode(self.decode(normalised)) if self.kind in UNIT else normalised
 
     def dot(self, normalised: Float[Tensor, "b e"], text: Float[Tensor, "b e"]) -> Float[Tensor, " b"]:
-        """Dot products with caption embeddings: of unit vectors where the length is lost, else of raw ones."""
+        """Dot products with caption embeddings: of unit vectors where the length is lost, else of raw."""
         decoded = self.decode(normalised)
         return cosine_similarity(decoded, text) if self.kind in UNIT else (decoded * text).sum(1)
 

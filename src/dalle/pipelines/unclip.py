@@ -29,7 +29,6 @@ from dalle.pipelines.upsampling import DECODER, PRIOR, Drawing
 log = logging.getLogger(__name__)
 
 
-
 class UnCLIP(Repairing, Drawing):
     """Trained stages put together; `sample` turns captions into pictures.
 
