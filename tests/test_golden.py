@@ -27,9 +27,12 @@ DECODER = (
     "model.image_dropout=0.1", "model.text_dropout=0.5", "model.denoiser.prediction=velocity",
     "model.denoiser.time_sampling=logit_normal", "model.denoiser.weighting=none",
     "model.denoiser.schedule.name=flow", "model.denoiser.schedule.shift=1.0",
-    "model.denoiser.frequency_weight=0",
+    "model.denoiser.frequency_weight=0", "datamodule.image_embed_norm=unit_times_sqrt_dim",
 )  # fmt: skip
-PRIOR = ("model.text_dropout=0.1", "model.denoiser.prediction=x0", "model.denoiser.schedule.name=cosine")
+PRIOR = (
+    "datamodule.image_embed_norm=unit_times_sqrt_dim", "model.text_dropout=0.1",
+    "model.denoiser.prediction=x0", "model.denoiser.schedule.name=cosine",
+)  # fmt: skip
 AR_PRIOR = ("model.text_dropout=0.1", "datamodule.kept_variance=0.95")
 DALLE = ("model.text_dropout=0.1", "datamodule.bpe_dropout=0.1", "model.net.shift=false")
 DVAE = (
