@@ -85,6 +85,8 @@ def untrained(model: str, logs: Path, *more: str, seed: int = 0) -> Run:
         stage = instantiate(config["model"], "model")
         for p in stage.net.parameters():  # heads are zero at birth: nothing would depend on anything
             p.data += torch.randn_like(p) * 0.2
+    if "clip" in config["datamodule"]:
+        datamodule.prepare_data()  # measures what embeddings are normalised with
     run.path.mkdir(parents=True)
     (run.path / "config.yaml").write_text(yaml.safe_dump(config))
     if "tokenizer" in config["datamodule"]:

@@ -27,10 +27,10 @@ def test_isotropic_embeddings_get_the_std_of_pixels_per_dimension():
     assert EmbedNorm("unit_times_sqrt_dim").encode(raw).std().item() == pytest.approx(0.5375, abs=1e-3)
 
 
-@given(
-    st.sampled_from(["none", "unit", "unit_times_sqrt_dim", "standardized", "whitened"]),
-    st.integers(0, 2**31),
-)
+KINDS = ["none", "unit", "unit_times_sqrt_dim", "standardized", "whitened"]
+
+
+@given(st.sampled_from(KINDS), st.integers(0, 2**31))
 def test_decode_gives_back_the_direction_and_for_two_kinds_the_length(kind, seed):
     raw = torch.randn(9, 5, generator=torch.Generator().manual_seed(seed)) * 3 + 1
     norm = EmbedNorm(kind).fit(raw)
