@@ -68,7 +68,7 @@ class WebDataset(PictureReader):
         lines: Lines = "whole",
         shuffle_window: PositiveInt | None = 100_000,
         resample: bool = False,
-        copies_gb: NonNegative = 50,
+        copies_gb: NonNegative = 50.0,
         crop: Literal["center", "random"] = "center",
         val_fraction: Fraction = 0.05,
         test_fraction: Fraction = 0.05,
