@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dalle.diffusion.denoiser import Denoiser
 from dalle.diffusion.noise import per_sample
-from dalle.diffusion.samplers import METHODS, Sampler, ddim, ddpm, dpmpp, heun
+from dalle.diffusion.samplers import METHODS, Sampler, ddim, ddim_invert, ddpm, dpmpp, heun
 from dalle.diffusion.schedule import Levels, Schedule
 from dalle.errors import UserError
 
@@ -406,3 +406,46 @@ def test_samplers_that_do_not_exist(arguments, says):
 def test_sampling_that_cannot_be(arguments, says):
     with pytest.raises(UserError, match=says):
         Sampler(**arguments)(lambda x, t: x, torch.randn(1, 2), Schedule("cosine"))
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "flow"])
+def test_inversion_of_a_gaussian_is_what_the_probability_flow_gives(name):
+    schedule, mean, std = Schedule(name), 0.3, 0.5
+    x0 = torch.tensor([-0.7, 0.1, 1.4], dtype=torch.float64)
+    off = []
+    for steps in (25, 100, 400):
+        sampler = Sampler("ddim", steps=steps)
+        levels = sampler.levels(schedule)
+        alpha, sigma = levels.alpha[0].item(), levels.sigma[0].item()
+        x_T = sampler.invert(exact(schedule, mean, std), x0, schedule, refinements=0)
+        flow = alpha * mean + math.sqrt((alpha * std) ** 2 + sigma**2) * (x0 - mean) / std
+        off.append((x_T * math.hypot(alpha, sigma) - flow).abs().max().item())
+    assert off[0] > 2 * off[1] > 4 * off[2] > 0
+    assert off[2] < 0.03
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "flow"])
+def test_inversion_undoes_ddim_the_better_the_more_steps_and_refinements(name):
+    schedule = Schedule(name)
+    denoise, x0 = exact(schedule, 0.3, 0.5), torch.tensor([-0.7, 0.1, 1.4], dtype=torch.float64)
+
+    def error(steps: int, refinements: int) -> float:
+        sampler = Sampler("ddim", steps=steps)
+        x_T = sampler.invert(denoise, x0, schedule, refinements)
+        return (sampler(denoise, x_T, schedule) - x0).abs().max().item()
+
+    errors = [error(steps, 0) for steps in (10, 40, 160)]
+    assert errors[0] > 2 * errors[1] > 4 * errors[2]
+    assert error(10, 3) < 0.2 * errors[0]
+    assert error(10, 100) < 1e-9
+
+
+def test_only_ddim_is_undone_and_its_own_noise_is_left_out():
+    schedule = Schedule("cosine")
+    denoise, x0 = exact(schedule, 0.3, 0.5), torch.ones(2, dtype=torch.float64)
+    noisy, plain = Sampler("ddim", steps=5, eta=1.0), Sampler("ddim", steps=5)
+    assert torch.equal(noisy.invert(denoise, x0, schedule), plain.invert(denoise, x0, schedule))
+    by_hand = ddim_invert(denoise, x0, plain.levels(schedule))
+    torch.testing.assert_close(plain.invert(denoise, x0, schedule), by_hand)
+    with pytest.raises(UserError, match="sampler heun cannot be undone; take sampler=ddim"):
+        Sampler("heun").invert(denoise, x0, schedule)

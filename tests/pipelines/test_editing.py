@@ -63,6 +63,7 @@ EDITS = {
     "unclip restore hole": ("edit=restore", "image=picture.png", "mask=mask.png", PROMPT),
     "unclip enhance": ("edit=enhance", "image=small.png", PROMPT),
     "unclip restyle": ("edit=restyle", "image=picture.png", "editing.strength=0.5", PROMPT),
+    "unclip variations": ("edit=variations", "image=picture.png", "editing.eta=0.8"),
 }
 
 
@@ -165,6 +166,11 @@ def test_damaged_recipes_are_one_line(make, name):
         ("unclip edit=restore image=picture.png mask=mask.png editing.blur=1", "editing.blur or mask, not"),
         ("unclip edit=denoise image=picture.png mask=mask.png", "edit=denoise takes no mask"),
         ("unclip edit=restyle image=picture.png prompt=a editing.strength=2", "editing.strength must be"),
+        ("unclip edit=variations", "edit=variations needs image="),
+        ("unclip edit=variations image=picture.png prompt=a", "edit=variations reads no prompt; leave it"),
+        ("unclip edit=variations image=picture.png editing.eta=.nan", "editing.eta must be a number from 0"),
+        ("unclip edit=variations image=picture.png editing.eta=1.5", "editing.eta must be a number from 0"),
+        ("unclip edit=variations image=picture.png sampler=heun", "that can be undone, not heun: samp"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line_before_anything_is_loaded(make, monkeypatch, words, message):

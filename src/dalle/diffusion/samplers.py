@@ -150,6 +150,34 @@ def heun(
     return x
 
 
+@torch.inference_mode()
+def ddim_invert(
+    denoise: Denoise, x: Float[Tensor, "B *S"], levels: Levels, refinements: int = 3
+) -> Float[Tensor, "B *S"]:
+    """From x0 up to the noise of which `ddim` with eta = 0 makes it: Song et al. 2021, sec. 4.3.
+
+    The paper takes eps at the level a step starts from, where ddim's takes it at the noisier end. Each
+    of `refinements` estimates it there once more (a fixed point, Pan et al. 2023): enough of them undo ddim
+    exactly; none is the paper's.
+    """
+    for _, now, to in reversed(list(levels.steps())):
+        if to.sigma > 0:
+            x0, _ = _estimate(denoise, x, to)
+            up = now.alpha * x0 + now.sigma * (x - to.alpha * x0) / to.sigma
+        else:  # a clean picture has no noise to estimate: as if it were the least noisy one
+            x0, _ = _estimate(denoise, x, now)
+            up = now.alpha * x + now.sigma * (x - now.alpha * x0) / now.sigma
+        for _ in range(refinements):
+            x0, _ = _estimate(denoise, up, now)
+            if to.sigma > to.alpha:  # of two forms of the same step, the one that settles faster
+                up = now.alpha * x0 + now.sigma * (x - to.alpha * x0) / to.sigma
+            else:
+                eps = (up - now.alpha * x0) / now.sigma
+                up = now.alpha * (x - to.sigma * eps) / to.alpha + now.sigma * eps
+        x = up
+    return x
+
+
 METHODS: dict[str, Callable[..., Tensor]] = {
     "ddpm": ddpm,
     "ddim": ddim,
@@ -157,6 +185,7 @@ METHODS: dict[str, Callable[..., Tensor]] = {
     "heun": heun,
     "euler": ddim,  # on flow, DDIM with eta = 0 is Euler's method
 }
+INVERTIBLE = ("ddim", "euler")
 
 
 def register(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -232,9 +261,30 @@ class Sampler:
             levels = levels.last(max(1, round(strength * len(levels))))
             x = levels.alpha[0].item() * start + levels.sigma[0].item() * noise
             return METHODS[self.method](denoise, x, levels, randn=randn, on_step=on_step, **self.options)
-        first = levels.alpha[0] ** 2 + levels.sigma[0] ** 2  # the variance there, for data of variance 1
-        x = noise * first.sqrt().item()
+        x = noise * _first_std(levels)
         return METHODS[self.method](denoise, x, levels, randn=randn, on_step=on_step, **self.options)
+
+    def with_eta(self, eta: float) -> "Sampler":
+        """The same levels with this much noise in every step.
+
+        Raises:
+            UserError: another method than ddim.
+        """
+        if self.method not in INVERTIBLE:
+            raise UserError(f"sampler {self.method} cannot be undone; take sampler=ddim")
+        return Sampler(self.method, self.steps, self.spacing, eta=eta)
+
+    def invert(
+        self, denoise: Denoise, x0: Float[Tensor, "B *S"], schedule: Schedule, refinements: int = 3
+    ) -> Float[Tensor, "B *S"]:
+        """The `noise` of which this sampler, without noise of its own, makes x0; see `ddim_invert`."""
+        levels = self.with_eta(0.0).levels(schedule)
+        return ddim_invert(denoise, x0, levels, refinements) / _first_std(levels)
+
+
+def _first_std(levels: Levels) -> float:
+    """Standard deviation at the first level, for data of variance 1."""
+    return (levels.alpha[0] ** 2 + levels.sigma[0] ** 2).sqrt().item()
 
 
 def _estimate(denoise: Denoise, x: Tensor, level: Level) -> tuple[Tensor, Tensor | None]:

@@ -13,14 +13,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dalle.data.image_files import MAX_PIXELS, BadPicture, Look, inspect, read
+from dalle.diffusion.samplers import INVERTIBLE, METHODS
 from dalle.errors import UserError, instead
 from dalle.images import from_uint8
 from dalle.pipelines.masks import kept_psnr, pasted
-from dalle.ranges import NonNegativeInt, Positive, Share, misfit, shown
+from dalle.ranges import Fraction, NonNegativeInt, Positive, Share, misfit, shown
 
 Figures = dict[str, float]
 LINES = {  # what is said of figures
     "kept_psnr": "the kept part, as the image tokenizer gives it back: {:.1f} dB",
+    "round_trip": "the picture, made again of its noise: {:.1f} dB",
     "codes_drawn": "codes drawn anew: {:.0%}",
 }
 
@@ -36,6 +38,7 @@ class Settings(TypedDict):
     noise: Positive
     blur: Positive
     strength: Share
+    eta: Fraction
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class Kind:
         needs: what it cannot do without, alternatives with a |.
         stages: whose options its pipeline's method takes.
         small: the picture is read at its own size, not at the pipeline's.
+        inverts: only samplers that can be undone will do.
+        mute: it reads no prompt.
     """
 
     do: Callable[[Any, Job], tuple[Tensor, Figures]]
@@ -66,6 +71,8 @@ class Kind:
     needs: tuple[str, ...] = ()
     stages: tuple[str, ...] = ()
     small: bool = False
+    inverts: bool = False
+    mute: bool = False
 
 
 def inpaint(pipeline: Any, job: Job) -> tuple[Tensor, Figures]:
@@ -103,6 +110,17 @@ def restyle(pipeline: Any, job: Job) -> tuple[Tensor, Figures]:
     return pipeline.restyle(job.image, job.prompt, **job.settings, **job.options), {}
 
 
+def variations(pipeline: Any, job: Job) -> tuple[Tensor, Figures]:
+    known = pipeline.invert(job.image, job.options.get("decoder"), job.options["precision"])
+    images = pipeline.variations(job.image, inverted=known, **job.settings, **job.options)
+    return images, {"round_trip": decibels(known.error)}
+
+
+def decibels(error: float) -> float:
+    """PSNR of a root mean square error in units of [-1, 1]."""
+    return 20 * math.log10(2 / error) if error else math.inf
+
+
 SIDES = ("left", "right", "top", "bottom")
 EDITS: dict[str, dict[str, Kind]] = {
     "dalle": {
@@ -114,6 +132,7 @@ EDITS: dict[str, dict[str, Kind]] = {
         "restore": Kind(restore, ("noise", "blur"), ("blur|mask",), ("decoder",)),
         "enhance": Kind(enhance, ("noise",), (), ("decoder",), small=True),
         "restyle": Kind(restyle, ("strength",), ("prompt",), ("prior", "decoder")),
+        "variations": Kind(variations, ("eta",), (), ("decoder",), inverts=True, mute=True),
     },
 }
 
@@ -142,6 +161,9 @@ class Edit:
             return None
         kind = kind_of(name, config["pipeline"]["kind"])
         check_settings(settings, kind, name)
+        method = config["sampler"].get("method") if kind.inverts else None
+        if method in METHODS and method not in INVERTIBLE:
+            raise UserError(f"edit={name} needs a sampler that can be undone, not {method}: sampler=ddim")
         check_needs({**settings, **paths, "prompt": config["prompt"] or config["prompts"]}, kind, name)
         looks = {key: look(path, key) for key, path in paths.items()}
         check_alike(looks, paths)
@@ -210,6 +232,8 @@ def check_needs(given: Mapping[str, Any], kind: Kind, name: str) -> None:
         if not any(given.get(way) for way in ways):
             named = [f"editing.{way}=" if way in kind.takes else f"{way}=" for way in ways]
             raise UserError(f"edit={name} needs {' or '.join(named)}")
+    if kind.mute and given["prompt"]:
+        raise UserError(f"edit={name} reads no prompt; leave it out")
     if "mask" in given and not any("mask" in need for need in kind.needs):
         raise UserError(f"edit={name} takes no mask; leave it out")
     if "mask" in given and "blur" in given:

@@ -25,11 +25,12 @@ from dalle.diffusion.noise import per_sample
 from dalle.errors import UserError
 from dalle.pipelines.repair import Repairing
 from dalle.pipelines.upsampling import DECODER, PRIOR, Drawing
+from dalle.pipelines.variations import Varying
 
 log = logging.getLogger(__name__)
 
 
-class UnCLIP(Repairing, Drawing):
+class UnCLIP(Repairing, Varying, Drawing):
     """Trained stages put together; `sample` turns captions into pictures.
 
     Args:

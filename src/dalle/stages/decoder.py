@@ -85,24 +85,44 @@ class DecoderStage(Stage):
         wrap: Callable[[Denoise], Denoise] | None = None,
         start: Float[Tensor, "#B 3 H W"] | None = None,
         strength: float = 1.0,
+        noise: Float[Tensor, "B 3 H W"] | None = None,
     ) -> Float[Tensor, "B 3 H W"]:
         """Images in [-1, 1] for the embeddings and captions in `batch`; without the former, for captions.
 
         Args:
             wrap: puts in what is known of the images (`dalle.diffusion.restoration.given`).
             start: images to begin with; `strength` says how much of the way they go (`Sampler`).
+            noise: to begin with; None draws it.
         """
+        guided = self.guided(batch, guidance, text_guidance)
+        guided = wrap(guided) if wrap else guided
+        n, size, device = len(batch["text_embed"]), self.net.image_size, batch["text_embed"].device
+        like = torch.empty(n, self.net.channels, size, size, device=device)
+        noise = (randn(like) if noise is None else noise).contiguous(memory_format=torch.channels_last)
+        run = partial(sampler or self.sampler, start=start, strength=strength)
+        return run(guided, noise, self.denoiser.schedule, randn=randn, on_step=on_step).clamp(-1, 1)
+
+    @torch.inference_mode()
+    def invert(
+        self,
+        batch: Batch,
+        image: Float[Tensor, "B 3 H W"],
+        sampler: Sampler | None = None,
+        guidance: float | None = None,
+        text_guidance: float | None = None,
+    ) -> Float[Tensor, "B 3 H W"]:
+        """The noise of which `sample` makes these images under the same conditions (`Sampler.invert`)."""
+        guided = self.guided(batch, guidance, text_guidance)
+        image = image.contiguous(memory_format=torch.channels_last)
+        return (sampler or self.sampler).invert(guided, image, self.denoiser.schedule)
+
+    def guided(self, batch: Batch, guidance: float | None, text_guidance: float | None) -> Denoise:
+        """The denoiser that pictures are drawn with; None: a guidance of the stage's own."""
         guidance = self.guidance if guidance is None else guidance
         text_guidance = self.text_guidance if text_guidance is None else text_guidance
         denoise = self.denoiser.with_variance if self.denoiser.learned_variance else self.denoiser
         guided = guide(denoise, self.branches(batch, guidance, text_guidance), self.rescale, self.denoiser)
-        guided = threshold(guided, self.thresholding)
-        guided = wrap(guided) if wrap else guided
-        n, size, device = len(batch["text_embed"]), self.net.image_size, batch["text_embed"].device
-        like = torch.empty(n, self.net.channels, size, size, device=device)
-        noise = randn(like).contiguous(memory_format=torch.channels_last)
-        run = partial(sampler or self.sampler, start=start, strength=strength)
-        return run(guided, noise, self.denoiser.schedule, randn=randn, on_step=on_step).clamp(-1, 1)
+        return threshold(guided, self.thresholding)
 
     def branches(self, batch: Batch, guidance: float, text_guidance: float | None) -> list[Branch]:
         """The conditions under which estimates are made, and their weights."""
