@@ -98,6 +98,18 @@ def save_png(image: Image.Image, path: str | Path, text: Mapping[str, str] | Non
     return path
 
 
+def save_gif(images: Float[Tensor, "B 3 H W"], path: str | Path, milliseconds: int = 200) -> Path:
+    """Writes pictures in [-1, 1] as an endless animation, there and back; small ones are enlarged."""
+    factor = max(1, math.ceil(MIN_CELL / min(images.shape[-2:])))
+    size = images.shape[-1] * factor, images.shape[-2] * factor
+    frames = [to_pil(image).resize(size, Image.Resampling.NEAREST) for image in images]
+    frames += frames[-2:0:-1]
+    path = Path(path)
+    with atomic_path(path, sync=False) as hidden:
+        frames[0].save(hidden, "GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
+    return path
+
+
 def _square(count: int) -> int:
     """Columns of a roughly square grid, preferring a full last row."""
     root = math.ceil(math.sqrt(count))

@@ -154,7 +154,7 @@ class PictureFacts(TypedDict):
 @with_config(STRICT)
 class EditFacts(TypedDict):
     kind: Text
-    files: dict[Literal["image", "mask"], PictureFacts]
+    files: dict[Literal["image", "mask", "other"], PictureFacts]
     settings: dict[str, Any]
 
 

@@ -64,20 +64,28 @@ EDITS = {
     "unclip enhance": ("edit=enhance", "image=small.png", PROMPT),
     "unclip restyle": ("edit=restyle", "image=picture.png", "editing.strength=0.5", PROMPT),
     "unclip variations": ("edit=variations", "image=picture.png", "editing.eta=0.8"),
+    "unclip interpolate": ("edit=interpolate", "image=picture.png", "other=small.png", "editing.frames=3"),
+    "unclip text_diff": ("edit=text_diff", "image=picture.png", "editing.source=a blue square", PROMPT),
 }
 
 
 @pytest.mark.parametrize("name", EDITS)
 def test_every_edit_leaves_pictures_and_a_recipe_that_makes_them_again(make, name):
     pipeline = name.split()[0]
-    first = make("first", pipeline, *EDITS[name], "n=2", "seed=3")
-    assert sorted(files_below(first)) == ["000-00.png", "000-01.png", "grid.png", "recipe.yaml"]
+    frames = {"unclip interpolate": 3, "unclip text_diff": 5}.get(name, 0)
+    first = make("first", pipeline, *EDITS[name], *(() if frames else ("n=2",)), "seed=3")
+    pictures = [f"{i:03d}-00.png" for i in range(frames)] or ["000-00.png", "000-01.png"]
+    more = ["grid.png", "recipe.yaml", *(["sequence.gif"] if frames else [])]
+    assert sorted(files_below(first)) == pictures + more
     other = "unclip" if pipeline == "dalle" else "dalle"
     again = make("again", other, "recipe=first/recipe.yaml", "seed=9")
     assert files_below(again) == files_below(first)
     size = Image.open(first / "000-00.png").size
     assert size == ((22, 20) if "outpaint" in name else (16, 16))
-    assert (first / "000-00.png").read_bytes() != (first / "000-01.png").read_bytes()
+    assert len({(first / picture).read_bytes() for picture in pictures}) == len(pictures)
+    if frames:
+        with Image.open(first / "sequence.gif") as moving:
+            assert moving.n_frames == 2 * frames - 2  # there and back
 
 
 def test_inpainting_keeps_what_is_not_white_and_says_how_well_it_would_have_stayed(make, capsys):
@@ -166,6 +174,17 @@ def test_damaged_recipes_are_one_line(make, name):
         ("unclip edit=restore image=picture.png mask=mask.png editing.blur=1", "editing.blur or mask, not"),
         ("unclip edit=denoise image=picture.png mask=mask.png", "edit=denoise takes no mask"),
         ("unclip edit=restyle image=picture.png prompt=a editing.strength=2", "editing.strength must be"),
+        ("unclip edit=interpolate image=picture.png", "edit=interpolate needs other="),
+        ("unclip edit=interpolate image=picture.png other=gone.png", "there is no picture other=gone.png"),
+        ("unclip edit=interpolate image=picture.png other=small.png n=2", "one sequence, of editing.frames="),
+        (
+            "unclip edit=interpolate image=picture.png other=small.png editing.frames=1",
+            "editing.frames must be a whole number from 2 to 1000, got 1",
+        ),
+        ("unclip edit=denoise image=picture.png other=small.png", "takes one picture; leave out other"),
+        ("unclip edit=text_diff image=picture.png", "edit=text_diff needs prompt="),
+        ("unclip edit=text_diff image=picture.png prompt=a editing.angle=.nan", "editing.angle must be"),
+        ("unclip edit=text_diff image=picture.png prompt=a editing.angle=1.1", "editing.angle must be"),
         ("unclip edit=variations", "edit=variations needs image="),
         ("unclip edit=variations image=picture.png prompt=a", "edit=variations reads no prompt; leave it"),
         ("unclip edit=variations image=picture.png editing.eta=.nan", "editing.eta must be a number from 0"),

@@ -15,6 +15,7 @@ from dalle.diffusion.samplers import Sampler
 from dalle.diffusion.schedule import Schedule
 from dalle.errors import UserError
 from dalle.pipelines.unclip import UnCLIP
+from dalle.pipelines.variations import slerp, turned
 from dalle.stages.decoder import DecoderStage
 
 SIZE, STD = 4, 0.4
@@ -90,6 +91,49 @@ def test_variations_share_an_embedding_and_differ_the_more_the_more_noise_there_
     assert not torch.equal(pipeline.variations(image, 1, seed=3)[0], many[0])
 
 
+def test_slerp_goes_along_the_arc():
+    p, q = torch.tensor([[1.0, 0.0]]).double(), torch.tensor([[math.cos(2), math.sin(2)]]).double()
+    t = torch.tensor([0, 0.25, 0.5, 1]).double()
+    wanted = torch.stack([torch.cos(2 * t), torch.sin(2 * t)], 1)
+    torch.testing.assert_close(slerp(p, q, t), wanted)
+    torch.testing.assert_close(slerp(3 * p, 3 * q, t), 3 * wanted)
+    torch.testing.assert_close(slerp(p, 2 * p, t), (1 + t)[:, None] * p)
+    longer = turned(2 * p, 4 * q, t)
+    torch.testing.assert_close(longer, (2 + 2 * t)[:, None] * wanted)
+
+
+@pytest.mark.parametrize("norm", [UNIT, WHITENED])
+def test_interpolation_begins_and_ends_with_the_pictures(norm):
+    pipeline, a, b = made(norm=norm), picture(0), picture(1)
+    way = pipeline.interpolate(a, b, 5)
+    assert way.shape == (5, 3, SIZE, SIZE)
+    torch.testing.assert_close(way[:1], pipeline.variations(a, eta=0))
+    torch.testing.assert_close(way[4:], pipeline.variations(b, eta=0))
+    torch.testing.assert_close(pipeline.interpolate(a, b, 5, batch_size=2), way)
+    turned_back = pipeline.interpolate(b, a, 5)
+    torch.testing.assert_close(turned_back.flip(0), way, rtol=0, atol=1e-4)
+    gaps = (way[1:] - way[:-1]).square().mean((1, 2, 3)).sqrt()
+    assert gaps.max() < 2 * gaps.min()
+
+
+def test_a_text_diff_turns_the_embedding_to_what_is_new_and_keeps_the_noise():
+    pipeline, image, seen = made(), picture(), []
+    sample = pipeline.decoder.sample
+    pipeline.decoder.sample = lambda batch, **told: seen.append((batch, told)) or sample(batch, **told)
+    known = pipeline.invert(image)
+    way = pipeline.text_diff(image, "a ring", "a small red area", 0.5, 3, inverted=known)
+    torch.testing.assert_close(way[:1], pipeline.variations(image, eta=0))
+    batch, told = seen[1]
+    old, new = nn.functional.normalize(pipeline.embed(["a ring", "a small red area"])["text_embed"], dim=-1)
+    z_i = nn.functional.normalize(known.z_i[0], dim=0)
+    z_d = nn.functional.normalize(new - old, dim=0)
+    whole = torch.acos(z_i @ z_d)
+    z = batch["image_embed"]
+    torch.testing.assert_close(torch.acos((z @ z_i).clamp(-1, 1))[1:], whole * torch.tensor([0.25, 0.5]))
+    torch.testing.assert_close(torch.acos(z[2] @ z_d), whole / 2)
+    assert torch.equal(told["noise"], known.x_T.expand(3, -1, -1, -1))
+
+
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
@@ -101,6 +145,12 @@ def test_variations_share_an_embedding_and_differ_the_more_the_more_noise_there_
             lambda p: p.variations(picture(), decoder={"sampler": Sampler("dpmpp")}),
             "sampler dpmpp cannot be undone; take sampler=ddim",
         ),
+        (lambda p: p.interpolate(picture(), torch.zeros(3, 8, 8)), "the picture has 8 x 8 px"),
+        (lambda p: p.interpolate(picture(), picture(1), 1), "frames are at least 2, both ends, not 1"),
+        (lambda p: p.text_diff(picture(), "", "a", angle=0.0), "angle is a share of the arc"),
+        (lambda p: p.text_diff(picture(), "", "a", angle=math.nan), "angle is a share .* not nan"),
+        (lambda p: p.text_diff(picture(), "a cat", "a cat"), "CLIP sees no difference between 'a cat' and"),
+        (lambda p: p.text_diff(picture(), "a " * 9, "a cat"), "is too long: CLIP reads 8 tokens"),
     ],
 )
 def test_mistakes_are_one_line(mistake, message):

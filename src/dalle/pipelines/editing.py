@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypedDict, get_type_hints
+from typing import Annotated, Any, TypedDict, get_type_hints
 
 import torch
+from annotated_types import Ge, Le
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -17,8 +18,9 @@ from dalle.diffusion.samplers import INVERTIBLE, METHODS
 from dalle.errors import UserError, instead
 from dalle.images import from_uint8
 from dalle.pipelines.masks import kept_psnr, pasted
-from dalle.ranges import Fraction, NonNegativeInt, Positive, Share, misfit, shown
+from dalle.ranges import Fraction, NonNegativeInt, Positive, Share, Text, misfit, shown
 
+Frames = Annotated[int, Ge(2), Le(1000)]
 Figures = dict[str, float]
 LINES = {  # what is said of figures
     "kept_psnr": "the kept part, as the image tokenizer gives it back: {:.1f} dB",
@@ -39,6 +41,9 @@ class Settings(TypedDict):
     blur: Positive
     strength: Share
     eta: Fraction
+    frames: Frames
+    source: Text
+    angle: Share
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Job:
 
     image: Float[Tensor, "3 H W"]
     mask: Bool[Tensor, "h w"] | None
+    other: Float[Tensor, "3 H W"] | None
     prompt: str
     settings: dict[str, Any]
     options: dict[str, Any]
@@ -64,6 +70,7 @@ class Kind:
         small: the picture is read at its own size, not at the pipeline's.
         inverts: only samplers that can be undone will do.
         mute: it reads no prompt.
+        sequence: it gives a sequence of pictures, not `n` of a kind.
     """
 
     do: Callable[[Any, Job], tuple[Tensor, Figures]]
@@ -73,6 +80,7 @@ class Kind:
     small: bool = False
     inverts: bool = False
     mute: bool = False
+    sequence: bool = False
 
 
 def inpaint(pipeline: Any, job: Job) -> tuple[Tensor, Figures]:
@@ -116,6 +124,26 @@ def variations(pipeline: Any, job: Job) -> tuple[Tensor, Figures]:
     return images, {"round_trip": decibels(known.error)}
 
 
+def interpolate(pipeline: Any, job: Job) -> tuple[Tensor, Figures]:
+    options = sequence_options(job)
+    both = [pipeline.invert(one, options["decoder"], options["precision"]) for one in (job.image, job.other)]
+    images = pipeline.interpolate(job.image, job.other, inverted=tuple(both), **job.settings, **options)
+    return images, {"round_trip": decibels(max(known.error for known in both))}
+
+
+def text_diff(pipeline: Any, job: Job) -> tuple[Tensor, Figures]:
+    options, settings = sequence_options(job), dict(job.settings)
+    known = pipeline.invert(job.image, options["decoder"], options["precision"])
+    source = settings.pop("source", "")
+    images = pipeline.text_diff(job.image, source, job.prompt, inverted=known, **settings, **options)
+    return images, {"round_trip": decibels(known.error)}
+
+
+def sequence_options(job: Job) -> dict[str, Any]:
+    """Without what only several pictures of a kind need."""
+    return {"decoder": {}, **{key: value for key, value in job.options.items() if key not in ("n", "seed")}}
+
+
 def decibels(error: float) -> float:
     """PSNR of a root mean square error in units of [-1, 1]."""
     return 20 * math.log10(2 / error) if error else math.inf
@@ -133,13 +161,19 @@ EDITS: dict[str, dict[str, Kind]] = {
         "enhance": Kind(enhance, ("noise",), (), ("decoder",), small=True),
         "restyle": Kind(restyle, ("strength",), ("prompt",), ("prior", "decoder")),
         "variations": Kind(variations, ("eta",), (), ("decoder",), inverts=True, mute=True),
+        "interpolate": Kind(
+            interpolate, ("frames",), ("other",), ("decoder",), inverts=True, mute=True, sequence=True
+        ),
+        "text_diff": Kind(
+            text_diff, ("source", "angle", "frames"), ("prompt",), ("decoder",), inverts=True, sequence=True
+        ),
     },
 }
 
 
 @dataclass(frozen=True)
 class Edit:
-    """What is done to which pictures (path and digest of `image` and `mask`). Plain data, for recipes."""
+    """What is done to which pictures (path and digest of `image`, `mask`, `other`). Plain data."""
 
     kind: str
     files: dict[str, dict[str, str]]
@@ -154,7 +188,7 @@ class Edit:
                 pictures that are missing or unreadable; a mask of another size.
         """
         name, settings = config["edit"], {k: v for k, v in config["editing"].items() if v is not None}
-        paths = {key: config[key] for key in ("image", "mask") if config[key] is not None}
+        paths = {key: config[key] for key in ("image", "mask", "other") if config[key] is not None}
         if name is None:
             for word in [*paths, *(f"editing.{key}" for key in settings)]:
                 raise UserError(f"{word} is of an edit: say which with edit=")
@@ -164,6 +198,8 @@ class Edit:
         method = config["sampler"].get("method") if kind.inverts else None
         if method in METHODS and method not in INVERTIBLE:
             raise UserError(f"edit={name} needs a sampler that can be undone, not {method}: sampler=ddim")
+        if kind.sequence and config["n"] != 1:
+            raise UserError(f"edit={name} gives one sequence, of editing.frames= pictures; leave out n")
         check_needs({**settings, **paths, "prompt": config["prompt"] or config["prompts"]}, kind, name)
         looks = {key: look(path, key) for key, path in paths.items()}
         check_alike(looks, paths)
@@ -176,7 +212,8 @@ class Edit:
         edit = cls(**facts)
         kind = kind_of(edit.kind, pipeline)
         check_settings(edit.settings, kind, edit.kind)
-        if "image" not in edit.files or ("mask" in kind.needs and "mask" not in edit.files):
+        needed = {"image", *{"mask", "other"}.intersection(kind.needs)}
+        if needed - edit.files.keys():
             raise UserError(f"{where}: edit.files say too little; restore the recipe")
         return edit
 
@@ -197,10 +234,13 @@ class Edit:
         mask = None
         if found := self.files.get("mask"):
             mask = read_picture("mask", **found, size=pipeline.image_size).mean(0) > 0
+        other = None
+        if found := self.files.get("other"):
+            other = read_picture("other", **found, size=pipeline.image_size)
         options = {name: stages.get(name, {}) for name in edit.stages}
         chooser = options.pop("clip", {})  # the pipeline itself takes `candidates`
         options = {**drawing, **options, **chooser}
-        images, figures = edit.do(pipeline, Job(image, mask, prompt, self.settings, options))
+        images, figures = edit.do(pipeline, Job(image, mask, other, prompt, self.settings, options))
         return images, {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
@@ -236,6 +276,8 @@ def check_needs(given: Mapping[str, Any], kind: Kind, name: str) -> None:
         raise UserError(f"edit={name} reads no prompt; leave it out")
     if "mask" in given and not any("mask" in need for need in kind.needs):
         raise UserError(f"edit={name} takes no mask; leave it out")
+    if "other" in given and "other" not in kind.needs:
+        raise UserError(f"edit={name} takes one picture; leave out other")
     if "mask" in given and "blur" in given:
         raise UserError(f"edit={name} undoes one thing at a time: give editing.blur or mask, not both")
 

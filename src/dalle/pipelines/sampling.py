@@ -20,10 +20,10 @@ from dalle.data.image_files import MAX_PIXELS, BadPicture, read
 from dalle.data.sources import mix
 from dalle.errors import UserError
 from dalle.files import check_writable, explained
-from dalle.images import from_uint8, grid, save_png, to_pil
+from dalle.images import from_uint8, grid, save_gif, save_png, to_pil
 from dalle.instantiate import check_arguments, instantiate
 from dalle.machine import fast_in_bf16, pick_device
-from dalle.pipelines.editing import LINES, Edit, Figures
+from dalle.pipelines.editing import EDITS, LINES, Edit, Figures
 from dalle.pipelines.load import (
     PUBLIC,
     Loaded,
@@ -573,6 +573,8 @@ def write(frames: Tensor | list[Tensor], recipe: SampleRecipe, out: Path) -> Non
     if recipe.progress_strip:
         captions = [prompt for prompt in recipe.prompts for _ in range(recipe.n)]
         save_png(grid(torch.cat(list(frames)), captions), out / "progress_strip.png")
+    if recipe.edit and EDITS[recipe.pipeline][recipe.edit["kind"]].sequence:
+        save_gif(torch.stack(images), out / "sequence.gif")
     recipe.write(out / "recipe.yaml")
     print(f"{len(images)} pictures in {out}, all of them in {out / 'grid.png'}")
     print(f"make them again: dalle sample recipe={out / 'recipe.yaml'}")

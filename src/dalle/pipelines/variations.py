@@ -2,17 +2,21 @@
 embedding and the noise of which the decoder makes it (DDIM inversion), and each of them can be moved.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from dalle.data.sources import mix
 from dalle.diffusion.noise import per_sample
 from dalle.errors import UserError
 from dalle.pipelines.upsampling import DECODER
+
+PARALLEL = 1e-4  # sine of an angle below which a straight line is as good as an arc
 
 
 class Inverted(NamedTuple):
@@ -90,6 +94,68 @@ class Varying:
         z_i, x_T, _ = inverted or self.invert(image, decoder, options.get("precision", "fp32"))
         return self._decoded(z_i.expand(n, -1), x_T.expand(n, -1, -1, -1), told, seed, **options)
 
+    def interpolate(
+        self,
+        a: Float[Tensor, "3 H W"],
+        b: Float[Tensor, "3 h w"],
+        frames: int = 7,
+        *,
+        decoder: Mapping[str, Any] | None = None,
+        inverted: tuple[Inverted, Inverted] | None = None,
+        **options: Any,
+    ) -> Float[Tensor, "N 3 H W"]:
+        """`frames` pictures from a to b, both made again: z_i and x_T go along arcs (`slerp`).
+
+        Other arguments are those of `variations`, but for n and eta.
+
+        Raises:
+            UserError: a picture of another size, fewer than 2 frames, a sampler that is not ddim.
+        """
+        check_frames(frames)
+        precision = options.get("precision", "fp32")
+        first, last = inverted or (self.invert(a, decoder, precision), self.invert(b, decoder, precision))
+        t = torch.linspace(0, 1, frames, device=self.device)
+        x_T = slerp(first.x_T, last.x_T, t)
+        return self._decoded(turned(first.z_i, last.z_i, t), x_T, self._told(decoder, 0.0), **options)
+
+    def text_diff(
+        self,
+        image: Float[Tensor, "3 H W"],
+        source: str,
+        target: str,
+        angle: float = 0.5,
+        frames: int = 5,
+        *,
+        decoder: Mapping[str, Any] | None = None,
+        inverted: Inverted | None = None,
+        **options: Any,
+    ) -> Float[Tensor, "N 3 H W"]:
+        """`frames` pictures from the picture itself, made again, towards what the target says and the source
+        does not: z_i is turned to the normalised difference of the captions' embeddings, x_T stays.
+
+        Args:
+            source: what the picture shows; may be empty.
+            angle: theta of the paper, the last frame's share of the arc; 0.25 to 0.5 there.
+
+        Others are those of `variations`, but for n and eta.
+
+        Raises:
+            UserError: a picture of another size, captions that are alike or too long, an angle out of (0, 1],
+                fewer than 2 frames, a sampler that is not ddim.
+        """
+        check_frames(frames)
+        if not 0 < angle <= 1:
+            raise UserError(f"angle is a share of the arc, above 0 and at most 1, not {angle}")
+        self.check([source, target], 1, 1, False)
+        old, new = normalize(self.embed([source, target])["text_embed"].float(), dim=-1)
+        if not (old - new).abs().max() > PARALLEL:
+            raise UserError(f"CLIP sees no difference between '{source}' and '{target}'; give other captions")
+        z_i, x_T, _ = inverted or self.invert(image, decoder, options.get("precision", "fp32"))
+        t = torch.linspace(0, angle, frames, device=self.device)
+        z_d = normalize(new - old, dim=-1)[None] * z_i.norm()
+        x_T = x_T.expand(frames, -1, -1, -1)
+        return self._decoded(turned(z_i, z_d, t), x_T, self._told(decoder, 0.0), **options)
+
     @torch.inference_mode()
     def _decoded(
         self,
@@ -118,3 +184,27 @@ class Varying:
         told = {"guidance": 1.0, "text_guidance": 0.0, **(decoder or {})}
         told["sampler"] = (told.get("sampler") or self.decoder.sampler).with_eta(eta)
         return told
+
+
+def slerp(p: Float[Tensor, "1 *S"], q: Float[Tensor, "1 *S"], t: Float[Tensor, "N"]) -> Float[Tensor, "N *S"]:
+    """(sin((1 - t) w) p + sin(t w) q) / sin w, w the angle between p and q; a straight line where they are
+    parallel (Shoemake 1985).
+    """
+    t = t.reshape(-1, *[1] * (p.ndim - 1))
+    ends = [normalize(one.flatten().double(), dim=0) for one in (p, q)]
+    angle = torch.acos((ends[0] @ ends[1]).clamp(-1, 1)).item()
+    if math.sin(angle) < PARALLEL:
+        return torch.lerp(p, q, t)
+    return (torch.sin((1 - t) * angle) * p + torch.sin(t * angle) * q) / math.sin(angle)
+
+
+def turned(p: Float[Tensor, "1 E"], q: Float[Tensor, "1 E"], t: Float[Tensor, "N"]) -> Float[Tensor, "N E"]:
+    """Directions by `slerp`, lengths on a straight line: embeddings are told apart by their directions."""
+    directions = normalize(slerp(normalize(p, dim=-1), normalize(q, dim=-1), t), dim=-1)
+    return directions * torch.lerp(p.norm(), q.norm(), t)[:, None]
+
+
+def check_frames(frames: int) -> None:
+    """Raises UserError for fewer than both ends."""
+    if frames < 2:
+        raise UserError(f"frames are at least 2, both ends, not {frames}")
