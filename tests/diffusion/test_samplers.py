@@ -447,5 +447,22 @@ def test_only_ddim_is_undone_and_its_own_noise_is_left_out():
     assert torch.equal(noisy.invert(denoise, x0, schedule), plain.invert(denoise, x0, schedule))
     by_hand = ddim_invert(denoise, x0, plain.levels(schedule))
     torch.testing.assert_close(plain.invert(denoise, x0, schedule), by_hand)
-    with pytest.raises(UserError, match="sampler heun cannot be undone; take sampler=ddim"):
+    with pytest.raises(UserError, match="done by DDIM alone, not by heun; take sampler=ddim"):
         Sampler("heun").invert(denoise, x0, schedule)
+
+
+def test_resampling_keeps_the_law():
+    schedule, count = Schedule("cosine"), 5_000
+    denoise, noise = exact(schedule, 0.3, 0.5), torch.randn(count, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(1)
+    calls = []
+
+    def counted(x: Tensor, t: Tensor) -> Tensor:
+        calls.append(t)
+        return denoise(x, t)
+
+    again = Sampler("ddim", steps=400, eta=1.0, resamplings=3)
+    x = again(counted, noise, schedule)
+    assert len(calls) == 1200
+    assert x.mean().item() == pytest.approx(0.3, abs=0.02)
+    assert x.std().item() == pytest.approx(0.5, abs=0.03)

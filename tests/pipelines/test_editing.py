@@ -64,6 +64,8 @@ EDITS = {
     "unclip enhance": ("edit=enhance", "image=small.png", PROMPT),
     "unclip restyle": ("edit=restyle", "image=picture.png", "editing.strength=0.5", PROMPT),
     "unclip variations": ("edit=variations", "image=picture.png", "editing.eta=0.8"),
+    "unclip inpaint": ("edit=inpaint", "image=picture.png", "mask=mask.png", PROMPT),
+    "unclip outpaint": ("edit=outpaint", "image=picture.png", "editing.right=6", "editing.top=4", PROMPT),
     "unclip interpolate": ("edit=interpolate", "image=picture.png", "other=small.png", "editing.frames=3"),
     "unclip text_diff": ("edit=text_diff", "image=picture.png", "editing.source=a blue square", PROMPT),
 }
@@ -120,7 +122,7 @@ def test_pictures_without_an_edit_have_recipes_as_before(make):
 
 DAMAGE = {
     "no edit": ({"kind": "paint"}, "pipeline=unclip has no edit='paint'"),
-    "another's": ({"kind": "inpaint"}, "edit=inpaint is of pipeline=dalle"),
+    "another's": ({"kind": "inpaint"}, "edit.files say too little"),
     "settings": ({"settings": {"noise": -1}}, "editing.noise must be a number above 0, got -1"),
     "no picture": ({"files": {}}, "edit.files say too little"),
     "odd files": ({"files": {"image": {"path": "a"}}}, "edit.files"),
@@ -174,6 +176,11 @@ def test_damaged_recipes_are_one_line(make, name):
         ("unclip edit=restore image=picture.png mask=mask.png editing.blur=1", "editing.blur or mask, not"),
         ("unclip edit=denoise image=picture.png mask=mask.png", "edit=denoise takes no mask"),
         ("unclip edit=restyle image=picture.png prompt=a editing.strength=2", "editing.strength must be"),
+        ("unclip edit=inpaint image=picture.png prompt=a", "edit=inpaint needs mask="),
+        (
+            "unclip edit=inpaint image=picture.png mask=mask.png prompt=a editing.resamplings=0",
+            "editing.resamplings must be a whole number from 1 to 100, got 0",
+        ),
         ("unclip edit=interpolate image=picture.png", "edit=interpolate needs other="),
         ("unclip edit=interpolate image=picture.png other=gone.png", "there is no picture other=gone.png"),
         ("unclip edit=interpolate image=picture.png other=small.png n=2", "one sequence, of editing.frames="),
@@ -189,7 +196,7 @@ def test_damaged_recipes_are_one_line(make, name):
         ("unclip edit=variations image=picture.png prompt=a", "edit=variations reads no prompt; leave it"),
         ("unclip edit=variations image=picture.png editing.eta=.nan", "editing.eta must be a number from 0"),
         ("unclip edit=variations image=picture.png editing.eta=1.5", "editing.eta must be a number from 0"),
-        ("unclip edit=variations image=picture.png sampler=heun", "that can be undone, not heun: samp"),
+        ("unclip edit=variations image=picture.png sampler=heun", "is done by DDIM alone, not by heun; take"),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line_before_anything_is_loaded(make, monkeypatch, words, message):

@@ -106,6 +106,28 @@ def test_a_prompt_is_heard_without_guidance_and_no_prompt_is_none(pipeline):
     assert not any(keep.any() for _, keep, _ in net.calls[-10:])
 
 
+def test_inpainting_keeps_what_is_not_white_and_draws_the_rest_to_fit(pipeline):
+    net = pipeline.decoder.net
+    said, wanted = "a red ring", net.pictures.data[10]  # of 10 letters
+    torn = (wanted + 0.02 * torch.rand(wanted.shape)).masked_fill(HOLE, 0.3)
+    made = pipeline.inpaint(torn, HOLE, said, decoder={"guidance": 1.0})
+    assert psnr(made, wanted) > 30
+    assert torch.equal(made[0][..., ~HOLE], torn[..., ~HOLE])
+    assert len(net.calls) == 10 * 4
+    assert net.calls[-1][2].all()  # the prior's embedding is seen
+    plain = pipeline.inpaint(torn, HOLE, said, paste=False, resamplings=1, decoder={"guidance": 1.0})
+    assert len(net.calls) == 10 * 5
+    assert not torch.equal(plain[0][..., ~HOLE], torn[..., ~HOLE])
+
+
+def test_outpainting_keeps_the_picture(pipeline):
+    image = pipeline.decoder.net.pictures.data[3]
+    made = pipeline.outpaint(image, "a ring", right=6, top=4, n=2, resamplings=1)
+    assert made.shape == (2, 3, 20, 22)
+    assert torch.equal(made[..., 4:, :16], image.expand(2, -1, -1, -1))
+    assert made[..., :4, :].mean() > 0.9  # white, as this picture's edges; blank is 0
+
+
 def test_copies_differ_and_do_not_depend_on_the_batch(pipeline):
     image = pipeline.decoder.net.pictures.data[0]
     hole = torch.ones(SIZE, SIZE, dtype=torch.bool)

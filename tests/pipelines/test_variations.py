@@ -143,7 +143,7 @@ def test_a_text_diff_turns_the_embedding_to_what_is_new_and_keeps_the_noise():
         (lambda p: p.variations(picture(), n=0), "n and batch_size must be at least 1"),
         (
             lambda p: p.variations(picture(), decoder={"sampler": Sampler("dpmpp")}),
-            "sampler dpmpp cannot be undone; take sampler=ddim",
+            "done by DDIM alone, not by dpmpp; take sampler=ddim",
         ),
         (lambda p: p.interpolate(picture(), torch.zeros(3, 8, 8)), "the picture has 8 x 8 px"),
         (lambda p: p.interpolate(picture(), picture(1), 1), "frames are at least 2, both ends, not 1"),

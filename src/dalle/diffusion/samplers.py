@@ -10,9 +10,10 @@ Euler's method.
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, get_type_hints
+from typing import Annotated, Literal, get_type_hints
 
 import torch
+from annotated_types import Ge, Le
 from jaxtyping import Float
 from torch import Tensor
 
@@ -25,6 +26,7 @@ OnStep = Callable[[int, int, Tensor], object]
 Denoise = Callable[..., Tensor | tuple[Tensor, Tensor | None]]
 
 LONG_STEP = 4.0
+Resamplings = Annotated[int, Ge(1), Le(100)]
 
 VARIANCES = ("auto", "small", "large", "learned", "analytic")
 
@@ -73,17 +75,26 @@ def ddim(
     x: Float[Tensor, "B *S"],
     levels: Levels,
     eta: Fraction = 0.0,
+    resamplings: Resamplings = 1,
     randn: Randn = torch.randn_like,
     on_step: OnStep | None = None,
 ) -> Float[Tensor, "B *S"]:
-    """Song et al. 2021 (DDIM), eq. 12. eta = 0 is deterministic, eta = 1 has the law of `ddpm` (small)."""
+    """Song et al. 2021 (DDIM), eq. 12. eta = 0 is deterministic, eta = 1 has the law of `ddpm` (small).
+
+    Each step is done `resamplings` times, noise being added in between: what is put into the estimates and
+    what is drawn then agree (Lugmayr et al. 2022, RePaint, sec. 4.2, with jumps of one step).
+    """
     for i, now, to in levels.steps():
-        x0, _ = _estimate(denoise, x, now)
-        eps = (x - now.alpha * x0) / now.sigma
-        std = eta * math.sqrt(posterior(now.alpha, now.sigma, to.alpha, to.sigma)[3])  # eq. 16
-        x = to.alpha * x0 + math.sqrt(max(to.sigma**2 - std**2, 0.0)) * eps
-        if std > 0:
-            x = x + std * randn(x)
+        _, _, beta, small = posterior(now.alpha, now.sigma, to.alpha, to.sigma)
+        std = eta * math.sqrt(small)  # eq. 16
+        for number in range(resamplings):
+            if number:
+                x = now.alpha / to.alpha * x + math.sqrt(beta) * randn(x)
+            x0, _ = _estimate(denoise, x, now)
+            eps = (x - now.alpha * x0) / now.sigma
+            x = to.alpha * x0 + math.sqrt(max(to.sigma**2 - std**2, 0.0)) * eps
+            if std > 0:
+                x = x + std * randn(x)
         if on_step is not None:
             on_step(i, len(levels), x0)
     return x
@@ -185,7 +196,7 @@ METHODS: dict[str, Callable[..., Tensor]] = {
     "heun": heun,
     "euler": ddim,  # on flow, DDIM with eta = 0 is Euler's method
 }
-INVERTIBLE = ("ddim", "euler")
+DETERMINISTIC = ("ddim", "euler")
 
 
 def register(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -264,15 +275,15 @@ class Sampler:
         x = noise * _first_std(levels)
         return METHODS[self.method](denoise, x, levels, randn=randn, on_step=on_step, **self.options)
 
-    def with_eta(self, eta: float) -> "Sampler":
+    def with_eta(self, eta: float, resamplings: int = 1) -> "Sampler":
         """The same levels with this much noise in every step.
 
         Raises:
             UserError: another method than ddim.
         """
-        if self.method not in INVERTIBLE:
-            raise UserError(f"sampler {self.method} cannot be undone; take sampler=ddim")
-        return Sampler(self.method, self.steps, self.spacing, eta=eta)
+        if self.method not in DETERMINISTIC:
+            raise UserError(f"this is done by DDIM alone, not by {self.method}; take sampler=ddim")
+        return Sampler(self.method, self.steps, self.spacing, eta=eta, resamplings=resamplings)
 
     def invert(
         self, denoise: Denoise, x0: Float[Tensor, "B *S"], schedule: Schedule, refinements: int = 3

@@ -7,6 +7,7 @@ any batch size and any number of other prompts, and the first of many candidates
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -22,7 +23,7 @@ from dalle.data.tokenizers import TextTokenizer
 from dalle.diffusion.noise import per_sample
 from dalle.errors import UserError
 from dalle.metrics.clip_score import Embedder
-from dalle.pipelines.masks import Sides, check_mask, filled, pasted, windows
+from dalle.pipelines.masks import Sides, check_mask, outpainted, pasted
 from dalle.pipelines.upsampling import Drawing
 
 log = logging.getLogger(__name__)
@@ -205,24 +206,8 @@ class DallePipeline(Drawing):
         Raises:
             UserError: nothing to add, a picture smaller than a window; and as `frames` does.
         """
-        size, options = self.image_size, {"numbers": [0], **options}  # many bars would be of no use
-        plan = windows(image.shape[-2:], Sides(left, right, top, bottom), size)
-        made = []
-        for j in range(n):
-            canvas = F.pad(image.cpu(), (left, right, top, bottom))
-            blank = F.pad(
-                torch.zeros(image.shape[-2:], dtype=torch.bool), (left, right, top, bottom), value=True
-            )
-            for number, (y, x) in enumerate(plan):
-                here = slice(y, y + size), slice(x, x + size)
-                unknown = blank[here]
-                if not unknown.any():
-                    continue
-                view = filled(canvas[:, *here], unknown)
-                drawn = self.inpaint(view, unknown, prompt, seed=mix(seed, j, number), **options)
-                canvas[:, *here], blank[here] = drawn[0], False
-            made.append(canvas)
-        return torch.stack(made)
+        draw = partial(self.inpaint, prompt=prompt, **{"numbers": [0], **options})  # many bars are of no use
+        return outpainted(draw, image, Sides(left, right, top, bottom), self.image_size, n, seed)
 
     def known_codes(self, image: Float[Tensor, "3 H W"], mask: Bool[Tensor, "h w"]) -> list[int]:
         """The picture's codes, -1 where the mask touches a code's cell.

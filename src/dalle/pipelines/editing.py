@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dalle.data.image_files import MAX_PIXELS, BadPicture, Look, inspect, read
-from dalle.diffusion.samplers import INVERTIBLE, METHODS
+from dalle.diffusion.samplers import DETERMINISTIC, METHODS, Resamplings
 from dalle.errors import UserError, instead
 from dalle.images import from_uint8
 from dalle.pipelines.masks import kept_psnr, pasted
@@ -44,6 +44,7 @@ class Settings(TypedDict):
     frames: Frames
     source: Text
     angle: Share
+    resamplings: Resamplings
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Kind:
         needs: what it cannot do without, alternatives with a |.
         stages: whose options its pipeline's method takes.
         small: the picture is read at its own size, not at the pipeline's.
-        inverts: only samplers that can be undone will do.
+        ddim: no other sampler will do.
         mute: it reads no prompt.
         sequence: it gives a sequence of pictures, not `n` of a kind.
     """
@@ -78,7 +79,7 @@ class Kind:
     needs: tuple[str, ...] = ()
     stages: tuple[str, ...] = ()
     small: bool = False
-    inverts: bool = False
+    ddim: bool = False
     mute: bool = False
     sequence: bool = False
 
@@ -88,10 +89,14 @@ def inpaint(pipeline: Any, job: Job) -> tuple[Tensor, Figures]:
     paste = settings.pop("paste", True)
     drawn = pipeline.inpaint(job.image, job.mask, job.prompt, paste=False, **settings, **job.options)
     assert job.mask is not None
-    stayed = kept_psnr(drawn, job.image, job.mask).mean().item()
-    codes = torch.tensor(pipeline.known_codes(job.image, job.mask))
-    images = pasted(drawn, job.image, job.mask) if paste else drawn
-    return images, {"kept_psnr": stayed, "codes_drawn": (codes < 0).float().mean().item()}
+    figures = {}
+    if hasattr(pipeline, "known_codes"):
+        codes = torch.tensor(pipeline.known_codes(job.image, job.mask))
+        figures = {
+            "kept_psnr": kept_psnr(drawn, job.image, job.mask).mean().item(),
+            "codes_drawn": (codes < 0).float().mean().item(),
+        }
+    return pasted(drawn, job.image, job.mask) if paste else drawn, figures
 
 
 def outpaint(pipeline: Any, job: Job) -> tuple[Tensor, Figures]:
@@ -156,16 +161,26 @@ EDITS: dict[str, dict[str, Kind]] = {
         "outpaint": Kind(outpaint, SIDES, ("|".join(SIDES), "prompt"), ("dalle", "clip")),
     },
     "unclip": {
+        "inpaint": Kind(
+            inpaint, ("paste", "resamplings"), ("mask", "prompt"), ("prior", "decoder"), ddim=True
+        ),
+        "outpaint": Kind(
+            outpaint,
+            (*SIDES, "resamplings"),
+            ("|".join(SIDES), "prompt"),
+            ("prior", "decoder"),
+            ddim=True,
+        ),
         "denoise": Kind(denoise, ("noise",), (), ("decoder",)),
         "restore": Kind(restore, ("noise", "blur"), ("blur|mask",), ("decoder",)),
         "enhance": Kind(enhance, ("noise",), (), ("decoder",), small=True),
         "restyle": Kind(restyle, ("strength",), ("prompt",), ("prior", "decoder")),
-        "variations": Kind(variations, ("eta",), (), ("decoder",), inverts=True, mute=True),
+        "variations": Kind(variations, ("eta",), (), ("decoder",), ddim=True, mute=True),
         "interpolate": Kind(
-            interpolate, ("frames",), ("other",), ("decoder",), inverts=True, mute=True, sequence=True
+            interpolate, ("frames",), ("other",), ("decoder",), ddim=True, mute=True, sequence=True
         ),
         "text_diff": Kind(
-            text_diff, ("source", "angle", "frames"), ("prompt",), ("decoder",), inverts=True, sequence=True
+            text_diff, ("source", "angle", "frames"), ("prompt",), ("decoder",), ddim=True, sequence=True
         ),
     },
 }
@@ -195,9 +210,9 @@ class Edit:
             return None
         kind = kind_of(name, config["pipeline"]["kind"])
         check_settings(settings, kind, name)
-        method = config["sampler"].get("method") if kind.inverts else None
-        if method in METHODS and method not in INVERTIBLE:
-            raise UserError(f"edit={name} needs a sampler that can be undone, not {method}: sampler=ddim")
+        method = config["sampler"].get("method") if kind.ddim else None
+        if method in METHODS and method not in DETERMINISTIC:
+            raise UserError(f"edit={name} is done by DDIM alone, not by {method}; take sampler=ddim")
         if kind.sequence and config["n"] != 1:
             raise UserError(f"edit={name} gives one sequence, of editing.frames= pictures; leave out n")
         check_needs({**settings, **paths, "prompt": config["prompt"] or config["prompts"]}, kind, name)

@@ -1,12 +1,14 @@
 """Masks of pictures that are drawn anew where they are true, and windows in which a picture is extended."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from dalle.data.sources import mix
 from dalle.errors import UserError
 from dalle.images import to_uint8
 
@@ -111,3 +113,39 @@ def _places(length: int, before: int, after: int, size: int) -> list[int]:
     """Starts of windows that cover a length, half a window apart."""
     last = before + length + after - size
     return [*range(0, last, size // 2), last]
+
+
+def outpainted(
+    inpaint: Callable[..., Float[Tensor, "1 3 S S"]],
+    image: Float[Tensor, "3 H W"],
+    more: Sides,
+    size: int,
+    n: int,
+    seed: int,
+) -> Float[Tensor, "N 3 h w"]:
+    """The picture within `n` larger ones, h = top + H + bottom, w = left + W + right.
+
+    A window of `size` px is shifted over it, half a window at a time: first to the left and right, then up
+    and down. What it shows already is kept, and the rest drawn.
+
+    Args:
+        inpaint: called with a window, its mask, and `seed=`.
+
+    Raises:
+        UserError: nothing to add, a picture smaller than a window.
+    """
+    plan = windows(image.shape[-2:], more, size)
+    made = []
+    for j in range(n):
+        canvas = F.pad(image.cpu(), more)
+        blank = F.pad(torch.zeros(image.shape[-2:], dtype=torch.bool), more, value=True)
+        for number, (y, x) in enumerate(plan):
+            here = slice(y, y + size), slice(x, x + size)
+            unknown = blank[here]
+            if not unknown.any():
+                continue
+            view = filled(canvas[:, *here], unknown)
+            canvas[:, *here] = inpaint(view, unknown, seed=mix(seed, j, number))[0]
+            blank[here] = False
+        made.append(canvas)
+    return torch.stack(made)

@@ -24,11 +24,12 @@ from dalle.diffusion.restoration import (
     shrinking,
 )
 from dalle.errors import UserError
-from dalle.pipelines.masks import check_mask
+from dalle.pipelines.masks import Sides, check_mask, outpainted, pasted
 from dalle.pipelines.upsampling import DECODER
 
 ROUNDING = 0.01  # standard deviation of what is not known of 8-bit pictures, with some room for a wrong H
 STRENGTH = 0.6
+RESAMPLINGS = 4
 
 
 class Repairing:
@@ -144,6 +145,58 @@ class Repairing:
             raise UserError(f"strength is more than 0 and at most 1, not {strength}")
         told = {**(decoder or {}), "start": image[None].to(self.device), "strength": strength}
         return self._drawn(prompt, told, prior or {}, **options)
+
+    def inpaint(
+        self,
+        image: Float[Tensor, "3 H W"],
+        mask: Bool[Tensor, "h w"],
+        prompt: str,
+        *,
+        paste: bool = True,
+        resamplings: int = RESAMPLINGS,
+        prior: Mapping[str, Any] | None = None,
+        decoder: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Float[Tensor, "N 3 H W"]:
+        """As the prompt says where the mask is true: unlike `fill`, with guidance and the prior. What is kept
+        is put into every estimate, and every step done `resamplings` times (RePaint, Lugmayr et al. 2022).
+
+        Args:
+            paste: put what is kept back pixel by pixel.
+            decoder: its sampler is ddim, with eta 1.
+
+        Raises:
+            UserError: a picture or mask of another size, nothing to draw, a sampler that is not ddim.
+        """
+        check_mask(image, mask, self.image_size)
+        told = dict(decoder or {})
+        told["sampler"] = (told.get("sampler") or self.decoder.sampler).with_eta(1.0, resamplings)
+        schedule, seen = self.decoder.denoiser.schedule, image[None].to(self.device)
+        told["wrap"] = partial(given, degradation=Hidden(mask), y=seen, noise=ROUNDING, schedule=schedule)
+        drawn = self._drawn(prompt, told, prior or {}, **options)
+        return pasted(drawn, image.cpu(), mask) if paste else drawn
+
+    def outpaint(
+        self,
+        image: Float[Tensor, "3 H W"],
+        prompt: str,
+        *,
+        left: int = 0,
+        right: int = 0,
+        top: int = 0,
+        bottom: int = 0,
+        n: int = 1,
+        seed: int = 0,
+        **options: Any,
+    ) -> Float[Tensor, "N 3 h w"]:
+        """The picture within a larger one, by this many pixels; each window of the decoder's size is drawn by
+        `inpaint`, which has the options, as a picture of its own (`masks.outpainted`).
+
+        Raises:
+            UserError: nothing to add, a picture smaller than a window; and as `inpaint` does.
+        """
+        draw = partial(self.inpaint, prompt=prompt, **options)
+        return outpainted(draw, image, Sides(left, right, top, bottom), self.image_size, n, seed)
 
     def restore(
         self,
