@@ -95,8 +95,8 @@ def ddim(
             x = to.alpha * x0 + math.sqrt(max(to.sigma**2 - std**2, 0.0)) * eps
             if std > 0:
                 x = x + std * randn(x)
-        if on_step is not None:
-            on_step(i, len(levels), x0)
+            if on_step is not None:
+                on_step(i, len(levels), x0)
     return x
 
 
