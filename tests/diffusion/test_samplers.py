@@ -15,7 +15,7 @@ from torch import Tensor
 from dalle.diffusion.denoiser import Denoiser
 from dalle.diffusion.noise import per_sample
 from dalle.diffusion.samplers import METHODS, Sampler, ddim, ddim_invert, ddpm, dpmpp, heun
-from dalle.diffusion.schedule import Levels, Schedule
+from dalle.diffusion.schedule import Levels, Schedule, betas
 from dalle.errors import UserError
 
 KNOWN = json.loads(Path(__file__).with_name("known_values.json").read_text())
@@ -323,6 +323,29 @@ def test_dpmpp_from_zero_terminal_snr_is_that_of_diffusers():
     theirs.set_timesteps(10)
     out = run_ours(Sampler("dpmpp", 10, "trailing"), Schedule("linear", zero_terminal_snr=True), "v")
     torch.testing.assert_close(out, run_library(theirs, start()), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_resampling_is_repaints_of_diffusers(name):
+    """Where nothing is kept: theirs puts what is kept into the noisy picture, ours into the estimate."""
+    steps, resamplings = 20, 3
+    theirs = diffusers.RePaintScheduler(
+        steps, trained_betas=betas(name, steps).float().numpy(), eta=1.0, clip_sample=False
+    )
+    theirs.set_timesteps(steps)
+    drawn, unused = torch.Generator().manual_seed(0), torch.Generator()
+    x = start()
+    nothing = torch.zeros_like(x)
+    for t in reversed(range(steps)):
+        for number in range(resamplings):
+            if number:
+                x = theirs.undo_step(x, t, drawn)
+            eps = Curved()(x, torch.full((len(x),), (t + 1) / steps))
+            noise = drawn if t else unused  # the last step draws noise and leaves it out
+            x = theirs.step(eps, t, x, nothing, nothing, noise, return_dict=False)[0]
+    sampler = Sampler("ddim", steps, eta=1.0, resamplings=resamplings)
+    out = run_ours(sampler, Schedule(name, steps), "eps")
+    torch.testing.assert_close(out, x, rtol=1e-3, atol=1e-3 * x.abs().max().item())
 
 
 @pytest.mark.parametrize("variance", ["small", "large"])

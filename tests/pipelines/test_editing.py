@@ -68,13 +68,14 @@ EDITS = {
     "unclip outpaint": ("edit=outpaint", "image=picture.png", "editing.right=6", "editing.top=4", PROMPT),
     "unclip interpolate": ("edit=interpolate", "image=picture.png", "other=small.png", "editing.frames=3"),
     "unclip text_diff": ("edit=text_diff", "image=picture.png", "editing.source=a blue square", PROMPT),
+    "unclip reconstruct": ("edit=reconstruct", "image=picture.png", "editing.dims=[0,1,8]"),
 }
 
 
 @pytest.mark.parametrize("name", EDITS)
 def test_every_edit_leaves_pictures_and_a_recipe_that_makes_them_again(make, name):
     pipeline = name.split()[0]
-    frames = {"unclip interpolate": 3, "unclip text_diff": 5}.get(name, 0)
+    frames = {"unclip interpolate": 3, "unclip text_diff": 5, "unclip reconstruct": 3}.get(name, 0)
     first = make("first", pipeline, *EDITS[name], *(() if frames else ("n=2",)), "seed=3")
     pictures = [f"{i:03d}-00.png" for i in range(frames)] or ["000-00.png", "000-01.png"]
     more = ["grid.png", "recipe.yaml", *(["sequence.gif"] if frames else [])]
@@ -192,6 +193,12 @@ def test_damaged_recipes_are_one_line(make, name):
         ("unclip edit=text_diff image=picture.png", "edit=text_diff needs prompt="),
         ("unclip edit=text_diff image=picture.png prompt=a editing.angle=.nan", "editing.angle must be"),
         ("unclip edit=text_diff image=picture.png prompt=a editing.angle=1.1", "editing.angle must be"),
+        ("unclip edit=reconstruct image=picture.png editing.dims=[]", "editing.dims must be"),
+        ("unclip edit=reconstruct image=picture.png editing.dims=[-1]", "editing.dims[0] must be"),
+        ("unclip edit=reconstruct image=picture.png editing.dims=[.nan]", "editing.dims[0] must be"),
+        ("unclip edit=reconstruct image=picture.png editing.dims=4", "editing.dims must be"),
+        ("unclip edit=reconstruct image=picture.png n=2", "a picture for each of editing.dims="),
+        ("dalle edit=reconstruct image=picture.png", "is of pipeline=unclip, not of pipeline=dalle"),
         ("unclip edit=variations", "edit=variations needs image="),
         ("unclip edit=variations image=picture.png prompt=a", "edit=variations reads no prompt; leave it"),
         ("unclip edit=variations image=picture.png editing.eta=.nan", "editing.eta must be a number from 0"),

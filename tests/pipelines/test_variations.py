@@ -15,7 +15,7 @@ from dalle.diffusion.samplers import Sampler
 from dalle.diffusion.schedule import Schedule
 from dalle.errors import UserError
 from dalle.pipelines.unclip import UnCLIP
-from dalle.pipelines.variations import slerp, turned
+from dalle.pipelines.variations import powers, slerp, truncated, turned
 from dalle.stages.decoder import DecoderStage
 
 SIZE, STD = 4, 0.4
@@ -134,6 +134,45 @@ def test_a_text_diff_turns_the_embedding_to_what_is_new_and_keeps_the_noise():
     assert torch.equal(told["noise"], known.x_T.expand(3, -1, -1, -1))
 
 
+def test_a_reconstruction_keeps_the_first_principal_components():
+    """Embeddings of which three directions are known, with a mean that is none of them."""
+    axes = torch.eye(E)
+    embeds = torch.cat([axes[0] + size * side * axes[1 + k] for k, size in enumerate((0.3, 0.2, 0.1))
+                        for side in torch.tensor([-1.0, 1.0])[:, None, None]])  # fmt: skip
+    norm = EmbedNorm("whitened").fit(embeds)
+    z = torch.tensor([[2.0, 0.4, 0.2, 0.6]])
+    unit = nn.functional.normalize(z, dim=-1)[0]
+    mean = nn.functional.normalize(embeds, dim=-1).mean(0)
+    rows = truncated(z, norm, [0, 1, 2, E])
+    torch.testing.assert_close(rows[0], nn.functional.normalize(mean, dim=0))
+    for row, known in ((rows[1], 1), (rows[2], 2)):
+        wanted = mean.clone()
+        wanted[1 : 1 + known] = unit[1 : 1 + known]
+        torch.testing.assert_close(row, nn.functional.normalize(wanted, dim=0))
+    torch.testing.assert_close(rows[3], unit)
+
+
+def test_reconstructions_share_their_noise_and_end_with_all_that_is_known():
+    pipeline, image, seen = made(norm=WHITENED), picture(), []
+    sample = pipeline.decoder.sample
+    pipeline.decoder.sample = lambda batch, **told: seen.append((batch, told)) or sample(batch, **told)
+    out = pipeline.reconstruct(image, seed=4)
+    batch, told = seen[0]
+    assert out.shape == (4, 3, SIZE, SIZE)  # 0, 1, 2 and all of 4
+    assert told["noise"].unique(dim=0).shape[0] == 1
+    whole = WHITENED.encode(pipeline.clip.embed_image(image[None]))
+    torch.testing.assert_close(batch["image_embed"][3:], whole, rtol=1e-4, atol=1e-4)
+    assert out.unique(dim=0).shape == out.shape
+    torch.testing.assert_close(pipeline.reconstruct(image, [4], seed=4), out[3:])
+    torch.testing.assert_close(pipeline.reconstruct(image, seed=4, batch_size=3), out)
+    assert not torch.allclose(pipeline.reconstruct(image, seed=5), out)
+
+
+@pytest.mark.parametrize(("most", "wanted"), [(4, [0, 1, 2, 4]), (6, [0, 1, 2, 4, 6]), (1, [0, 1])])
+def test_powers_end_with_all(most, wanted):
+    assert powers(most) == wanted
+
+
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
@@ -151,6 +190,16 @@ def test_a_text_diff_turns_the_embedding_to_what_is_new_and_keeps_the_noise():
         (lambda p: p.text_diff(picture(), "", "a", angle=math.nan), "angle is a share .* not nan"),
         (lambda p: p.text_diff(picture(), "a cat", "a cat"), "CLIP sees no difference between 'a cat' and"),
         (lambda p: p.text_diff(picture(), "a " * 9, "a cat"), "is too long: CLIP reads 8 tokens"),
+        (
+            lambda p: p.reconstruct(picture()),
+            "needs principal components .* datamodule.image_embed_norm=whitened keeps, not unit;",
+        ),
+        (lambda p: p.reconstruct(torch.zeros(3, 8, 8)), "the picture has 8 x 8 px"),
+        (
+            lambda p: made(norm=WHITENED).reconstruct(picture(), [2, 5]),
+            r"each from 0 to 4, not \[2, 5\]",
+        ),
+        (lambda p: made(norm=WHITENED).reconstruct(picture(), []), r"each from 0 to 4, not \[\]"),
     ],
 )
 def test_mistakes_are_one_line(mistake, message):

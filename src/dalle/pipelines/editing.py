@@ -3,13 +3,13 @@ pipeline. A recipe names the pictures, and knows them by their digests.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypedDict, get_type_hints
 
 import torch
-from annotated_types import Ge, Le
+from annotated_types import Ge, Le, Len
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -18,9 +18,10 @@ from dalle.diffusion.samplers import DETERMINISTIC, METHODS, Resamplings
 from dalle.errors import UserError, instead
 from dalle.images import from_uint8
 from dalle.pipelines.masks import kept_psnr, pasted
-from dalle.ranges import Fraction, NonNegativeInt, Positive, Share, Text, misfit, shown
+from dalle.ranges import Fraction, NonNegativeInt, Positive, Share, Text, check_value, shown
 
 Frames = Annotated[int, Ge(2), Le(1000)]
+Dims = Annotated[Sequence[NonNegativeInt], Len(1, 1000)]
 Figures = dict[str, float]
 LINES = {  # what is said of figures
     "kept_psnr": "the kept part, as the image tokenizer gives it back: {:.1f} dB",
@@ -45,6 +46,7 @@ class Settings(TypedDict):
     source: Text
     angle: Share
     resamplings: Resamplings
+    dims: Dims
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,11 @@ def text_diff(pipeline: Any, job: Job) -> tuple[Tensor, Figures]:
     return images, {"round_trip": decibels(known.error)}
 
 
+def reconstruct(pipeline: Any, job: Job) -> tuple[Tensor, Figures]:
+    options = {key: value for key, value in job.options.items() if key != "n"}
+    return pipeline.reconstruct(job.image, **job.settings, **options), {}
+
+
 def sequence_options(job: Job) -> dict[str, Any]:
     """Without what only several pictures of a kind need."""
     return {"decoder": {}, **{key: value for key, value in job.options.items() if key not in ("n", "seed")}}
@@ -182,6 +189,7 @@ EDITS: dict[str, dict[str, Kind]] = {
         "text_diff": Kind(
             text_diff, ("source", "angle", "frames"), ("prompt",), ("decoder",), ddim=True, sequence=True
         ),
+        "reconstruct": Kind(reconstruct, ("dims",), (), ("decoder",), ddim=True, mute=True, sequence=True),
     },
 }
 
@@ -214,7 +222,12 @@ class Edit:
         if method in METHODS and method not in DETERMINISTIC:
             raise UserError(f"edit={name} is done by DDIM alone, not by {method}; take sampler=ddim")
         if kind.sequence and config["n"] != 1:
-            raise UserError(f"edit={name} gives one sequence, of editing.frames= pictures; leave out n")
+            what = (
+                "editing.frames= pictures"
+                if "frames" in kind.takes
+                else "a picture for each of editing.dims="
+            )
+            raise UserError(f"edit={name} gives one sequence, of {what}; leave out n")
         check_needs({**settings, **paths, "prompt": config["prompt"] or config["prompts"]}, kind, name)
         looks = {key: look(path, key) for key, path in paths.items()}
         check_alike(looks, paths)
@@ -276,8 +289,7 @@ def check_settings(settings: Mapping[str, Any], kind: Kind, name: str) -> None:
         if key not in kind.takes:
             known = ", ".join(f"editing.{one}" for one in kind.takes) or "none"
             raise UserError(f"editing.{key} is no setting of edit={name}; its settings are {known}")
-        if wrong := misfit(value, hints[key]):
-            raise UserError(f"editing.{key} must be {wrong.wanted}, got {shown(wrong.got)}")
+        check_value(value, hints[key], f"editing.{key}")
 
 
 def check_needs(given: Mapping[str, Any], kind: Kind, name: str) -> None:

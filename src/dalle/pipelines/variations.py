@@ -3,7 +3,7 @@ embedding and the noise of which the decoder makes it (DDIM inversion), and each
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from dalle.data.embed_norm import EmbedNorm
 from dalle.data.sources import mix
 from dalle.diffusion.noise import per_sample
 from dalle.errors import UserError
@@ -42,6 +43,7 @@ class Varying:
     clip: Any
     decoder: Any
     decoder_norm: Any
+    prior_norm: Any
     device: Any
     check: Any
     check_size: Any
@@ -156,6 +158,43 @@ class Varying:
         x_T = x_T.expand(frames, -1, -1, -1)
         return self._decoded(turned(z_i, z_d, t), x_T, self._told(decoder, 0.0), **options)
 
+    def reconstruct(
+        self,
+        image: Float[Tensor, "3 H W"],
+        dims: Sequence[int] | None = None,
+        *,
+        seed: int = 0,
+        decoder: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Float[Tensor, "N 3 H W"]:
+        """What the decoder makes of the first principal components of z_i, in a picture for each number in
+        `dims`, all of one noise. Components are those of the training split's unit embeddings.
+
+        Args:
+            dims: None: 0 (the mean embedding), 1, 2, 4 ... and all.
+
+        Other arguments are those of `variations`.
+
+        Raises:
+            UserError: a picture of another size; dims that are none, or more than the embedding has; neither
+                decoder nor prior has the components (image_embed_norm=whitened); a sampler that is not ddim.
+        """
+        self.check_size(image)
+        norms = (self.decoder_norm, self.prior_norm)
+        norm = next((one for one in norms if one.components is not None), None)
+        if norm is None:
+            raise UserError(
+                "reconstruct needs principal components of image embeddings, which only a prior or decoder "
+                "trained with datamodule.image_embed_norm=whitened keeps, not "
+                f"{self.decoder_norm.kind}; train one"
+            )
+        told, x = self._told(decoder, 0.0), image[None].to(self.device)
+        with torch.inference_mode():
+            z_i = self.clip.embed_image(x).float()
+        z = truncated(z_i, norm, powers(z_i.shape[1]) if dims is None else dims)
+        noise = per_sample([mix(seed, 0, 0, DECODER)], self.device).initial(x.shape[1:])
+        return self._decoded(z, noise.expand(len(z), -1, -1, -1), told, seed, **options)
+
     @torch.inference_mode()
     def _decoded(
         self,
@@ -202,6 +241,24 @@ def turned(p: Float[Tensor, "1 E"], q: Float[Tensor, "1 E"], t: Float[Tensor, "N
     """Directions by `slerp`, lengths on a straight line: embeddings are told apart by their directions."""
     directions = normalize(slerp(normalize(p, dim=-1), normalize(q, dim=-1), t), dim=-1)
     return directions * torch.lerp(p.norm(), q.norm(), t)[:, None]
+
+
+def truncated(z: Float[Tensor, "1 E"], norm: EmbedNorm, dims: Sequence[int]) -> Float[Tensor, "N E"]:
+    """The unit embeddings of which the first `dims` principal components are left, the mean for the others.
+
+    Raises:
+        UserError: no number, or one out of [0, E].
+    """
+    most = z.shape[1]
+    if not dims or not all(0 <= k <= most for k in dims):
+        raise UserError(f"dims are numbers of principal components, each from 0 to {most}, not {list(dims)}")
+    kept = torch.arange(most, device=z.device) < torch.tensor(dims, device=z.device)[:, None]
+    return norm.decode(norm.encode(z) * kept)
+
+
+def powers(most: int) -> list[int]:
+    """0, 1, 2, 4 ... and the last."""
+    return [0, *(2**k for k in range(most.bit_length()) if 2**k < most), most]
 
 
 def check_frames(frames: int) -> None:
