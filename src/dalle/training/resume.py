@@ -89,8 +89,9 @@ def check(
         told = ", ".join(f"{key}={now} (was {was})" for key, (was, now) in noted.items())
         if is_main_process():
             print(f"{run} goes on with {told}")
-            if ranks := noted.get("world_size"):
-                print(other_ranks(*ranks, config["batch_size"]))
+            if "world_size" in noted:
+                then_ranks, now_ranks = noted["world_size"]
+                print(other_ranks(then_ranks, now_ranks, config["batch_size"]))
         entry = {"step": checkpoint["global_step"], "changed": {k: list(v) for k, v in noted.items()}}
         config["resumed"] = [*history, entry]
 
