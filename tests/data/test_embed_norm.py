@@ -68,6 +68,21 @@ def test_whitened_dot_products_are_those_of_unit_vectors():
     torch.testing.assert_close(norm.dot(norm.encode(raw), text), expected, atol=1e-5, rtol=1e-4)
 
 
+def test_what_leads_where_pictures_do_not_vary_is_left_out():
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.tensor([1.0, 0.5, 0.3, 0.0])  # of the last direction nothing is known
+    raw = torch.randn(500, 4, generator=generator) * spread
+    norm, start = EmbedNorm("whitened").fit(raw), torch.tensor([[1.0, 0.2, 0.1, 0.0]])
+    unit = start / start.norm()
+    aside = norm.audible(start, start + torch.tensor([[0.0, 0.0, 0.0, 0.5]]))
+    assert norm.encode(start + torch.tensor([[0.0, 0.0, 0.0, 0.5]])).abs().max() > 10
+    assert torch.nn.functional.cosine_similarity(aside, unit).item() > 0.99
+    along = torch.tensor([[0.2, 0.9, 0.1, 0.0]])
+    assert torch.nn.functional.cosine_similarity(norm.audible(start, along), along).item() > 0.99
+    torch.testing.assert_close(norm.audible(start, start), unit, atol=1e-5, rtol=1e-4)
+    assert torch.equal(EmbedNorm("unit").audible(start, along), along)
+
+
 @pytest.mark.parametrize(
     ("kind", "damage", "whole"),
     [("whitened", {}, True), ("standardized", {}, True), ("unit", {}, True),

@@ -105,6 +105,19 @@ class EmbedNorm:
         """The nearest that an encoded embedding can be: of a unit vector where the length is lost."""
         return self.encode(self.decode(normalised)) if self.kind in UNIT else normalised
 
+    def audible(self, start: Float[Tensor, "1 e"], raw: Float[Tensor, "b e"]) -> Float[Tensor, "b e"]:
+        """Raw embeddings less what leads from `start` along directions in which pictures do not vary.
+
+        Captions' embeddings differ in such directions, too; `whitened` would make them louder than all that a
+        decoder has seen. For the other kinds the embeddings themselves.
+        """
+        if self.kind != "whitened":
+            return raw
+        _, std, _ = self._measured(raw)
+        share = 1 - WHITE_FLOOR / (1 + WHITE_FLOOR) * (std[0] / std) ** 2  # variance / (variance + floor)
+        there = self.encode(start)
+        return self.decode(there + share * (self.encode(raw) - there))
+
     def dot(self, normalised: Float[Tensor, "b e"], text: Float[Tensor, "b e"]) -> Float[Tensor, " b"]:
         """Dot products with caption embeddings: of unit vectors where the length is lost, else of raw."""
         decoded = self.decode(normalised)
