@@ -342,6 +342,7 @@ def test_a_prior_alone(measure, untrained_stages, stage, option):
     batch = pipeline.embed([source.captions(item)[0] for item in range(12)])
     options = {option: 2} | ({"sampler": Sampler("ddim", 2)} if stage == "prior" else {})
     made = pipeline.imagine(batch, [(3, item, 0) for item in range(12)], options)["image_embed"]
+    made = pipeline.decoder_norm.decode(made)
     image = pipeline.clip.embed_image(from_uint8(to_uint8(source.images(list(range(12))))))
     expected = {"cosine_image": (made, image), "cosine_caption": (made, batch["text_embed"])}
     expected["cosine_caption_of_data"] = (image, batch["text_embed"])
