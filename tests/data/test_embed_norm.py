@@ -74,13 +74,13 @@ def test_what_leads_where_pictures_do_not_vary_is_left_out():
     raw = torch.randn(500, 4, generator=generator) * spread
     norm, start = EmbedNorm("whitened").fit(raw), torch.tensor([[1.0, 0.2, 0.1, 0.0]])
     unit = start / start.norm()
-    aside = norm.audible(start, start + torch.tensor([[0.0, 0.0, 0.0, 0.5]]))
+    aside = norm.shrink(start, start + torch.tensor([[0.0, 0.0, 0.0, 0.5]]))
     assert norm.encode(start + torch.tensor([[0.0, 0.0, 0.0, 0.5]])).abs().max() > 10
     assert torch.nn.functional.cosine_similarity(aside, unit).item() > 0.99
     along = torch.tensor([[0.2, 0.9, 0.1, 0.0]])
-    assert torch.nn.functional.cosine_similarity(norm.audible(start, along), along).item() > 0.99
-    torch.testing.assert_close(norm.audible(start, start), unit, atol=1e-5, rtol=1e-4)
-    assert torch.equal(EmbedNorm("unit").audible(start, along), along)
+    assert torch.nn.functional.cosine_similarity(norm.shrink(start, along), along).item() > 0.99
+    torch.testing.assert_close(norm.shrink(start, start), unit, atol=1e-5, rtol=1e-4)
+    assert torch.equal(EmbedNorm("unit").shrink(start, along), along)
 
 
 @pytest.mark.parametrize(
@@ -115,3 +115,9 @@ def test_standardized_refuses_to_guess():
     assert norm.needs_fit
     with pytest.raises(UserError, match="not fitted"):
         norm.encode(torch.zeros(1, 2))
+
+
+def test_what_was_measured_is_moved_to_a_device_once():
+    norm = EmbedNorm("standardized").fit(torch.randn(20, 3))
+    norm.encode(torch.randn(4, 3, device="meta"))
+    assert norm.mean.device.type == norm.std.device.type == "meta"

@@ -105,7 +105,7 @@ class EmbedNorm:
         """The nearest that an encoded embedding can be: of a unit vector where the length is lost."""
         return self.encode(self.decode(normalised)) if self.kind in UNIT else normalised
 
-    def audible(self, start: Float[Tensor, "1 e"], raw: Float[Tensor, "b e"]) -> Float[Tensor, "b e"]:
+    def shrink(self, start: Float[Tensor, "1 e"], raw: Float[Tensor, "b e"]) -> Float[Tensor, "b e"]:
         """Raw embeddings less what leads from `start` along directions in which pictures do not vary.
 
         Captions' embeddings differ in such directions, too; `whitened` would make them louder than all that a
@@ -114,7 +114,7 @@ class EmbedNorm:
         if self.kind != "whitened":
             return raw
         _, std, _ = self._measured(raw)
-        share = 1 - WHITE_FLOOR / (1 + WHITE_FLOOR) * (std[0] / std) ** 2  # variance / (variance + floor)
+        share = 1 - WHITE_FLOOR / (1 + WHITE_FLOOR) * (std.max() / std) ** 2  # variance / (variance + floor)
         there = self.encode(start)
         return self.decode(there + share * (self.encode(raw) - there))
 
@@ -144,6 +144,9 @@ class EmbedNorm:
         """Mean, standard deviations and directions; the last is nothing but for `whitened`."""
         if self.mean is None or self.std is None:
             raise UserError(f"image_embed_norm={self.kind} is not fitted yet: fit it on training embeddings")
+        if self.mean.device != like.device:  # once, not in every step
+            self.mean, self.std = self.mean.to(like.device), self.std.to(like.device)
+            self.components = None if self.components is None else self.components.to(like.device)
         components = like.new_empty(0) if self.components is None else self.components.to(like)
         return self.mean.to(like), self.std.to(like), components
 

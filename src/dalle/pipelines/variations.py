@@ -156,7 +156,7 @@ class Varying:
         t = torch.linspace(0, angle, frames, device=self.device)
         z_d = normalize(new - old, dim=-1)[None] * z_i.norm()
         x_T = x_T.expand(frames, -1, -1, -1)
-        z = self.decoder_norm.audible(z_i, turned(z_i, z_d, t))
+        z = self.decoder_norm.shrink(z_i, turned(z_i, z_d, t))
         return self._decoded(z, x_T, self._told(decoder, 0.0), **options)
 
     def reconstruct(
