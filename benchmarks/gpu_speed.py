@@ -1,0 +1,5 @@
+PARTS = {}
+
+
+def table(results):
+    return []
