@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo demo-dalle test check bench gate torture docs docs-serve clean
+.PHONY: demo demo-dalle test check bench gpu-check gate torture docs docs-serve clean
 
 demo: .venv/demo      ## train CLIP, prior and decoder on the CPU, sample a grid, print a table
 	$(PY) train.py -m model=clip,prior,decoder name=demo resume=true
@@ -43,6 +43,9 @@ check: .venv/dev      ## lint, format, types
 
 bench: .venv/dev      ## speed beside diffusers and open_clip; see benchmarks/README.md
 	$(PY) benchmarks/speed.py
+
+gpu-check: .venv/demo ## on a GPU, six minutes: is everything right, and how fast is it? ONLY=speed chooses parts
+	$(PY) benchmarks/gpu_check.py $(if $(ONLY),--only $(ONLY))
 
 gate: .venv/demo      ## measure the demo's run again; fails when a figure has left its recorded interval. RECORD=1 records
 	$(PY) -m dalle gate logs/demo $(if $(RECORD),--record)

@@ -28,6 +28,7 @@ from gpu_case import Case, Failed, Job, Refused, Results
 
 LINES, WIDTH = 40, 110  # of the summary
 SHARE = 0.5  # of the time, at most, for what is right, where speed is measured, too
+ALONG = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "2"}  # of processes that share the CPUs
 GRACE = 2.0  # seconds for the last words before the time is over
 MODULES = ("gpu_training", "gpu_speed")
 STATUSES = ("ok", "FAIL", "refused", "skipped")
@@ -54,9 +55,6 @@ def first_line(error: BaseException) -> str:
 
 
 def work(args: argparse.Namespace) -> None:
-    import torch
-
-    torch.set_num_threads(args.threads)
     cases = all_parts()[args.worker]
     for name in args.cases:
         path, case = args.folder / f"{args.worker}.{name}.json", cases[name]
@@ -96,7 +94,8 @@ class Part:
     folder: Path
     command: list[str]
     deadline: float
-    left: list[str] = field(default_factory=list)
+    left: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
     process: subprocess.Popen | None = None
 
@@ -104,8 +103,9 @@ class Part:
         words = ["--worker", self.name, "--deadline", str(self.deadline), "--cases", *self.left]
         with (self.folder / f"{self.name}.log").open("a") as log:
             self.process = subprocess.Popen(
-                [*self.command, *words], stdout=log, stderr=log, start_new_session=True
-            )
+                [*self.command, *words], stdout=log, stderr=log, env={**os.environ, **self.environment},
+                start_new_session=True,
+            )  # fmt: skip
 
     def look(self) -> bool:
         """Takes over what there is; whether nothing more will come."""
@@ -262,7 +262,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--jobs", type=int, default=max(1, (os.cpu_count() or 1) - 2), help="processes at once"
     )
-    parser.add_argument("--threads", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--cases", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -290,15 +289,16 @@ def check(args: argparse.Namespace, parts: dict[str, dict[str, Case]], folder: P
     written = [""]
     command = [
         sys.executable, str(Path(__file__).resolve()), "--folder", str(folder), "--device", args.device,
-        *(["--tiny"] if args.tiny else []), "--threads", str(args.threads),
+        *(["--tiny"] if args.tiny else []),
     ]  # fmt: skip
-    speed = {name: cases for name, cases in parts.items() if name in gpu_speed.PARTS and name != "ahead"}
+    speed = {name: cases for name, cases in parts.items() if name in gpu_speed.PARTS}
     right = {name: cases for name, cases in parts.items() if name not in speed}
-    for group, deadline, jobs in (
-        (right, started + SHARE * args.budget_seconds if speed else end, args.jobs),
-        (speed, end, 1),
-    ):
-        made = [Part(name, cases, folder, command, deadline, list(cases)) for name, cases in group.items()]
+    several = started + SHARE * args.budget_seconds if speed else end
+    for group, deadline, jobs, environment in ((right, several, args.jobs, ALONG), (speed, end, 1, {})):
+        made = [
+            Part(name, cases, folder, command, deadline, list(cases), environment)
+            for name, cases in group.items()
+        ]
         run_parts(made, jobs, changed)
     about["seconds"] = round(time.time() - started, 1)
     lines = summary(about, results)
