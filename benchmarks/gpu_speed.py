@@ -29,6 +29,7 @@ from dalle.training.preflight import count
 
 WARM, TIMED = 3, 8  # steps
 DRAWN = 256  # codes from the middle of a picture, of which the time of one is the mean
+WARM_CODES = 16
 DIFFUSION_STEPS = 20
 TEXT_VOCAB, EMBED, CAPTION = 16384, 768, 77
 
@@ -254,30 +255,31 @@ def drawing(job: Job, stage: Stage, n: int, guidance: float, codes: int) -> dict
     net = stage.net.eval()
     tools = Codes(net, job.device)
     pipeline = DallePipeline(stage, tools, tools)
-    first = (net.codes - codes) // 2
-    known = torch.zeros(net.codes, dtype=torch.long)
-    known[first : first + codes] = -1
     options = {"guidance": guidance, "temperature": 1.0}
     batch = {"text": tools([""] * n).to(job.device)}
-    given = known.to(job.device).expand(n, -1)
 
-    def by_pipeline() -> None:
-        kept = {} if codes == net.codes else {"known": known.tolist()}
-        pipeline.sample([""] * n, batch_size=n, precision="bf16", dalle=options, **kept)
+    def known(codes: int) -> list[int]:
+        first = (net.codes - codes) // 2
+        return [-1 if first <= i < first + codes else 0 for i in range(net.codes)]
 
-    def by_stage() -> None:
+    def by_pipeline(codes: int) -> None:
+        pipeline.sample([""] * n, batch_size=n, precision="bf16", dalle=options, known=known(codes))
+
+    def by_stage(codes: int) -> None:
+        given = torch.tensor(known(codes), device=job.device).expand(n, -1)
         stage.sample(batch, known=given, **options)
 
-    def under_autocast() -> None:
+    def under_autocast(codes: int) -> None:
         with torch.autocast(job.device, torch.bfloat16):
-            by_stage()
+            by_stage(codes)
 
-    found = {}
+    found: dict[str, float] = {}
     for name, run in (("pipeline", by_pipeline), ("autocast", under_autocast), ("weights", by_stage)):
         if name == "weights":
             stage.to(torch.bfloat16)
-        seconds(job.device, run)
-        found[name] = seconds(job.device, run) / codes
+        run(min(codes, WARM_CODES))
+        found[name] = seconds(job.device, partial(run, codes)) / codes
+        job.note(seconds_a_code=found)
     return found
 
 

@@ -1,4 +1,4 @@
-"""`make gpu-check`, tried without a GPU: some cases with tiny networks, and how it goes on after one that fails."""
+"""`make gpu-check` without a GPU: some cases with tiny networks, and how it goes on after one that fails."""
 
 import json
 import os
