@@ -67,12 +67,16 @@ NETS = {
         "callbacks.generation.items=4",
     ),
 }  # fmt: skip
+PRESETS = {"vqvae": ("model.net.width=8", "model.net.code_dim=8")}  # of a stage that another preset has, too
 
 
 def overrides(model: str, logs: Path, *more: str, net: bool = True) -> list[str]:
-    """The command line of a tiny stage; `model` is a key of NETS; without `net` the preset's own network."""
+    """The command line of a tiny stage; `model` is a key of NETS or PRESETS; without `net` the preset's own
+    network.
+    """
     name = {"dit": "decoder"}.get(model, model)
-    return [f"model={name}", *COMMON, f"paths.logs='{logs}'", *(NETS[model] if net else ()), *more]
+    own = {**NETS, **PRESETS}[model] if net else ()
+    return [f"model={name}", *COMMON, f"paths.logs='{logs}'", *own, *more]
 
 
 def configure(model: str, logs: Path, *more: str, net: bool = True) -> dict[str, Any]:

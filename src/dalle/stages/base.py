@@ -19,7 +19,7 @@ from dalle.data.batch import Batch
 from dalle.errors import UserError
 from dalle.finite import not_finite
 from dalle.optim.factory import OptimizerFactory
-from dalle.stages.nan_guard import PATIENCE, Diverged, Guard, worth_keeping
+from dalle.stages.nan_guard import PATIENCE, Diverged, Guard, kept_buffers, worth_keeping
 
 VALIDATION_SEED = 20240229  # noise, times and dropped conditions are the same in every validation
 NO_NUMBER = "had a loss or a gradient that is no number"
@@ -61,6 +61,20 @@ class Stage(lightning.LightningModule):
         """
         seen: Any = self.trainer.fit_loop.epoch_loop.batch_progress.total
         torch.manual_seed(hash((self.seed, self.global_rank, seen.processed)))
+
+    def make_alike(self) -> None:
+        """Before a validation or a test, after a moving average was put in: all ranks get the first one's
+        running statistics, of which a checkpoint keeps no others.
+        """
+        if self.trainer.world_size > 1:
+            for _, _, buffer in kept_buffers(self):
+                torch.distributed.broadcast(buffer, 0)
+
+    def on_validation_start(self) -> None:
+        self.make_alike()
+
+    def on_test_start(self) -> None:
+        self.make_alike()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         return self._evaluate("val", batch, batch_idx)
