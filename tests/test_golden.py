@@ -53,13 +53,15 @@ GAN = (
 )  # fmt: skip
 OF_STAGE = {
     "clip": CLIP, "prior": PRIOR, "ar_prior": AR_PRIOR, "decoder": DECODER, "dit": DECODER,
+    "inpaint": ("inpaint=true", "model.all_hidden=0.25", *DECODER),
     "dvae": DVAE, "vqgan": VQGAN, "vae": VAE, "gan": GAN, "dalle": DALLE,
     "upsampler": UPSAMPLER,
 }  # fmt: skip
 
 
 UPSTREAM = {
-    "prior": "clip", "ar_prior": "clip", "decoder": "clip", "dit": "clip", "gan": "clip", "dalle": "dvae",
+    "prior": "clip", "ar_prior": "clip", "decoder": "clip", "dit": "clip", "inpaint": "clip", "gan": "clip",
+    "dalle": "dvae",
 }  # fmt: skip
 
 
@@ -72,7 +74,8 @@ def trained(tmp_path_factory) -> Callable[[str], Run]:
     def first_steps(model: str) -> Run:
         if model in UPSTREAM:
             first_steps(UPSTREAM[model])
-        return train(model, logs, "overwrite=true", *TUNED, *OF_STAGE[model], steps=STEPS)
+        name = {"inpaint": "decoder"}.get(model, model)
+        return train(name, logs, "overwrite=true", *TUNED, *OF_STAGE[model], steps=STEPS)
 
     return first_steps
 

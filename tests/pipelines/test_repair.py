@@ -170,3 +170,31 @@ def test_mistakes_are_one_line(pipeline, mistake, message):
     with pytest.raises(UserError, match=message) as error:
         mistake(pipeline)
     assert "\n" not in str(error.value)
+
+
+def test_a_decoder_that_was_trained_with_masks_is_told_what_is_known_and_draws_once():
+    class Told(Album):
+        inpaint = True
+
+        def forward(self, x, t, *, known=None, **cond):
+            self.known = known
+            return super().forward(x, t, **cond)
+
+    stage = DecoderStage(Told(), lambda net: Denoiser(net, SCHEDULE, "x0"), Sampler("ddim", steps=10))
+    pipeline, net = UnCLIP(FakeCLIP(), FakePrior(UNIT), stage, UNIT, UNIT), stage.net
+    image = net.pictures.data[10]
+    made = pipeline.inpaint(image.masked_fill(HOLE, 0.3), HOLE, "a red ring", n=2)
+    assert len(net.calls) == 10  # each step once, where another decoder does it four times
+    kept = (~HOLE).float()
+    assert torch.equal(net.known[0], torch.cat((image * kept, kept[None])))
+    assert len(net.known) == 2 * 2  # under both conditions of the guidance, for each picture
+    assert torch.equal(made[0][..., ~HOLE], image[..., ~HOLE])
+    pipeline.inpaint(image, HOLE, "a red ring", resamplings=3)
+    assert len(net.calls) == 10 * (1 + 3)
+    net.known = None
+    pipeline.fill(image.masked_fill(HOLE, 0), HOLE)
+    assert net.known is not None
+    pipeline.outpaint(image, "a ring", right=6)
+    assert net.known[0, 3].sum() == SIZE * (SIZE - 6)
+    pipeline.sample(["a red ring"])
+    assert net.known is None

@@ -7,21 +7,23 @@ import torch
 from torch import nn
 
 from dalle.diffusion.denoiser import Denoiser
+from dalle.diffusion.inpainting import known_of
 from dalle.diffusion.noise import per_sample
 from dalle.diffusion.samplers import Sampler
 from dalle.diffusion.schedule import Schedule
+from dalle.errors import UserError
 from dalle.nets.unet import UNet
 from dalle.stages.decoder import DecoderStage
 
 EMBED, TEXT, LENGTH = 8, 12, 5
 
 
-def make_net(channels: int = 3) -> UNet:
+def make_net(channels: int = 3, inpaint: bool = False) -> UNet:
     torch.manual_seed(0)
     net = UNet(
         image_size=16, channels=3, out_channels=channels, width=16, multipliers=[1, 1], blocks=1,
         attention=[4], head_dim=8, embed_dim=EMBED, text_width=TEXT, image_tokens=2,
-        patch=2, dropout=0.0, resample="conv", positions=False,
+        patch=2, dropout=0.0, resample="conv", positions=False, inpaint=inpaint,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():  # zero-initialised outputs would make every condition the same
@@ -31,13 +33,17 @@ def make_net(channels: int = 3) -> UNet:
 
 
 def make_stage(
-    schedule: str = "flow", prediction: str = "velocity", learned: bool = False, **options
+    schedule: str = "flow",
+    prediction: str = "velocity",
+    learned: bool = False,
+    inpaint: bool = False,
+    **options,
 ) -> DecoderStage:
     denoiser = partial(
         Denoiser, schedule=Schedule(schedule, 1000), prediction=prediction, learned_variance=learned
     )
     options = {"guidance": 1.0, "sampler": Sampler("ddim", 3), **options}
-    return DecoderStage(make_net(6 if learned else 3), denoiser, **options).eval()
+    return DecoderStage(make_net(6 if learned else 3, inpaint), denoiser, **options).eval()
 
 
 def make_batch(size: int = 3) -> dict:
@@ -230,3 +236,35 @@ class TestLearnedVariance:
         stage.step(batch)["loss"].backward()
         out = [p for name, p in stage.net.named_parameters() if p.shape[0] == 24 and p.ndim == 4][-1]
         assert (out.grad.flatten(1).abs().sum(1) > 0).all()  # mean and variance channels learn
+
+
+class TestInpainting:
+    def test_a_step_shows_random_parts_of_the_pictures_and_of_a_share_nothing(self):
+        stage, seen = make_stage(inpaint=True, all_hidden=0.25), {}
+        stage.denoiser.losses = lambda x, **cond: (seen.update(cond), (torch.ones(len(x)),) * 2)[1]
+        small = make_batch(1)
+        batch = {k: v.expand(400, *v.shape[1:]) for k, v in small.items()}
+        torch.manual_seed(0)
+        stage.step(batch)
+        shown, kept = seen["known"].split((3, 1), dim=1)
+        assert torch.equal(shown, batch["image"] * kept)
+        assert kept.unique().tolist() == [0, 1]
+        nothing = (kept.flatten(1).amax(1) == 0).float().mean().item()
+        assert nothing == pytest.approx(0.25, abs=0.05)
+        assert 0.2 < kept.mean() / (1 - nothing) < 0.8
+
+    def test_what_is_known_is_told_under_every_condition(self):
+        stage, batch = make_stage(inpaint=True), make_batch()
+        known = known_of(batch["image"][:1], torch.arange(256).view(1, 16, 16) % 2 == 0)
+        told = stage.branches({**batch, "known": known.expand(3, -1, -1, -1)}, 3.0, 5.0)
+        assert all(torch.equal(cond["known"], known.expand(3, -1, -1, -1)) for _, cond in told)
+
+        def sample(**options):
+            return stage.sample(batch, guidance=2.0, randn=per_sample(range(3)), **options)
+
+        assert not torch.allclose(sample(known=known), sample(), atol=1e-3)
+        torch.testing.assert_close(sample(known=torch.zeros_like(known)), sample())  # nothing is known
+
+    def test_another_decoder_says_that_it_cannot_be_told(self):
+        with pytest.raises(UserError, match=r"not trained with masks; train one with inpaint=true"):
+            make_stage().sample(make_batch(), known=torch.zeros(1, 4, 16, 16))

@@ -17,6 +17,7 @@ class Batch(TypedDict, total=False):
     text_hidden: Tensor  # (B, T, D) float32, CLIP's last text states
     text_mask: Tensor  # (B, T) bool, True = a real token, start and end included
     image_embed: Tensor  # (B, E) float32, normalised as `EmbedNorm` says
+    known: Tensor  # (B, 4, H, W) float32, what is known of pictures, and 1 where something is
     codes: Tensor  # (B, N) int64, dVAE image tokens
 
 

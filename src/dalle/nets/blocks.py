@@ -210,6 +210,23 @@ class PixelAttention(nn.Module):
         return x + out.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
+class KnownPixels(nn.Conv2d):
+    """What is known of pictures (B, channels + 1, H, W), 0 where nothing is, the last channel 1 where
+    something is -> features (B, out, H/patch, W/patch) to add to the network's first ones; zero at birth.
+
+    They are what further input channels of the first convolution would be (GLIDE, Nichol et al. 2021, sec.
+    2.4), as a layer of its own, so that the weights of a network without it stay as they are.
+    """
+
+    def __init__(self, channels: int, out: int, patch: int, kernel: int) -> None:
+        super().__init__((channels + 1) * patch**2, out, kernel, padding=kernel // 2, bias=False)
+        self.patch = patch
+        nn.init.zeros_(self.weight)
+
+    def forward(self, known: Float[Tensor, "B K H W"]) -> Float[Tensor, "B O h w"]:
+        return super().forward(F.pixel_unshuffle(known, self.patch))
+
+
 class Downsample(nn.Conv2d):
     """Half the size by a strided convolution."""
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dalle.errors import UserError
-from dalle.nets.blocks import MLP, Attention, Conditioning
+from dalle.nets.blocks import MLP, Attention, Conditioning, KnownPixels
 from dalle.nets.sizes import cut, map_sides, padded, patch_for
 from dalle.ranges import Depth, Dropout, Length, PositiveInt, Side, Width
 
@@ -62,6 +62,7 @@ class DiT(nn.Module):
 
     patch: side of the square patches that become tokens.
     checkpoint: recompute each block in the backward pass.
+    inpaint: it also reads what is `known` of the picture, as `unet.UNet` does.
     Raises UserError where heads do not divide the width.
     """
 
@@ -79,15 +80,17 @@ class DiT(nn.Module):
         image_tokens: Length = 4,
         dropout: Dropout = 0.0,
         checkpoint: bool = False,
+        inpaint: bool = False,
     ):
         super().__init__()
         if width % heads or width % 4:
             raise UserError(f"width {width} must be a multiple of heads {heads} and of 4.")
         self.image_size, self.channels, self.out_channels = image_size, channels, out_channels
         self.embed_dim, self.text_width = embed_dim, text_width
-        self.patch, self.width, self.checkpoint = patch, width, checkpoint
+        self.patch, self.width, self.checkpoint, self.inpaint = patch, width, checkpoint, inpaint
         self.conditioning = Conditioning(width, width, embed_dim, text_width, image_tokens)
         self.proj_in = nn.Linear(channels * patch**2, width)
+        self.conv_known = KnownPixels(channels, width, patch, kernel=1) if inpaint else None
         (self.side,) = map_sides(image_size, patch, 1)
         self.register_buffer("position", positions(self.side, width), persistent=False)
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
@@ -123,6 +126,7 @@ class DiT(nn.Module):
         text_mask: Bool[Tensor, "B T"],
         keep_image: Bool[Tensor, "B"] | None = None,
         keep_text: Bool[Tensor, "B"] | None = None,
+        known: Float[Tensor, "B K H W"] | None = None,
     ) -> Float[Tensor, "B O H W"]:
         vector, context = self.conditioning(
             t, image_embed, text_embed, text_hidden, text_mask, keep_image, keep_text
@@ -133,6 +137,8 @@ class DiT(nn.Module):
         k, size = self.patch, x.shape[-1]
         x = rearrange(padded(x, k), "b c (h p) (w q) -> b (h w) (p q c)", p=k, q=k)
         x = self.proj_in(x) + self.position
+        if self.conv_known is not None and known is not None:
+            x = x + self.conv_known(padded(known, k)).flatten(2).mT
         for block, modulation, keys in zip(self.blocks, modulations, contexts, strict=True):
             if self.checkpoint and self.training:
                 x = checkpoint(block, x, modulation, keys, use_reentrant=False)

@@ -50,6 +50,31 @@ class DecoderNet(Called, Protocol):
 
 
 @runtime_checkable
+class InpaintingNet(DecoderNet, Protocol):
+    """A `DecoderNet` whose `inpaint` is true: it may also be given what is known of the pictures.
+
+    known: the pictures, 0 where nothing is known, and as a last channel 1 where something is (K = channels +
+    1); None: nothing is.
+    """
+
+    inpaint: bool
+
+    def forward(
+        self,
+        x: Float[Tensor, "B C H W"],
+        t: Float[Tensor, "B"],
+        *,
+        image_embed: Float[Tensor, "B E"],
+        text_embed: Float[Tensor, "B E"],
+        text_hidden: Float[Tensor, "B T S"],
+        text_mask: Bool[Tensor, "B T"],
+        keep_image: Bool[Tensor, "B"] | None = None,
+        keep_text: Bool[Tensor, "B"] | None = None,
+        known: Float[Tensor, "B K H W"] | None = None,
+    ) -> Float[Tensor, "B O H W"]: ...
+
+
+@runtime_checkable
 class UpsamplerNet(Called, Protocol):
     """Of `model=upsampler`: noised large pictures and the small ones -> the denoiser's prediction.
 

@@ -20,7 +20,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dalle.errors import UserError
-from dalle.nets.blocks import Attention, Conditioning, GroupNorm, PixelAttention, check_sizes
+from dalle.nets.blocks import (
+    Attention,
+    Conditioning,
+    GroupNorm,
+    KnownPixels,
+    PixelAttention,
+    check_sizes,
+)
 from dalle.nets.sizes import cut, levels_for, map_sides, padded, patch_for
 from dalle.ranges import Depth, Dropout, Length, Multipliers, PositiveInt, Side, Width
 
@@ -60,6 +67,7 @@ class SmallUNet(nn.Module):
     condition_width: of the vector that time, embeddings and caption become.
     patch: k folds k x k pixels into channels; 1 leaves them.
     checkpoint: recompute each block in the backward pass: less memory, a third more time.
+    inpaint: it also reads what is `known` of the picture, as `unet.UNet` does.
     Raises UserError where sizes do not fit each other.
     """
 
@@ -80,11 +88,12 @@ class SmallUNet(nn.Module):
         image_tokens: Length = 4,
         dropout: Dropout = 0.0,
         checkpoint: bool = False,
+        inpaint: bool = False,
     ):
         super().__init__()
         self.image_size, self.channels, self.out_channels = image_size, channels, out_channels
         self.embed_dim, self.text_width = embed_dim, text_width
-        self.patch, self.checkpoint = patch, checkpoint
+        self.patch, self.checkpoint, self.inpaint = patch, checkpoint, inpaint
         check_sizes(image_size, patch, width, multipliers, attention, head_dim)
         self.factor = patch << len(multipliers) - 1
         if len(blocks) != len(multipliers):
@@ -105,6 +114,7 @@ class SmallUNet(nn.Module):
 
         lowest = len(widths) - 1
         self.conv_in = nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)
+        self.conv_known = KnownPixels(channels, widths[0], patch, kernel=3) if inpaint else None
         self.positions = nn.ParameterList(
             nn.Parameter(torch.zeros(1, c, side, side)) for c, side in zip(widths, sides, strict=True)
         )
@@ -169,6 +179,7 @@ class SmallUNet(nn.Module):
         text_mask: Bool[Tensor, "B T"],
         keep_image: Bool[Tensor, "B"] | None = None,
         keep_text: Bool[Tensor, "B"] | None = None,
+        known: Float[Tensor, "B K H W"] | None = None,
     ) -> Float[Tensor, "B O H W"]:
         vector, context = self.conditioning(
             t, image_embed, text_embed, text_hidden, text_mask, keep_image, keep_text
@@ -179,6 +190,8 @@ class SmallUNet(nn.Module):
 
         size = x.shape[-1]
         x = self.conv_in(F.pixel_unshuffle(padded(x, self.factor), self.patch))
+        if self.conv_known is not None and known is not None:
+            x = x + self.conv_known(padded(known, self.factor))
         x = x + self.positions[0].to(x.dtype)
         skips = []
         for blocks, shrink, positions in zip(self.down, self.shrink, self.positions[1:], strict=True):

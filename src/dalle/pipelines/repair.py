@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dalle.data.sources import mix
+from dalle.diffusion.inpainting import known_of
 from dalle.diffusion.noise import per_sample
 from dalle.diffusion.restoration import (
     Degradation,
@@ -99,7 +100,8 @@ class Repairing:
             UserError: a picture or mask of another size, nothing to make up.
         """
         check_mask(image, mask, self.image_size)
-        return self.restore(image, Hidden(mask), prompt, noise=noise, **options)
+        told = {**self._known(image, mask), **(options.pop("decoder", None) or {})}
+        return self.restore(image, Hidden(mask), prompt, noise=noise, decoder=told, **options)
 
     def enhance(
         self,
@@ -153,13 +155,14 @@ class Repairing:
         prompt: str,
         *,
         paste: bool = True,
-        resamplings: int = RESAMPLINGS,
+        resamplings: int | None = None,
         prior: Mapping[str, Any] | None = None,
         decoder: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Float[Tensor, "N 3 H W"]:
         """As the prompt says where the mask is true: unlike `fill`, with guidance and the prior. What is kept
-        is put into every estimate, and every step done `resamplings` times (RePaint, Lugmayr et al. 2022).
+        is put into every estimate, and every step done `resamplings` times (RePaint, Lugmayr et al. 2022): a
+        decoder that was trained with masks sees what is kept and does them once, others 4 times.
 
         Args:
             paste: put what is kept back pixel by pixel.
@@ -170,7 +173,10 @@ class Repairing:
         """
         check_mask(image, mask, self.image_size)
         told = dict(decoder or {})
-        told["sampler"] = (told.get("sampler") or self.decoder.sampler).with_eta(1.0, resamplings)
+        known = self._known(image, mask)
+        times = resamplings or (1 if known else RESAMPLINGS)
+        told["sampler"] = (told.get("sampler") or self.decoder.sampler).with_eta(1.0, times)
+        told |= known
         schedule, seen = self.decoder.denoiser.schedule, image[None].to(self.device)
         told["wrap"] = partial(given, degradation=Hidden(mask), y=seen, noise=ROUNDING, schedule=schedule)
         drawn = self._drawn(prompt, told, prior or {}, **options)
@@ -252,6 +258,12 @@ class Repairing:
                 drawn = self.decoder.sample(batch, randn=randn, **decoder)
             made.append(drawn.float().clamp(-1, 1).cpu())
         return torch.cat(made)
+
+    def _known(self, image: Float[Tensor, "3 H W"], mask: Bool[Tensor, "H W"]) -> dict[str, Any]:
+        """What a decoder that was trained with masks is told of the picture; nothing for another one."""
+        if not getattr(self.decoder, "inpaint", False):
+            return {}
+        return {"known": known_of(image[None], mask[None]).to(self.device)}
 
     def check_size(self, image: Float[Tensor, "3 H W"]) -> None:
         """Raises UserError for a picture of another size than the decoder's."""

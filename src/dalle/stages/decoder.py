@@ -3,11 +3,14 @@ App. C).
 
 A diffusion model on pixels. Image embedding and caption are dropped for 10 % of the training pictures each,
 independently, so that each can be guided by a scale of its own. The paper drops 50 % of the captions.
+
+A network with `inpaint` is also trained to paint what random masks hide (GLIDE, Nichol et al. 2021, sec.
+2.4); of a share of the pictures everything is hidden, so that it stays a decoder.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -16,8 +19,10 @@ from torch import Tensor, nn
 from dalle.data.batch import Batch
 from dalle.diffusion.denoiser import Denoiser
 from dalle.diffusion.guidance import Branch, guide, one_scale, threshold, two_scales
+from dalle.diffusion.inpainting import known_of, random_masks
 from dalle.diffusion.samplers import Denoise, OnStep, Randn, Sampler
-from dalle.nets.interfaces import DecoderNet, check_interface
+from dalle.errors import UserError
+from dalle.nets.interfaces import DecoderNet, InpaintingNet, check_interface
 from dalle.optim.factory import OptimizerFactory
 from dalle.ranges import Fraction, Guidance
 from dalle.stages.base import Stage
@@ -37,6 +42,7 @@ class DecoderStage(Stage):
         text_guidance: scale of the caption alone; then `guidance` is that of the image embedding.
         rescale: how far guided predictions are pulled back to the spread of unguided ones, 0 to 1.
         thresholding: what holds estimates in [-1, 1]: none, static or dynamic.
+        all_hidden: share of training pictures of which a network with `inpaint` is shown nothing.
     """
 
     makes_images = True
@@ -53,23 +59,32 @@ class DecoderStage(Stage):
         text_guidance: Guidance | None = None,
         rescale: Fraction = 0.0,
         thresholding: Literal["none", "static", "dynamic"] = "static",
+        all_hidden: Fraction = 0.25,
     ) -> None:
         super().__init__(optimizer)
-        check_interface(net, DecoderNet)
+        check_interface(net, InpaintingNet if getattr(net, "inpaint", False) else DecoderNet)
         self.denoiser, self.sampler = denoiser(net.to(memory_format=torch.channels_last)), sampler
         self.image_dropout, self.text_dropout = image_dropout, text_dropout
         self.guidance, self.text_guidance = guidance, text_guidance
-        self.rescale, self.thresholding = rescale, thresholding
+        self.rescale, self.thresholding, self.all_hidden = rescale, thresholding, all_hidden
 
     @property
     def net(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # an attribute there
         return self.denoiser.net
+
+    @property
+    def inpaint(self) -> bool:
+        """Whether it can be told what is known of a picture."""
+        return getattr(self.net, "inpaint", False)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         image = batch["image"].contiguous(memory_format=torch.channels_last)
         keep_image = torch.rand(len(image), device=image.device) >= self.image_dropout
         keep_text = torch.rand(len(image), device=image.device) >= self.text_dropout
         cond: dict[str, Any] = {key: batch[key] for key in CONDITIONS}
+        if self.inpaint:
+            masks = random_masks(len(image), image.shape[-1], self.all_hidden, image.device)
+            cond["known"] = known_of(image, masks)
         losses, t = self.denoiser.losses(image, **cond, keep_image=keep_image, keep_text=keep_text)
         return {"loss": losses.mean(), "per_sample": losses, "t": t}
 
@@ -86,6 +101,7 @@ class DecoderStage(Stage):
         start: Float[Tensor, "#B 3 H W"] | None = None,
         strength: float = 1.0,
         noise: Float[Tensor, "B 3 H W"] | None = None,
+        known: Float[Tensor, "#B 4 H W"] | None = None,
     ) -> Float[Tensor, "B 3 H W"]:
         """Images in [-1, 1] for the embeddings and captions in `batch`; without the former, for captions.
 
@@ -93,7 +109,16 @@ class DecoderStage(Stage):
             wrap: puts in what is known of the images (`dalle.diffusion.restoration.given`).
             start: images to begin with; `strength` says how much of the way they go (`Sampler`).
             noise: to begin with; None draws it.
+            known: what is known of the images, for a network with `inpaint`
+                (`dalle.diffusion.inpainting.known_of`).
+
+        Raises:
+            UserError: `known` is for another network.
         """
+        if known is not None and not self.inpaint:
+            raise UserError("this decoder was not trained with masks; train one with inpaint=true")
+        if known is not None:
+            batch = cast(Batch, {**batch, "known": known.expand(len(batch["text_embed"]), -1, -1, -1)})
         guided = self.guided(batch, guidance, text_guidance)
         guided = wrap(guided) if wrap else guided
         n, size, device = len(batch["text_embed"]), self.net.image_size, batch["text_embed"].device
@@ -132,6 +157,7 @@ class DecoderStage(Stage):
         if embed is None:
             embed, has_image = text.new_zeros(len(text), self.net.embed_dim), ~yes
         cond = {"image_embed": embed, **{key: batch[key] for key in CONDITIONS[1:]}}
+        cond |= {"known": batch["known"]} if "known" in batch else {}
         both = {**cond, "keep_image": has_image, "keep_text": yes}
         null = {**cond, "keep_image": ~yes, "keep_text": ~yes}
         if text_guidance is None:

@@ -68,6 +68,8 @@ class Settings(Needed, total=False):
 
     trust: list[Text]
     command: Text
+    inpaint: bool
+    init_from: Text | None
     at_most: Group
     stop_after_skipped: PositiveInt
     resumed: Any

@@ -29,7 +29,7 @@ from dalle.machine import fast_in_bf16, is_main_process
 from dalle.run_dir import Run
 from dalle.run_lock import check_ours, check_place, claimed
 from dalle.stages.base import Stage
-from dalle.training import loggers, preflight, resume
+from dalle.training import init_from, loggers, preflight, resume
 from dalle.training.checkpoints import LastCheckpoint, read_checkpoint
 from dalle.training.checks import build_stage, check_config
 from dalle.training.defaults import fill_lengths, fill_sizes, said
@@ -56,6 +56,8 @@ def train(config: Config) -> dict[str, float]:
     if line and is_main_process():
         print(line, flush=True)
     stage = build_stage(config["model"])
+    if config.get("init_from") and not resuming:
+        init_from.load(stage, config["init_from"])
     stage.patience = config["stop_after_skipped"]
     check_least_batch(config, stage)
     if config["preflight"]:
@@ -221,6 +223,8 @@ def may_start(config: Config) -> bool:
         config[group] = config.get(group) or {}
     check_config(config) if is_main_process() else set_trusted(config.get("trust"))
     run = Run(Path(config["paths"]["run"]))
+    if not (config["resume"] is True and run.checkpoint.exists()):
+        init_from.check(config)
     if config["resume"] is True and run.checkpoint.exists():
         resume.keep_precision(run, config)
     check_machine(config)

@@ -22,8 +22,8 @@ from dalle.training.restorable import check_restorable
 from dalle.trust import composed
 
 Config = dict[str, Any]
-WHERE = re.compile(  # places and what is done, which say nothing of the training
-    r"(name|command|paths|logger|debug|trust|upstream|search|sweep|resume|resumed|overwrite|preflight)(\..*)?|"
+WHERE = re.compile(  # places and what is done, which say nothing of the training; inpaint: model.net does
+    r"inpaint|(name|command|paths|logger|debug|trust|upstream|search|sweep|resume|resumed|overwrite|preflight)(\..*)?|"
     r".*\.(path|root|directory|cache_dir|num_workers)|trainer\.enable_.*"
 )
 FREE = re.compile(  # what may change, and is noted
