@@ -23,6 +23,7 @@ from dalle.stages.clip import (
     classification_loss,
     contrastive_loss,
 )
+from dalle.training.preflight import Saved
 
 IMAGE = torch.tensor([[1.0, 0, 0], [0, 1, 0], [1, 1, 1]])
 TEXT = torch.tensor([[2.0, 0.5, 0], [0, 1, 1], [1, 0.5, 1]])
@@ -264,18 +265,54 @@ class BothLosses(ClipStage):
         return out | {"loss": out["loss"] + apart}
 
 
+def gradients(micro_batch: int | None, batch: dict[str, torch.Tensor]) -> tuple[dict, int]:
+    """Of all weights, and the most bytes that were kept for the backward pass."""
+    torch.manual_seed(0)
+    stage = ClipStage(make_net(), micro_batch=micro_batch)
+    saved = Saved({p.untyped_storage().data_ptr() for p in stage.parameters()})
+    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda kept: kept.tensor):
+        stage.step(batch)["loss"].backward()
+    return {name: p.grad for name, p in stage.named_parameters()}, saved.peak
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 8, 40])
+def test_micro_batches_give_the_gradient_of_the_whole_batch(micro_batch):
+    """24 pairs: parts that divide the batch, that do not, and one that is larger."""
+    batch = next(iter(DataLoader(pairs(24, captions=17), batch_size=24)))
+    whole, most = gradients(None, batch)
+    parts, peak = gradients(micro_batch, batch)
+    largest = max(float(gradient.abs().max()) for gradient in whole.values())
+    for name, gradient in whole.items():
+        torch.testing.assert_close(parts[name], gradient, rtol=0, atol=1e-6 * largest, msg=name)
+    assert micro_batch > 3 or peak < most / 3
+
+
+def test_micro_batches_draw_the_same_dropout_twice():
+    """Or the gradient would be of another network than the embeddings."""
+    batch = next(iter(DataLoader(pairs(6, captions=6), batch_size=6)))
+    drawn = []
+    stage = ClipStage(make_net(), micro_batch=2, classification_weight=0.0)
+    stage.net.visual.register_forward_hook(lambda *_: drawn.append(torch.rand(1).item()))
+    stage.step(batch)["loss"].backward()
+    assert len(drawn) == 6
+    assert sorted(drawn[:3]) == sorted(drawn[3:])
+
+
 @pytest.mark.slow
-def test_two_ranks_take_the_step_of_one(tmp_path):
+@pytest.mark.parametrize("micro_batch", [None, 3])
+def test_two_ranks_take_the_step_of_one(tmp_path, micro_batch):
+    """Each rank has the rows of its own pairs only, of all columns; with gradient caching on top, too."""
     data, states = pairs(8, captions=5), []
     for devices, strategy in ((1, "auto"), (2, "ddp_spawn")):
-        stage = BothLosses(make_net(), sgd(lr=0.5), Retrieval())
+        parts = micro_batch if devices > 1 else None
+        stage = BothLosses(make_net(), sgd(lr=0.5), Retrieval(), micro_batch=parts)
         loader = DataLoader(data, batch_size=8 // devices)
         fit = trainer(tmp_path, devices=devices, strategy=strategy, num_sanity_val_steps=0)
         fit.fit(stage, loader, DataLoader(data, batch_size=4))
         states.append((stage.net.state_dict(), {k: float(v) for k, v in fit.callback_metrics.items()}))
     (one, metrics), (two, other) = states
     assert not torch.equal(one["visual.proj"], make_net().visual.proj)
-    torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-6)
     for name in ("val/loss", "val/image_to_text_r1", "val/text_to_image_r5"):
         assert other[name] == pytest.approx(metrics[name])
 

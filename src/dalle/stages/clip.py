@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from dalle.data.batch import Batch
 from dalle.nets.interfaces import CLIPNet, check_interface
 from dalle.optim.factory import OptimizerFactory
-from dalle.ranges import NonNegative
+from dalle.ranges import NonNegative, PositiveInt
 from dalle.stages.base import VALIDATION_SEED, Stage
 
 LOGIT_SCALE_MAX = math.log(100)
@@ -147,6 +148,8 @@ class ClipStage(Stage):
         retrieval: a metric with `update(image_embed, text_embed, caption)` over a whole validation or test.
         share_equal_captions: pairs of equal captions are right answers to one another. Off: the paper's loss.
         classification_weight: of `classification_loss`; 0 is the paper's loss.
+        micro_batch: pairs that go through the towers at once, each such part again in the backward pass; the
+            loss is that of the whole batch. None: all of them.
     """
 
     least_batch = 2  # one pair has nothing to be told from
@@ -158,16 +161,18 @@ class ClipStage(Stage):
         retrieval: Metric | None = None,
         share_equal_captions: bool = True,
         classification_weight: NonNegative = 10.0,
+        micro_batch: PositiveInt | None = None,
     ) -> None:
         super().__init__(optimizer)
         self.net: CLIPNet = check_interface(net, CLIPNet)
         self.retrieval, self.whole_loss = retrieval, ContrastiveLoss()
         self.share_equal_captions, self.classification_weight = share_equal_captions, classification_weight
+        self.micro_batch = micro_batch
         if classification_weight:
             self.classifier = nn.Linear(self.net.embed_dim, self.net.vocab_size)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
-        image_embed, text_embed, scale = self.net(batch["image"], batch["text"])
+        image_embed, text_embed, scale = self.embed(batch["image"], batch["text"])
         caption = caption_keys(batch["text"])
         pair = torch.arange(len(caption), device=caption.device) + self.global_rank * len(caption)
         answer = caption if self.share_equal_captions else pair
@@ -189,6 +194,19 @@ class ClipStage(Stage):
             out["loss"] = loss + self.classification_weight * out["classification"]
         embeds = {"image_embed": image_embed, "text_embed": text_embed, "caption": caption}
         return {**out, "scale": scale, **embeds}
+
+    def embed(
+        self, image: Float[Tensor, "b 3 h w"], text: Int[Tensor, "b t"]
+    ) -> tuple[Float[Tensor, "b e"], Float[Tensor, "b e"], Float[Tensor, ""]]:
+        """Unit vectors, and the scale. With `micro_batch` this is gradient caching (Gao et al. 2021): only
+        embeddings are kept, and the backward pass goes through one part after another.
+        """
+        if self.micro_batch is None:
+            return self.net(image, text)
+        parts = zip(image.split(self.micro_batch), text.split(self.micro_batch), strict=True)
+        made: Any = [checkpoint(self.net, *part, use_reentrant=False) for part in parts]
+        images, texts, scales = zip(*made, strict=True)
+        return torch.cat(images), torch.cat(texts), scales[0]
 
     def _of_all_ranks(self, x: Tensor) -> Tensor:
         """(B, ...) -> (ranks * B, ...), with gradients to every rank: DDP averages them to the full ones."""
