@@ -1,8 +1,10 @@
 """Pictures a second from shards, beside raw decoding by webdataset: `python benchmarks/shards.py`.
 
 Makes JPEGs of 256 px with captions in tar files, and reads them once in each way, in batches, by worker
-processes: ours (shuffled, with captions, as float tensors at 256 px and at 64 px) and `webdataset` with
-Pillow's decoding to bytes. The ways take turns; the median counts. Give it cores with `taskset`.
+processes: ours (shuffled, with captions) and `webdataset` with Pillow's decoding, each at 256 px, and
+brought to 64 px. All give bytes; numbers in [-1, 1], which ours become on the device, are measured here, too,
+made by the one process that gets the batches. The ways take turns; the median counts, and the ratio within a
+turn. Give it cores with `taskset`.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import webdataset
@@ -23,6 +26,7 @@ from torch.utils.data import DataLoader
 from dalle.data import picture_reader
 from dalle.data.sources import EpochSampler, SourceDataset, identity_collate
 from dalle.data.webdataset import WebDataset
+from dalle.images import from_uint8
 
 SIDE, BATCH, SHARD = 256, 64, 500
 
@@ -56,8 +60,20 @@ def ours(folder: Path, side: int, workers: int) -> Iterable[object]:
     )
 
 
-def raw(paths: list[str], workers: int) -> Iterable[object]:
-    data = webdataset.WebDataset(paths, shardshuffle=False).decode("rgb8").to_tuple("jpg", "txt")
+def as_numbers(loader: Iterable[Any]) -> Iterable[object]:
+    for batch in loader:
+        yield from_uint8(batch["image"])
+
+
+def shrunk(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.resize((64, 64), Image.Resampling.BICUBIC))
+
+
+def raw(paths: list[str], side: int, workers: int) -> Iterable[object]:
+    kind = "rgb8" if side == SIDE else "pil"
+    data = webdataset.WebDataset(paths, shardshuffle=False).decode(kind).to_tuple("jpg", "txt")
+    if side != SIDE:
+        data = data.map_tuple(shrunk)
     return DataLoader(data.batched(BATCH), batch_size=None, num_workers=workers)  # pyright: ignore[reportArgumentType]
 
 
@@ -84,16 +100,20 @@ def main() -> None:
         print(f"{args.items} JPEGs of {SIDE} px, {size:.0f} kB each; {args.workers} workers, "
               f"{len(os.sched_getaffinity(0))} cores")  # fmt: skip
         ways: dict[str, Callable[[], Iterable[object]]] = {
-            "webdataset, bytes at 256 px": lambda: raw(paths, args.workers),
-            "ours, tensors at 256 px": lambda: ours(folder, SIDE, args.workers),
-            "ours, tensors at 64 px": lambda: ours(folder, 64, args.workers),
+            "webdataset at 256 px": lambda: raw(paths, SIDE, args.workers),
+            "ours at 256 px": lambda: ours(folder, SIDE, args.workers),
+            "ours at 256 px, in [-1, 1]": lambda: as_numbers(ours(folder, SIDE, args.workers)),
+            "webdataset at 64 px": lambda: raw(paths, 64, args.workers),
+            "ours at 64 px": lambda: ours(folder, 64, args.workers),
         }
         taken: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(args.rounds):
             for name, way in ways.items():
                 taken[name].append(seconds(way()))
         for name, times in taken.items():
-            print(f"{name:<30}{args.items / statistics.median(times):8,.0f} pictures/s")
+            base = taken["webdataset at 64 px" if "64" in name else "webdataset at 256 px"]
+            ratio = statistics.median(b / t for b, t in zip(base, times, strict=True))
+            print(f"{name:<30}{args.items / statistics.median(times):8,.0f} pictures/s{ratio:8.2f}")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ ROOMS = {
     "diffusion": set(),
     "autoregressive": set(),
     "optim": set(),
-    "data": {"dalle.nets", "dalle.trust", "dalle.instantiate"},
+    "data": {"dalle.nets", "dalle.trust", "dalle.instantiate", "dalle.images"},
     "metrics": {"dalle.data", "dalle.images"},
     "stages": {
         "dalle.diffusion",

@@ -31,8 +31,10 @@ def to_uint8(image: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
 
 
 def from_uint8(image: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """0..255 -> [-1, 1]; exactly undone by `to_uint8`."""
-    return image.float() / 127.5 - 1
+    """0..255 -> [-1, 1], contiguous, the same numbers on every device; exactly undone by `to_uint8`."""
+    numbers = image.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    # A plain 127.5 is multiplied by its rounded inverse on a GPU
+    return numbers.div_(torch.full((), 127.5, device=image.device)).sub_(1)
 
 
 def to_pil(image: Float[Tensor, "3 H W"]) -> Image.Image:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, features
 from torch.utils.data import DataLoader
 
+from dalle.data.datamodules import ImageDataModule
 from dalle.data.folder import Folder
 from dalle.data.image_files import BadPicture, read, to_rgb
 from dalle.data.sources import EpochSampler, Source, SourceDataset, identity_collate
@@ -537,7 +538,36 @@ def test_each_file_is_decoded_once_also_across_workers(tmp_path):
     first = torch.cat([batch["image"] for batch in loader])
     for path in tmp_path.glob("*.png"):
         path.unlink()  # what workers have read, this process knows
-    assert torch.equal(source.images(range(6)), first)
+    assert torch.equal(source.pixels(range(6)), first)
+
+
+@pytest.mark.parametrize("size", [24, 9], ids=["as it is", "made smaller"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_picture_that_need_not_change_is_read_as_pillow_reads_it(tmp_path, mode, size):
+    stored = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), np.uint8)).convert(mode)
+    stored.save(tmp_path / "a.jpg", quality=90)
+    with Image.open(tmp_path / "a.jpg") as image:
+        image.draft(None, (2 * size, 2 * size))
+        expected = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
+    assert (read(tmp_path / "a.jpg", size, 1, 10**6) == expected).all()
+
+
+def test_pictures_leave_a_worker_as_bytes_and_become_the_numbers_of_images(tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
+    for name, pixels in zip("abcd", values, strict=True):
+        put(tmp_path, f"{name}.png", Image.fromarray(pixels))
+    source = Folder("train", tmp_path, 16, **WHOLE)
+    batch = SourceDataset(source).__getitems__(range(4))
+    assert batch["image"].dtype == torch.uint8
+    assert (batch["image"].permute(0, 2, 3, 1).numpy() == values).all()
+    datamodule = ImageDataModule(
+        lambda split: source, 4, val_items=None, test_items=None, train_items=None
+    )  # fmt: skip
+    made = datamodule.on_after_batch_transfer(dict(batch), 0)["image"]
+    assert made.is_contiguous()
+    assert torch.equal(made, source.images(range(4)))
+    exact = values.astype(np.float32) / np.float32(127.5) - np.float32(1)
+    assert (made.permute(0, 2, 3, 1).numpy() == exact).all()
 
 
 @pytest.mark.filterwarnings("ignore:.*worker processes in total")
@@ -565,7 +595,7 @@ def test_workers_name_a_broken_picture_once(tmp_path, monkeypatch):
     )  # fmt: skip
     one, other = (batch["image"] for batch in batches)
     assert torch.equal(one, other)
-    assert torch.equal(one, source.images([1]))
+    assert torch.equal(one, source.pixels([1]))
     (line,) = (tmp_path / "said").read_text().splitlines()
     assert line.endswith("a.png: broken; another picture takes its place")
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from dalle.data.batch import Batch
 from dalle.data.embedding_cache import BrokenCache, cache_key, chunks, create, open_or_build, read_meta
 from dalle.data.frozen import FrozenTokenizer
-from dalle.data.sources import Source, SourceDataset, captions_of, mix
+from dalle.data.sources import Source, SourceDataset, captions_of, mix, stored_images
 from dalle.data.tokenizers import TextTokenizer
 from dalle.files import write_json
 
@@ -111,7 +111,7 @@ class CodeDataset(SourceDataset):
             batch = Batch(index=torch.tensor(items), codes=self.cache(items))
             batch["caption"] = self.choose(epoch, items, [self.cache.captions[i] for i in items])
             if self.with_images:
-                batch["image"] = self.source.images(items, epoch)
+                batch["image"] = stored_images(self.source, items, epoch)
         options: dict[str, Any] = {}
         if self.dropout:
             seeds = [

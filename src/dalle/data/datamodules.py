@@ -35,6 +35,7 @@ from dalle.data.sources import (
 )
 from dalle.data.tokenizers import ClipBPE, TextTokenizer
 from dalle.errors import UserError
+from dalle.images import from_uint8
 from dalle.nets.ar_prior import EmbeddingCodes, dims_for, principal_components
 from dalle.ranges import (
     Fraction,
@@ -169,6 +170,12 @@ class SourceDataModule(L.LightningDataModule):
 
     def test_dataloader(self) -> DataLoader | list[DataLoader]:
         return self._loader("test", self._sampler("test")) if self.items("test") else []
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Pictures travel as the bytes they are in files, and become numbers in [-1, 1] here."""
+        if "image" in batch and batch["image"].dtype == torch.uint8:
+            batch["image"] = from_uint8(batch["image"])
+        return batch
 
     def pictures(self, made: Tensor) -> Tensor:
         """What a stage that makes images made of a batch -> images in [-1, 1]."""
@@ -410,6 +417,7 @@ class EmbeddingDataModule(SourceDataModule):
     @torch.no_grad()
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Adds the embeddings that did not come from a cache, and normalises those of images."""
+        batch = super().on_after_batch_transfer(batch, dataloader_idx)
         if "image_embed" not in batch:
             self.clip.to(batch["text"].device)
             batch["image_embed"] = self.clip.embed_image(batch["image"])
@@ -604,6 +612,7 @@ class CodeDataModule(TextImageDataModule):
     @torch.no_grad()
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Adds the codes that did not come from a cache."""
+        batch = super().on_after_batch_transfer(batch, dataloader_idx)
         if "codes" not in batch:
             self.image_tokenizer.to(batch["text"].device)
             batch["codes"] = self.image_tokenizer.encode(batch["image"])

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dalle.data.batch import Batch
 from dalle.data.frozen import FrozenCLIP
-from dalle.data.sources import Source, SourceDataset, Tokenize, captions_of
+from dalle.data.sources import Source, SourceDataset, Tokenize, captions_of, stored_images
 from dalle.files import atomic_folder, clean, reserve, write_json
 
 FORMAT = 1  # raise it when the files change
@@ -106,7 +106,7 @@ class CachedDataset(SourceDataset):
             batch = Batch(index=torch.tensor(items), caption=[self.cache.captions[row] for row in rows])
             batch.update(self.cache.texts(rows))  # pyright: ignore[reportCallIssue, reportArgumentType]  # keys of a batch, which the hint does not say
             if self.with_images:
-                batch["image"] = self.source.images(items, epoch)
+                batch["image"] = stored_images(self.source, items, epoch)
         batch["image_embed"] = self.cache.images(items)
         return batch
 

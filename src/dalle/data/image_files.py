@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, features
+from PIL import ExifTags, Image, ImageCms, ImageOps, features
 
 MAX_PIXELS = 64_000_000  # of a picture, where nobody says another number: more would eat the memory
 AVIF = (".avif",) if features.check("avif") else ()
@@ -114,6 +114,8 @@ def read(where: Path | bytes, size: int, aspect: int, max_pixels: int, fit: Fit 
     left, top = ((side - keep) / 2 for side, keep in zip(rgb.size, kept, strict=True))
     target = (max(size, round(kept[0] / short * size)), max(size, round(kept[1] / short * size)))
     box = (left, top, left + kept[0], top + kept[1])
+    if box == (0, 0, *rgb.size) and target == rgb.size:
+        return np.asarray(rgb)
     return np.asarray(rgb.resize(target, FILTER, box=box))
 
 
@@ -153,7 +155,7 @@ def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         gray = {"1": "L", "LA": "L", "L": "L", "CMYK": "CMYK"}
         if gray.get(image.mode, "RGB") == mode:
             return ImageCms.applyTransform(image.convert(mode), transform) or image.convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 @lru_cache(maxsize=64)
@@ -241,7 +243,8 @@ def _decode(image: Image.Image) -> Image.Image:
             warnings.simplefilter("ignore")
             image.load()
             with contextlib.suppress(Exception):  # EXIF that cannot be read turns nothing
-                image = ImageOps.exif_transpose(image)
+                if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else it would be copied
+                    image = ImageOps.exif_transpose(image)
             return to_rgb(image)
     except Exception:  # decoders raise OSError, SyntaxError, ValueError, struct.error ... on damaged data
         raise BadPicture("broken") from None

@@ -60,6 +60,13 @@ def first_captions(source: Source, items: Sequence[int]) -> list[str]:
     return [some[0] for some in captions_of(source, items)]
 
 
+def stored_images(source: Source, items: Sequence[int], epoch: int) -> Tensor:
+    """Images as they go from a worker to the device: the `pixels(items, epoch)` of a source that has them,
+    (B, 3, S, S) uint8, which `SourceDataModule` makes into numbers there; else its `images`.
+    """
+    return getattr(source, "pixels", source.images)(items, epoch)
+
+
 def mix(*numbers: int) -> int:
     """Hash of some integers, 64 bits, the same on every machine (splitmix64, Steele et al. 2014)."""
     state = 0
@@ -77,7 +84,7 @@ class SourceDataset(Dataset):
     Args:
         source: one split.
         tokenize: adds `text` where given.
-        images: adds `image` when True.
+        images: adds `image` when True; as `stored_images` gives them.
         seed: which caption of an item is used in which epoch; None = always the first (validation).
     """
 
@@ -96,7 +103,7 @@ class SourceDataset(Dataset):
         epoch, items = self.split_virtual(indices)
         batch = Batch(index=torch.tensor(items, dtype=torch.int64))
         if self.with_images:  # first: a picture found broken while being read takes its caption with it
-            batch["image"] = self.source.images(items, epoch)
+            batch["image"] = stored_images(self.source, items, epoch)
         batch["caption"] = self.choose(epoch, items, captions_of(self.source, items))
         if self.tokenize is not None:
             batch["text"] = self.tokenize(batch["caption"])

@@ -18,6 +18,7 @@ from dalle.data.datamodules import SourceDataModule
 from dalle.data.degradations import Kind, degradation_of, shrunk
 from dalle.data.sources import Source, SourceDataset, SourceFactory, mix
 from dalle.errors import UserError
+from dalle.images import from_uint8
 from dalle.ranges import PositiveInt, Seed, Share, Side, Workers
 
 
@@ -37,6 +38,8 @@ class UpsamplingDataset(SourceDataset):
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         batch = super().__getitems__(indices)
+        if batch["image"].dtype == torch.uint8:
+            batch["image"] = from_uint8(batch["image"])
         if self.seed is None:
             return Batch(**{**batch, "low": shrunk(batch["image"], self.factor)})
         epoch, items = self.split_virtual(indices)
