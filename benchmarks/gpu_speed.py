@@ -170,6 +170,8 @@ class Clock(lightning.Callback):
 
 def made(job: Job, name: str, *words: str) -> tuple[Stage, dict[str, Any]]:
     """A stage, on the device, and its configuration."""
+    torch.compiler.reset()  # nothing of the case before is kept
+    peak(job.device)
     family = name.partition(" ")[0]
     given = [*NETS[name], *(TINY[family] if job.tiny else ()), *words]
     (composed,) = compose("train", given)
@@ -212,7 +214,6 @@ def fit(job: Job, stage: Stage, config: dict[str, Any], batch: int, steps: int, 
 
 def training(job: Job, name: str) -> dict[str, Any]:
     torch.manual_seed(0)
-    peak(job.device)
     stage, config = made(job, name)
     n = 2 if job.tiny else BATCH[name]
     found: dict[str, Any] = {"parameters": count(stage.net), "batch": n}
@@ -263,7 +264,7 @@ class Codes(nn.Module):
 
 def bytes_a_code(net: Any, streams: int, length: float) -> float:
     """What has to be read for one code, in 16 bits: layers, head, and keys and values of `length` tokens."""
-    weights = sum(p.numel() for p in net.layers.parameters()) + net.image_head.weight.numel()
+    weights = sum(p.numel() for p in net.layers.parameters()) + net.image_vocab * net.width
     cache = 2 * streams * length * len(net.layers) * net.width
     return 2 * (weights + cache)
 
