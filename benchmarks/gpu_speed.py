@@ -9,8 +9,9 @@ import gc
 import importlib.util
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import lightning
@@ -120,17 +121,30 @@ def card(job: Job) -> dict[str, Any]:
 # Training
 
 
+class Same:
+    """One batch again and again."""
+
+    def __init__(self, batch: dict[str, Tensor], steps: int) -> None:
+        self.batch, self.steps = batch, steps
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return repeat(self.batch, self.steps)
+
+
 class Steps(lightning.LightningDataModule):
-    """The same batch again and again, without an end."""
+    """Its batches, for stages that ask their DataModule what embeddings are normalised with."""
 
     norm = None
 
-    def __init__(self, batch: dict[str, Tensor], steps: int) -> None:
+    def __init__(self, loader: Same) -> None:
         super().__init__()
-        self.batch, self.steps = batch, steps
+        self.loader = loader
 
-    def train_dataloader(self) -> list[dict[str, Tensor]]:
-        return [self.batch] * self.steps
+    def train_dataloader(self) -> Same:
+        return self.loader
 
 
 class Clock(lightning.Callback):
@@ -209,7 +223,7 @@ def fit(job: Job, stage: Stage, config: dict[str, Any], batch: int, steps: int, 
         enable_progress_bar=False, enable_model_summary=False,
         gradient_clip_val=config["trainer"]["gradient_clip_val"],
     )  # fmt: skip
-    trainer.fit(stage, datamodule=Steps(batch_for(job, stage, batch), steps))
+    trainer.fit(stage, datamodule=Steps(Same(batch_for(job, stage, batch), steps)))
 
 
 def training(job: Job, name: str) -> dict[str, Any]:
