@@ -26,6 +26,7 @@ from typing import Any
 
 from gpu_case import Case, Failed, Job, Refused, Results
 
+STARTED = time.time()
 LINES, WIDTH = 40, 110  # of the summary
 SHARE = 0.5  # of the time, at most, for what is right, where speed is measured, too
 ALONG = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "2"}  # of processes that share the CPUs
@@ -105,7 +106,7 @@ class Part:
         with (self.folder / f"{self.name}.log").open("a") as log:
             self.process = subprocess.Popen(
                 [*self.command, *words], stdout=log, stderr=log, env={**os.environ, **self.environment},
-                start_new_session=True,
+                process_group=0,
             )  # fmt: skip
 
     def look(self) -> bool:
@@ -119,7 +120,7 @@ class Part:
                 if self.results[name]["status"] != "running":
                     self.left.remove(name)
         now = time.time()
-        if now > self.deadline:
+        if now > self.deadline and self.left:
             self.stop()
             self.give_up("the time is over", "skipped")
             self.left = []
@@ -226,12 +227,14 @@ def summary(about: dict[str, Any], results: Results) -> list[str]:
         *gpu_speed.table(results),
     ]
     bad = [
-        f"{result['status']} {part}/{case}: {result.get('text', '')}"
-        for status in ("FAIL", "skipped")
+        f"FAIL {part}/{case}: {result.get('text', '')}"
         for part, cases in results.items()
         for case, result in cases.items()
-        if result["status"] == status
+        if result["status"] == "FAIL"
     ]
+    for part, cases in results.items():
+        if left_out := [case for case, result in cases.items() if result["status"] == "skipped"]:
+            bad.append(f"no time left for {part}: {', '.join(left_out)}")
     room = LINES - len(lines)
     if len(bad) > room:
         bad = [*bad[: room - 1], f"... and {len(bad) - room + 1} more: report.txt"]
@@ -272,8 +275,7 @@ def arguments() -> argparse.Namespace:
 
 def check(args: argparse.Namespace, parts: dict[str, dict[str, Case]], folder: Path) -> int:
 
-    started = time.time()
-    end = started + args.budget_seconds - GRACE
+    end = STARTED + args.budget_seconds - GRACE
     results: Results = {}
     about = machine(args.device)
 
@@ -293,14 +295,14 @@ def check(args: argparse.Namespace, parts: dict[str, dict[str, Case]], folder: P
     ]  # fmt: skip
     speed = {name: cases for name, cases in parts.items() if name == "speed"}
     right = {name: cases for name, cases in parts.items() if name != "speed"}  # and what is compiled ahead
-    several = started + SHARE * args.budget_seconds if speed else end
+    several = STARTED + SHARE * args.budget_seconds if speed else end
     for group, deadline, jobs in ((right, several, args.jobs), (speed, end, 1)):
         made = [
             Part(name, cases, folder, command, deadline, list(cases), ENVIRONMENT.get(name, ALONG))
             for name, cases in group.items()
         ]
         run_parts(made, jobs, changed)
-    about["seconds"] = round(time.time() - started, 1)
+    about["seconds"] = round(time.time() - STARTED, 1)
     lines = summary(about, results)
     changed()
     write(args.out / "report.txt", "\n".join([*lines, "", *report(results)]) + "\n")
@@ -323,6 +325,7 @@ def main() -> int:
         for name, cases in parts.items():
             print(f"  {name:<10} {' '.join(cases)}")
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to stop"))  # and stops what it has started
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         return check(args, parts, Path(folder))
