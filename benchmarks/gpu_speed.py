@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dalle.cli.compose import compose
 from dalle.diffusion.samplers import Sampler
 from dalle.pipelines.dalle import DallePipeline
+from dalle.pipelines.upsampling import Drawing
 from dalle.stages.base import Stage
 from dalle.stages.dalle import DalleStage
 from dalle.training.checks import build_stage
@@ -283,9 +284,21 @@ def bytes_a_code(net: Any, streams: int, length: float) -> float:
     return 2 * (weights + cache)
 
 
-def drawing(job: Job, stage: Stage, n: int, guidance: float, codes: int) -> dict[str, float]:
-    """Seconds for one code, by the pipeline, as `dalle sample precision=bf16`, and by the stage alone with
-    noise that is drawn on the device, under autocast and with weights of 16 bits.
+def ways(stage: Stage, wanted: Sequence[str]) -> Iterator[str]:
+    """Readies a stage in one way after the other, as pipelines do in bf16; first as it is."""
+    yield "autocast"
+    holder = Drawing()
+    holder.stage = stage
+    for how in wanted if hasattr(holder, "prepare") else ():
+        holder.prepare("bf16", how)
+        yield how
+
+
+def drawing(
+    job: Job, stage: Stage, n: int, guidance: float, codes: int, wanted: Sequence[str]
+) -> dict[str, float]:
+    """Seconds for one code, by way: by the pipeline, as `dalle sample precision=bf16`, and in the last way
+    also by the stage alone, with noise that is drawn on the device.
     """
     net = stage.net.eval()
     tools = Codes(net, job.device)
@@ -302,19 +315,19 @@ def drawing(job: Job, stage: Stage, n: int, guidance: float, codes: int) -> dict
 
     def by_stage(codes: int) -> None:
         given = torch.tensor(known(codes), device=job.device).expand(n, -1)
-        stage.sample(batch, known=given, **options)
-
-    def under_autocast(codes: int) -> None:
         with torch.autocast(job.device, torch.bfloat16):
-            by_stage(codes)
+            stage.sample(batch, known=given, **options)
 
     found: dict[str, float] = {}
-    for name, run in (("pipeline", by_pipeline), ("autocast", under_autocast), ("weights", by_stage)):
-        if name == "weights":
-            stage.to(torch.bfloat16)
+
+    def measured(name: str, run: Callable[[int], None]) -> None:
         run(min(codes, WARM_CODES))
         found[name] = seconds(job.device, partial(run, codes)) / codes
         job.note(seconds_a_code=found)
+
+    for how in ways(stage, wanted):
+        measured(how, by_pipeline)
+    measured("noise on it", by_stage)
     return found
 
 
@@ -323,7 +336,7 @@ def transformer(job: Job, n: int) -> dict[str, Any]:
     peak(job.device)
     net = stage.net
     codes = min(DRAWN, net.codes) if not job.tiny else 4
-    found = drawing(job, stage, n, 1.0, codes)
+    found = drawing(job, stage, n, 1.0, codes, ("none", "graphs", "full"))
     least = bytes_a_code(net, n, net.text_length + net.codes / 2)
     return {
         "text": ", ".join(f"{name} {1000 * took:.2f} ms a code" for name, took in found.items()),
@@ -344,7 +357,7 @@ def llamagen(job: Job, name: str) -> dict[str, Any]:
     )  # fmt: skip
     peak(job.device)
     n = 8
-    found = drawing(job, stage, n, 4.0, grid**2)
+    found = drawing(job, stage, n, 4.0, grid**2, ("graphs", "full"))
     rates = {name: n / (took * grid**2) for name, took in found.items()}
     return {
         "text": ", ".join(f"{name} {rate:.2f} pictures/s" for name, rate in rates.items()),
@@ -366,12 +379,15 @@ def diffusion(job: Job, name: str, n: int) -> dict[str, Any]:
     def sample() -> None:
         stage.sample(batch, sampler=run, guidance=1.0, **({"candidates": 1} if name == "prior" else {}))
 
+    found: dict[str, float] = {}
     with torch.autocast(job.device, torch.bfloat16):
-        sample()
-        rate = steps / statistics.median(seconds(job.device, sample) for _ in range(3))
+        for how in ways(stage, ("none", "graphs") if name == "unet" else ("none", "graphs", "full")):
+            sample()
+            found[how] = steps / statistics.median(seconds(job.device, sample) for _ in range(3))
+            job.note(steps_per_second=found)
     return {
-        "text": f"{rate:.1f} steps/s, batch {n}",
-        "steps_per_second": rate,
+        "text": ", ".join(f"{how} {rate:.1f}" for how, rate in found.items()) + f" steps/s, batch {n}",
+        "steps_per_second": found,
         "batch": n,
         "peak_gib": peak(job.device),
     }
