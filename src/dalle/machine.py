@@ -1,9 +1,12 @@
 """The machine a process runs on: which process it is of several, which device and precision suit it."""
 
 import os
+import statistics
 import sys
+import time
 
 import torch
+from torch.nn import functional as F
 
 
 def is_main_process() -> bool:
@@ -39,3 +42,35 @@ def peak_memory() -> int:
 
 def pick_device(name: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def settle_threads() -> None:
+    """Uses fewer threads of a CPU where other processes work on it, as few as are fastest now.
+
+    Threads wait for each other at the end of each small operation. One that has lost its core lets all others
+    wait, so that two threads beside one busy process are slower than one. Nothing is tried, and nothing
+    changes, on a quiet machine or where OMP_NUM_THREADS says how many there shall be.
+    """
+    threads = torch.get_num_threads()
+    if "OMP_NUM_THREADS" in os.environ or not hasattr(os, "getloadavg") or os.getloadavg()[0] < 0.5:
+        return
+    best = seconds_of_small_operations()
+    while threads > 1:
+        torch.set_num_threads(threads // 2)
+        if (seconds := seconds_of_small_operations()) > best / 1.2:  # 1.2: worth other last bits
+            torch.set_num_threads(threads)
+            return
+        threads, best = threads // 2, seconds
+
+
+def seconds_of_small_operations(tries: int = 5) -> float:
+    """What a layer of a small network takes, by the median."""
+    image, weight = torch.zeros(16, 32, 32, 32), torch.zeros(32, 32, 3, 3)
+    times = []
+    with torch.inference_mode():
+        for _ in range(tries):
+            started = time.perf_counter()
+            for _ in range(4):  # longer than a core is taken away for
+                F.silu(F.group_norm(F.conv2d(image, weight, padding=1), 8)).mul_(2).mean((2, 3))
+            times.append(time.perf_counter() - started)
+    return statistics.median(times)

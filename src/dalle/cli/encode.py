@@ -34,7 +34,7 @@ def encode(config: dict[str, Any]) -> None:
     from dalle.data.encoding import encode as write
     from dalle.files import check_writable
     from dalle.instantiate import check_arguments, instantiate
-    from dalle.machine import pick_device
+    from dalle.machine import pick_device, settle_threads
     from dalle.trust import set_trusted
 
     set_trusted(config["trust"])
@@ -50,6 +50,7 @@ def encode(config: dict[str, Any]) -> None:
     out = Path(config["out"])
     check_writable(out, "out")
     encoder = Encoder(config["kind"], network(config), options)
+    settle_threads()
     device = pick_device(config["device"])
     local = f":{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else ""
     encoder.net.to(torch.device(device + local))

@@ -11,7 +11,9 @@ def main(arguments: list[str]) -> None:
     if not jobs:
         return
     from dalle.evaluation import multirun  # torch: only once the configuration is right
+    from dalle.machine import settle_threads
 
+    settle_threads()
     if jobs[0].multirun:
         multirun.sweep([job.config for job in jobs], [job.words for job in jobs])
     elif jobs[0].config["compare"]:

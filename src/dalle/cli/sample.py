@@ -5,6 +5,8 @@ from dalle.cli.compose import compose
 
 def main(arguments: list[str]) -> None:
     for job in compose("sample", arguments):
-        from dalle.pipelines.sampling import sample  # torch: only once the configuration is right
+        from dalle.machine import settle_threads  # torch: only once the configuration is right
+        from dalle.pipelines.sampling import sample
 
+        settle_threads()
         sample(job.config)

@@ -64,8 +64,12 @@ def start(arguments: list[str]) -> None:
         for job in jobs:
             check_config(job.config)
         check(jobs)
-    for job in jobs:
-        run_job(job.words) if several else train(job)
+    for number, job in enumerate(jobs, 1):
+        if several:
+            print(f"[{number}/{len(jobs)}] {job.config['stage']}: {job.config['paths']['run']}", flush=True)
+            run_job(job.words)
+        else:
+            train(job)
 
 
 def give_places(jobs: list[Job]) -> None:
@@ -149,7 +153,9 @@ def check(jobs: list[Job]) -> None:
         for stage, run in fit.missing_runs(job.config, coming).items():
             configs += [first.config for first in compose("train", upstream(job.words, stage, run))]
         configs.append(job.config)
-    ladder.check(configs)
+    built = ladder.check(configs)
+    if len(configs) > 1 and is_main_process() and (line := ladder.how_long(built)):
+        print(line, flush=True)
 
 
 def run_job(words: list[str], lock: int | None = None) -> None:

@@ -19,7 +19,7 @@ from dalle.data.shapes import prompts
 from dalle.evaluation.seen_captions import captions_read
 from dalle.files import write_json
 from dalle.images import from_uint8, to_uint8
-from dalle.machine import fast_in_bf16
+from dalle.machine import fast_in_bf16, settle_threads
 from dalle.metrics.chance import chance
 from dalle.metrics.intervals import of_share
 from dalle.metrics.judge import Judge
@@ -129,6 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     for option, hint in {"n": PositiveInt, "seed": Seed, "batch_size": PositiveInt}.items():
         check_value(getattr(args, option), hint, f"--{option.replace('_', '-')}")
+    settle_threads()
     loaded = load(args.runs, args.pipeline, args.prior)
     table = measure(loaded, args.n, args.seed, args.batch_size, args.split)
     kind = args.prior if args.pipeline == "unclip" else args.pipeline

@@ -176,7 +176,7 @@ class LastCheckpoint(Checkpoint):
             checkpoint["loops"] |= self.loops
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds, "facts": self.facts}
+        return {"seconds": self.seconds, "facts": self.facts, "threads": torch.get_num_threads()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.before = state_dict.get("seconds", 0.0)

@@ -25,7 +25,7 @@ from dalle.data.tokenizers import save_tokenizer
 from dalle.errors import UserError
 from dalle.files import write_text
 from dalle.instantiate import instantiate
-from dalle.machine import fast_in_bf16, is_main_process
+from dalle.machine import fast_in_bf16, is_main_process, settle_threads
 from dalle.run_dir import Run
 from dalle.run_lock import check_ours, check_place, claimed
 from dalle.stages.base import Stage
@@ -49,6 +49,10 @@ def train(config: Config) -> dict[str, float]:
     if config["resume"] and not resuming:
         print(f"nothing to resume in {run}; starting from the beginning")
     quiet()
+    if resuming:
+        resume.keep_threads(run)
+    else:
+        settle_threads()
     lightning.seed_everything(config["seed"], workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
 

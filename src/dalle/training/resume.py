@@ -6,11 +6,13 @@ manifest.json). Whatever else differs is refused: it would be another run.
 """
 
 import inspect
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import lightning
+import torch
 import yaml
 
 from dalle.errors import UserError
@@ -32,6 +34,17 @@ FREE = re.compile(  # what may change, and is noted
     r"(min|max)_(steps|epochs|time)|val_check_interval|check_val_every_n_epoch|limit_(val|test|predict)_batches|"
     r"deterministic|benchmark|profiler|inference_mode|barebones|plugins|model_registry|fast_dev_run)"
 )
+
+
+def keep_threads(run: Run) -> None:
+    """A run goes on with as many threads as it was begun with, on which the last bits depend."""
+    saved = read_checkpoint(run.checkpoint)["callbacks"].get("LastCheckpoint", {}).get("threads")
+    if (
+        isinstance(saved, int)
+        and 0 < saved <= torch.get_num_threads()
+        and "OMP_NUM_THREADS" not in os.environ
+    ):
+        torch.set_num_threads(saved)
 
 
 def facts(described: Mapping[str, Any], world_size: int) -> dict[str, Any]:
