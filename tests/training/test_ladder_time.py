@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import files_below
-from tiny import configure, overrides
+from tiny import configure
 
 from dalle import machine
+from dalle.cli import train
+from dalle.run_dir import Run
 from dalle.training import ladder, resume
 
 STAGES = ("clip", "prior", "ar_prior", "decoder", "dvae", "dalle")
@@ -54,13 +56,13 @@ def test_short_trainings_are_not_measured(tmp_path, cut):
     assert ladder.how_long(ladder.check([config])) is None
 
 
-def test_a_ladder_says_its_time_and_its_place(command, tmp_path):
-    given = [word for word in overrides("clip", Path("logs")) if not word.startswith("model=")]
-    ended = command("train.py", "-m", *given, "model=clip,prior", "trainer.max_steps=2")
-    assert ended.code == 0, ended.err
-    lines = ended.out.splitlines()
-    assert [line for line in lines if line.startswith("[")] == [
-        "[1/2] clip: logs/default/clip", "[2/2] prior: logs/default/prior"
+def test_a_ladder_says_its_time_and_its_place(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "run_job", lambda words: None)
+    monkeypatch.setattr(ladder, "how_long", lambda built: f"{len(built)} trainings")
+    train.main(["-m", "model=clip,prior", "name=a"])
+    assert capsys.readouterr().out.splitlines() == [
+        "2 trainings", "[1/2] clip: logs/a/clip", "[2/2] prior: logs/a/prior"
     ]  # fmt: skip
 
 
@@ -112,7 +114,7 @@ def test_a_resumed_run_keeps_its_threads(monkeypatch, saved, expected):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        resume.keep_threads(type("", (), {"checkpoint": Path("last.ckpt")})())
+        resume.keep_threads(Run(Path("run")))
         assert torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(before)

@@ -149,6 +149,8 @@ def rehearsed(config: Config, whole: Any, folder: str) -> dict[str, Any]:
     changes = {"train_items": min(items, batches * config["batch_size"]), "cache_dir": folder}
     if items > parts.get("cache_items", items):
         changes["cache_items"] = 0
+    if config["stage"] == "ar_prior":  # as many as the network has: how many a random CLIP needs says nothing
+        changes["dims"] = config["model"]["net"]["dims"]
     return {key: value for key, value in changes.items() if key in parts}
 
 
