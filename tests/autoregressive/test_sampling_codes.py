@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dalle.autoregressive.sampling import draw, generate, keep_top_k, keep_top_p
+from dalle.autoregressive.draws import draw, keep_top_k, keep_top_p
+from dalle.autoregressive.sampling import generate
 from dalle.errors import UserError
 from dalle.nets.dalle import ATTENTION, DALLE, STYLES
 
@@ -38,6 +39,10 @@ def captions(b: int = 3) -> torch.Tensor:
 def uniforms(seed: int = 2) -> Callable[[torch.Tensor], torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return lambda like: torch.rand(like.shape, generator=generator)
+
+
+def drawn(logits: torch.Tensor, *options) -> torch.Tensor:
+    return draw(logits, uniforms()(logits), *options)
 
 
 LOGITS = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=12)
@@ -86,7 +91,7 @@ def test_filters_are_off_by_default_and_at_their_ends():
 def test_draws_have_the_probabilities_of_the_tempered_softmax(temperature):
     logits = torch.tensor([0.3, -1.0, 1.2, 0.0])
     n = 40_000
-    codes = draw(logits.expand(n, -1), temperature, None, None, uniforms())
+    codes = drawn(logits.expand(n, -1), temperature, None, None)
     expected = (logits / temperature).softmax(0)
     torch.testing.assert_close(codes.bincount(minlength=4) / n, expected, rtol=0, atol=0.012)
 
@@ -94,15 +99,15 @@ def test_draws_have_the_probabilities_of_the_tempered_softmax(temperature):
 def test_the_temperature_comes_before_top_p_and_top_k_before_both_see_each_other():
     """At temperature 4 the two largest hold less than 0.9 of all, and 0.9 of the three that top-k leaves."""
     logits = torch.tensor([[4.0, 3.0, -2.0, -2.1, -2.2]])
-    few, more = (draw(logits.expand(4000, -1), t, None, 0.9, uniforms()) for t in (1, 4))
+    few, more = (drawn(logits.expand(4000, -1), t, None, 0.9) for t in (1, 4))
     assert set(few.tolist()) == {0, 1}
     assert len(set(more.tolist())) > 2
-    assert set(draw(logits.expand(4000, -1), 4, 3, 0.8, uniforms()).tolist()) == {0, 1}
+    assert set(drawn(logits.expand(4000, -1), 4, 3, 0.8).tolist()) == {0, 1}
 
 
 def test_the_smallest_uniforms_draw_nothing_that_was_left_out():
     logits = torch.tensor([[0.0, 2.0, 1.0]])
-    assert draw(logits, 1.0, 1, None, torch.zeros_like).item() == 1
+    assert draw(logits, torch.zeros(1, 3), 1.0, 1, None).item() == 1
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])

@@ -1,22 +1,18 @@
 """Drawing a picture's codes one after another from an autoregressive network (DALL-E sec. 2.6).
 
-Temperature, top-k and top-p (Holtzman et al. 2020), in this order; classifier-free guidance, with both
-streams in one batch that share the code drawn; codes that are known stay, be they a picture's first (sec.
-3.3, completion) or all but those of a region. A code is drawn by adding Gumbel noise made of given uniforms,
-so equal uniforms give equal codes.
+Classifier-free guidance has both streams in one batch, which share the code drawn; codes that are known stay,
+be they a picture's first (sec. 3.3, completion) or all but those of a region.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from dalle.autoregressive.draws import OnStep, Options, Uniform, choose
+from dalle.autoregressive.static import Static
 from dalle.errors import UserError
-
-Uniform = Callable[[Tensor], Tensor]  # numbers in [0, 1) like a given tensor
-OnStep = Callable[[int, Tensor], None]  # how many codes are there, and all (B, N), those to come being 0
 
 
 @torch.no_grad()
@@ -33,6 +29,7 @@ def generate(
     known: Int64[Tensor, "B N"] | None = None,
     uniform: Uniform = torch.rand_like,
     cached: bool = True,
+    static: Static | None = None,
     on_step: OnStep | None = None,
 ) -> Int64[Tensor, "B N"]:
     """Codes of a picture for each caption.
@@ -47,23 +44,30 @@ def generate(
             before it in raster order, not the known ones after it.
         uniform: makes the uniforms (B, K) of a step, one call for each place at which a code is drawn.
         cached: false computes the whole stream anew for every code: slow, and the same codes.
+        static: draws the same codes over a cache of fixed size, by CUDA graphs on a GPU; for networks that
+            know how, whose own it is.
         on_step: called after each code drawn, to show what there is.
 
     Raises:
         UserError: an option out of its range, a prefix longer than a picture, or a code that does not exist.
     """
     check_options(net.image_vocab, temperature, top_k, top_p)
+    options = Options(temperature, top_k, top_p, guidance)
+    whole = prefix is None and known is None
     known = known_codes(text, net.codes, net.image_vocab, prefix, known)
     codes, drawn = known.clamp(min=0), known < 0
-    places = drawn.any(dim=0).nonzero().flatten().tolist()
-    wanted = set(places)
-    streams = 2 if guidance != 1 else 1
-    if guidance != 1:  # with the caption and without
+    places = list(range(net.codes)) if whole else drawn.any(dim=0).nonzero().flatten().tolist()
+    if not places:
+        return codes
+    if static is not None and cached and hasattr(net, "reach"):
+        return static(net, text, keep_text, known, places, options, uniform, on_step)
+    wanted, streams = set(places), options.streams
+    if streams == 2:  # with the caption and without
         keep = torch.ones_like(text[:, 0], dtype=torch.bool) if keep_text is None else keep_text
         text, keep_text = text.repeat(2, 1), torch.cat((keep, torch.zeros_like(keep)))
 
     cache = None
-    for i in range(places[0], places[-1] + 1) if places else ():
+    for i in range(places[0], places[-1] + 1):
         if cache is None or not cached:
             logits, cache = net.prefill(text, keep_text, codes[:, :i].repeat(streams, 1))
         else:
@@ -71,11 +75,8 @@ def generate(
         if i not in wanted:  # the cache has to know it all the same
             continue
         logits = logits.float()
-        if streams == 2:
-            told, null = logits.chunk(2)
-            logits = null + guidance * (told - null)
-        code = draw(logits, temperature, top_k, top_p, uniform)
-        codes[:, i] = torch.where(drawn[:, i], code, codes[:, i])
+        noise = uniform(logits[: len(codes)]) if temperature else logits[: len(codes)]
+        codes[:, i] = torch.where(drawn[:, i], choose(logits, noise, options), codes[:, i])
         if on_step is not None:
             on_step(i + 1, codes)
     return codes
@@ -102,38 +103,6 @@ def known_codes(
         wrong = int(given.max()) if int(given.min()) >= least else int(given.min())
         raise UserError(f"{name}: codes go from 0 to {vocab - 1}, and one is {wrong}.")
     return torch.nn.functional.pad(given, (0, codes - count), value=-1)
-
-
-def draw(
-    logits: Float[Tensor, "B K"],
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    uniform: Uniform,
-) -> Int64[Tensor, "B"]:
-    """One code for each row, by the Gumbel-max trick."""
-    if temperature == 0:
-        return logits.argmax(dim=1)
-    logits = keep_top_p(keep_top_k(logits / temperature, top_k), top_p)
-    u = uniform(logits).clamp(min=torch.finfo(logits.dtype).tiny)
-    return (logits - (-u.log()).log()).argmax(dim=1)
-
-
-def keep_top_k(logits: Float[Tensor, "B K"], k: int | None) -> Float[Tensor, "B K"]:
-    """The k largest, and what equals the last of them; the rest become -inf."""
-    if k is None:
-        return logits
-    return logits.masked_fill(logits < logits.topk(k).values[:, -1:], -torch.inf)
-
-
-def keep_top_p(logits: Float[Tensor, "B K"], p: float | None) -> Float[Tensor, "B K"]:
-    """The fewest of the largest whose probabilities add up to p, and what equals the last of them."""
-    if p is None or p == 1:
-        return logits
-    ordered = logits.sort(dim=1, descending=True).values
-    probs = ordered.softmax(dim=1)
-    kept = (probs.cumsum(dim=1) - probs < p).sum(dim=1, keepdim=True)  # the first always is
-    return logits.masked_fill(logits < ordered.gather(1, kept - 1), -torch.inf)
 
 
 def check_options(vocab: int, temperature: float, top_k: int | None, top_p: float | None) -> None:

@@ -11,7 +11,7 @@ buckets, so that neighbouring buckets are not learned one by one (`waves`; 0: in
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int64
@@ -19,12 +19,34 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dalle.errors import UserError
-from dalle.nets.blocks import MLP, Attention, attend, keep_or_null, linear_fp32
+from dalle.nets.blocks import (
+    MLP,
+    Attention,
+    Place,
+    Unembedding,
+    at,
+    attend_one,
+    compiled_step,
+    hidden,
+    keep_or_null,
+    linear_fp32,
+    put,
+)
 from dalle.ranges import Depth, Dropout, Length, NonNegativeInt, PositiveInt, Vocabulary, Width
 
 TAIL = 1e-4  # of a dimension's values that lie below its buckets, and as many above
 NARROWEST = 1e-6  # range of a dimension that never moves
-Cache = Float[Tensor, "L B n w"]  # keys | values of each layer at every position, overwritten in place
+
+
+class Cache(NamedTuple):
+    """Keys and values of each layer at every position, overwritten in place; the first `text` are text."""
+
+    kv: Float[Tensor, "L 2 B H S e"]
+    text: int
+
+    def upto(self, length: int) -> "Cache":
+        """A view of the first positions, for steps that need not see the others."""
+        return self._replace(kv=self.kv[..., :length, :])
 
 
 def principal_components(
@@ -138,13 +160,20 @@ class Layer(nn.Module):
         return x + self.dropout(self.mlp(self.norm2(x))), kv
 
     def step(
-        self, x: Float[Tensor, "B 1 D"], cache: Float[Tensor, "B S 2*D"], position: int
+        self,
+        x: Float[Tensor, "B 1 D"],
+        cache: Float[Tensor, "2 B H S e"],
+        position: Place,
+        mask: Float[Tensor, "1 S"] | None,
     ) -> Float[Tensor, "B 1 D"]:
         """One token after those in the cache, into which it is written."""
         attention = self.attention
-        q, kv = attention.qkv(self.norm1(x)).split((attention.width, 2 * attention.width), dim=2)
-        cache[:, position : position + 1] = kv
-        x = x + attention.out(attend(q, cache[:, : position + 1], attention.heads))
+        parts = attention.qkv(self.norm1(x)).unflatten(2, (3, attention.heads, -1))
+        q, own = parts.permute(2, 0, 3, 1, 4).split((1, 2))  # (1 | 2, B, H, 1, e)
+        put(cache, 3, position, own)
+        past = cache if isinstance(position, Tensor) else cache[..., : position + 1, :]
+        attended = attend_one(q[0], past[0], past[1], mask)
+        x = x + attention.out(attended.transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
 
 
@@ -157,6 +186,8 @@ class ARPrior(nn.Module):
     """
 
     layers: Any  # of Layer
+    layer_step = staticmethod(Layer.step)
+    stride = 128  # of the lengths that `reach` gives: each is a graph of its own, and reads its whole length
     wave: Float[Tensor, "K F"]  # with waves
 
     def __init__(
@@ -180,6 +211,7 @@ class ARPrior(nn.Module):
             raise UserError(f"ARPrior: {waves} waves are more than the {buckets} buckets.")
         self.embed_dim, self.text_width, self.context_length = embed_dim, text_width, context_length
         self.dims, self.buckets, self.width, self.checkpoint = dims, buckets, width, checkpoint
+        self.heads = heads
         self.codes = EmbeddingCodes(embed_dim, dims, buckets)
         self.text_norm = nn.LayerNorm(embed_dim)  # a caption embedding's length carries no meaning in CLIP
         self.text_in = nn.Linear(embed_dim, width)
@@ -192,7 +224,7 @@ class ARPrior(nn.Module):
         self.position = nn.Parameter(torch.empty(context_length + 1 + dims, width))
         self.layers = nn.ModuleList(Layer(width, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, buckets, bias=False)
+        self.head = Unembedding(width, buckets)
         self.waves = None
         if waves:  # the rows of a discrete cosine transform, without the constant one
             place = (torch.arange(buckets)[:, None] + 0.5) / buckets
@@ -246,16 +278,13 @@ class ARPrior(nn.Module):
         return torch.cat((hidden, pooled[:, None]), dim=1) + position
 
     def code_tokens(
-        self, codes: Int64[Tensor, "B P"], keep_text: Bool[Tensor, "B"] | None, first: int = 0
+        self, codes: Int64[Tensor, "B P"], keep_text: Bool[Tensor, "B"] | None
     ) -> Float[Tensor, "B P D"]:
-        """Of the codes from number `first` on; number 0 is the dot product's."""
-        position = self.position[self.context_length + 1 :][first : first + codes.shape[1]]
-        parts = []
-        if not first:
-            dot = self.read(codes[:, 0], self.dot_embedding, "dot")
-            parts, codes = [keep_or_null(keep_text, dot, self.null_dot)[:, None]], codes[:, 1:]
-        parts.append(self.read(codes, self.code_embedding, "read"))
-        return torch.cat(parts, dim=1) + position
+        """Of the first codes; number 0 is the dot product's."""
+        dot = self.read(codes[:, 0], self.dot_embedding, "dot")
+        dot = keep_or_null(keep_text, dot, self.null_dot)[:, None]
+        own = self.read(codes[:, 1:], self.code_embedding, "read")
+        return torch.cat((dot, own), dim=1) + self.position[self.context_length + 1 :][: codes.shape[1]]
 
     def logits(self, x: Float[Tensor, "B *N D"]) -> Float[Tensor, "B *N K"]:
         """In fp32."""
@@ -293,27 +322,47 @@ class ARPrior(nn.Module):
         text_hidden: Float[Tensor, "B T S"],
         text_mask: Bool[Tensor, "B T"],
         keep_text: Bool[Tensor, "B"] | None = None,
+        cache: Cache | None = None,
     ) -> tuple[Float[Tensor, "B K"], Cache]:
         """-> logits of the code after the text and the first P >= 1 codes, and the cache for `step`.
 
-        The cache holds the whole sequence, so that no step allocates.
+        The cache holds the whole sequence, so that no step allocates; one that is given is used again.
         """
         text = self.text_tokens(text_embed, text_hidden, text_mask, keep_text)
         x = torch.cat((text, self.code_tokens(codes, keep_text)), dim=1)
-        cache = None
+        (b, m, _), length = x.shape, text.shape[1]
         for i, layer in enumerate(self.layers):
             x, kv = layer(x)
             if cache is None:
-                size = (len(self.layers), len(x), text.shape[1] + self.dims, kv.shape[2])
-                cache = kv.new_empty(size)
-            cache[i, :, : x.shape[1]] = kv
+                size = (len(self.layers), 2, b, self.heads, length + self.dims, self.width // self.heads)
+                cache = Cache(kv.new_empty(size), length)
+            cache.kv[i, ..., :m, :] = kv.unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         assert cache is not None
+        if cache.text != length:
+            raise ValueError(f"text of {length} tokens, but the cache is for {cache.text}")
         return self.logits(x[:, -1]), cache
 
-    def step(self, code: Int64[Tensor, "B"], rank: int, cache: Cache) -> Float[Tensor, "B K"]:
-        """Logits of the code after `code`, which is number `rank`, at least 1."""
-        x = self.code_tokens(code[:, None], None, first=rank)
-        position = cache.shape[2] - self.dims + rank
-        for layer, kv in zip(self.layers, cache, strict=True):
-            x = layer.step(x, kv, position)
+    def reach(self, rank: int) -> int:
+        """A length of the cache (`Cache.upto`) that is enough for the step after the code of this number."""
+        whole = self.context_length + 1 + self.dims
+        return min(-(-(self.context_length + 1 + rank + 1) // self.stride) * self.stride, whole)
+
+    def compile_step(self, alone: bool = False) -> None:
+        """As `nets.dalle.DALLE.compile_step`."""
+        self.layer_step = compiled_step(Layer.step, alone)
+
+    def step(self, code: Int64[Tensor, "B"], rank: Place, cache: Cache) -> Float[Tensor, "B K"]:
+        """Logits of the code after `code`, which is number `rank`, at least 1.
+
+        With the rank as a tensor, nothing is decided on the host, and all steps of a `reach` are one graph.
+        """
+        own = self.read(code[:, None], self.code_embedding, "read")
+        x = own + at(self.position, 0, self.context_length + 1 + rank)
+        position, mask = cache.text + rank, None
+        if isinstance(position, Tensor):
+            places = torch.arange(cache.kv.shape[4], device=position.device)
+            mask = hidden(places[None] <= position, cache.kv.dtype)
+        step = self.layer_step if isinstance(rank, Tensor) else Layer.step
+        for layer, kv in zip(self.layers, cache.kv, strict=True):
+            x = step(layer, x, kv, position, mask)
         return self.logits(x[:, 0])

@@ -6,16 +6,18 @@ softmax has keys to look at, and SDPA may pick its fastest kernel on every devic
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from dalle.errors import UserError
 from dalle.nets.sizes import map_sides
+
+Place = int | Int64[Tensor, "1"]  # a number that the host knows, or that only the device knows
 
 
 def grouped(levels: Sequence[int] | Sequence[Sequence[int]]) -> list[list[int]]:
@@ -79,6 +81,58 @@ def attend(
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     return rearrange(out, "b h n d -> b n (h d)")
+
+
+def attend_one(
+    q: Float[Tensor, "B H 1 d"],
+    k: Float[Tensor, "B H M d"],
+    v: Float[Tensor, "B H M d"],
+    mask: Float[Tensor, "1 M"] | None,
+) -> Float[Tensor, "B H 1 d"]:
+    """Attention of one query for each head; the mask, as of `hidden`, is added to the scores.
+
+    A library's kernels give a head to one processor, which leaves most of a GPU idle where there are few
+    heads; a compiler spreads the sums below over all of it.
+    """
+    if mask is None or not torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    scores = (q.float() * k.float()).sum(3) * q.shape[3] ** -0.5
+    weights = (scores + mask).softmax(2)
+    return (weights[..., None] * v.float()).sum(2, keepdim=True).to(q.dtype)
+
+
+def hidden(seen: Bool[Tensor, "*N"], dtype: torch.dtype) -> Float[Tensor, "*N"]:
+    """0 where something is seen, -inf elsewhere."""
+    return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, -torch.inf)
+
+
+def at(table: Tensor, dim: int, place: Place) -> Tensor:
+    """The entry at a place, its axis kept."""
+    return table.index_select(dim, place) if isinstance(place, Tensor) else table.narrow(dim, place, 1)
+
+
+def put(table: Tensor, dim: int, place: Place, entry: Tensor) -> None:
+    """Overwrites the entry at a place."""
+    if isinstance(place, Tensor):
+        table.index_copy_(dim, place, entry.to(table.dtype))
+    else:
+        table.narrow(dim, place, 1).copy_(entry)
+
+
+def compiled_step(step: Callable[..., Tensor], alone: bool) -> Callable[..., Tensor]:
+    """A layer's `step(layer, ...)` for all layers, compiled once; `alone`: for one row, see `DALLE`."""
+    tuned = {"coordinate_descent_tuning": True} if alone and torch.cuda.is_available() else None
+    return torch.compile(step, fullgraph=True, options=tuned)
+
+
+class Unembedding(nn.Linear):
+    """Logits in fp32, of weights that stay so where others become bf16 (`dalle.nets.half`)."""
+
+    def __init__(self, width: int, vocabulary: int):
+        super().__init__(width, vocabulary, bias=False)
+
+    def forward(self, input: Float[Tensor, "*N D"]) -> Float[Tensor, "*N K"]:
+        return linear_fp32(input, self.weight)
 
 
 class Attention(nn.Module):

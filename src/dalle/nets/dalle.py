@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dalle.errors import UserError
-from dalle.nets.blocks import attend, grouped, linear_fp32
+from dalle.nets.blocks import Place, Unembedding, at, attend, attend_one, compiled_step, grouped, hidden, linear_fp32, put
 from dalle.ranges import Depth, Dropout, Length, Levels, PositiveInt, Side, Vocabulary, Width
 
 SPARSE = ("row", "column", "conv")
@@ -36,6 +36,10 @@ class Cache(NamedTuple):
     kv: Float[Tensor, "L 2 B H S e"]
     left: Float[Tensor, "L 2 B q"] | None
     above: Float[Tensor, "L 2 B g q"] | None
+
+    def upto(self, length: int) -> "Cache":
+        """A view of the first positions, for steps that need not see the others."""
+        return self._replace(kv=self.kv[..., :length, :])
 
 
 def layer_kinds(attention: str, depth: int) -> list[str]:
@@ -118,14 +122,18 @@ class TokenShift(nn.Module):
         return left[:, -1], row
 
     def step(
-        self, x: Float[Tensor, "B 1 D"], rank: int, left: Float[Tensor, "B q"], above: Float[Tensor, "B g q"]
+        self,
+        x: Float[Tensor, "B 1 D"],
+        rank: Place,
+        left: Float[Tensor, "B q"],
+        above: Float[Tensor, "B g q"],
     ) -> Float[Tensor, "B 1 D"]:
         """Of the code of this rank alone; `left` and `above` are brought up to date."""
         own = x.tensor_split((self.quarter, 2 * self.quarter), dim=2)
-        place = above.narrow(1, rank % self.grid, 1)
-        shifted = torch.cat((left[:, None], place, own[2]), dim=2)
+        column = rank % self.grid
+        shifted = torch.cat((left[:, None], at(above, 1, column), own[2]), dim=2)
         left.copy_(own[0][:, 0])
-        place.copy_(own[1])
+        put(above, 1, column, own[1])
         return shifted
 
 
@@ -167,17 +175,22 @@ class Attention(nn.Module):
         x: Float[Tensor, "B 1 D"],
         rotation: Float[Tensor, "2 1 d"] | None,
         cache: Float[Tensor, "2 B H S e"],
-        position: int,
-        sight: tuple[Int64[Tensor, "M"], Bool[Tensor, "1 M"]] | None,
+        position: Place,
+        keys: Int64[Tensor, "M"] | None,
+        mask: Float[Tensor, "1 M"] | None,
     ) -> Float[Tensor, "B 1 D"]:
-        """Writes the token into the cache, then attends to what is there or, with `sight`, to some of it."""
+        """Writes the token into the cache, then attends to what is there: all of it, or what lies at `keys`,
+        less what the mask (`hidden`) takes away.
+        """
         q, kv = self.project(x, rotation)
         own = kv.unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (2, B, H, 1, e)
-        cache.narrow(3, position, 1).copy_(own)
-        keys, mask = sight or (None, None)
-        past = cache[..., : position + 1, :] if keys is None else cache.index_select(3, keys)
+        put(cache, 3, position, own)
+        if keys is not None:
+            cache = cache.index_select(3, keys)
+        elif mask is None:
+            cache = cache[..., : position + 1, :]
         q = q.unflatten(2, (self.heads, -1)).transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, past[0], past[1], attn_mask=mask)  # (B, H, 1, d)
+        out = attend_one(q, cache[0], cache[1], mask)  # (B, H, 1, d)
         return self.out(out.transpose(1, 2).flatten(2))
 
 
@@ -228,7 +241,7 @@ class Layer(nn.Module):
     def step(
         self,
         x: Float[Tensor, "B 1 D"],
-        rank: int,
+        rank: Place,
         left: Float[Tensor, "2 B q"] | None,
         above: Float[Tensor, "2 B g q"] | None,
         *past,
@@ -303,6 +316,8 @@ class DALLE(nn.Module):
     layers: Any  # of Layer
     sights: Any  # of SparseMask, by kind
     rotation: Float[Tensor, "2 S d"] | None
+    layer_step = staticmethod(Layer.step)
+    stride = 128  # of the lengths that `reach` gives: each is a graph of its own, and reads its whole length
 
     def __init__(
         self,
@@ -350,8 +365,8 @@ class DALLE(nn.Module):
         self.shift = TokenShift(text_length, grid, width) if shift else None
         self.layers = nn.ModuleList(Layer(width, heads, dropout, style, self.shift) for _ in range(depth))
         self.norm = norm(width, style)
-        self.text_head = nn.Linear(width, text_vocab + text_length, bias=False)
-        self.image_head = nn.Linear(width, image_vocab, bias=False)
+        self.text_head = Unembedding(width, text_vocab + text_length)
+        self.image_head = Unembedding(width, image_vocab)
         self.digits = None if image_levels is None else FactorizedEmbedding(image_levels, width)
 
         self.kinds = layer_kinds(attention, depth)
@@ -447,37 +462,66 @@ class DALLE(nn.Module):
         text: Int64[Tensor, "B T"],
         keep_text: Bool[Tensor, "B"] | None = None,
         codes: Int64[Tensor, "B P"] | None = None,
+        cache: Cache | None = None,
     ) -> tuple[Float[Tensor, "B K"], Cache]:
         """-> logits of the code after the text and the P first `codes`, and the cache `step` goes on with.
 
-        The cache holds the whole stream, so that no step allocates.
+        The cache holds the whole stream, so that no step allocates; one that is given is used again.
         """
         codes = text[:, :0] if codes is None else codes
         kept: list[Any] = []
         x = self.through(self.tokens(text, codes, keep_text), kept)
         b, m, _ = x.shape
-        size = (len(kept), 2, b, self.heads, self.text_length + self.codes - 1, self.width // self.heads)
-        cache = kept[0][0].new_empty(size)
-        for layer, (kv, *_) in zip(cache, kept, strict=True):
-            layer[..., :m, :] = kv.unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         left = above = None
         if self.shift is not None:
             parts = [self.shift.kept(read) for _, *reads in kept for read in reads]
             left, above = (torch.stack(part).unflatten(0, (-1, 2)) for part in zip(*parts, strict=True))
-        return self.code_logits(x[:, -1]), Cache(cache, left, above)
+        if cache is None:
+            size = (len(kept), 2, b, self.heads, self.text_length + self.codes - 1, self.width // self.heads)
+            cache = Cache(kept[0][0].new_empty(size), left, above)
+        for old, new in ((cache.left, left), (cache.above, above)):
+            if old is not None and new is not None:
+                old.copy_(new)
+        for layer, (kv, *_) in zip(cache.kv, kept, strict=True):
+            layer[..., :m, :] = kv.unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.code_logits(x[:, -1]), cache
 
-    def step(self, code: Int64[Tensor, "B"], rank: int, cache: Cache) -> Float[Tensor, "B K"]:
+    def reach(self, rank: int) -> int:
+        """A length of the cache (`Cache.upto`) that is enough for the step after the code of this rank."""
+        whole = self.text_length + self.codes - 1
+        if "full" not in self.kinds:  # they pick what they read
+            return whole
+        return min(-(-(self.text_length + rank + 1) // self.stride) * self.stride, whole)
+
+    def compile_step(self, alone: bool = False) -> None:
+        """Steps whose rank is a tensor go through `torch.compile`, layer by layer: all are one graph.
+
+        alone: for batches of one stream, whose products of matrix and vector are tuned, which takes longer.
+        """
+        self.layer_step = compiled_step(Layer.step, alone)
+
+    def step(self, code: Int64[Tensor, "B"], rank: Place, cache: Cache) -> Float[Tensor, "B K"]:
         """Logits of the code after `code`, which is the one of raster rank `rank` (from 0).
 
-        `net.step = torch.compile(net.step, dynamic=True)` makes one graph for all ranks.
+        With the rank as a tensor, nothing is decided on the host, and all steps of a `reach` are one graph.
+        `net.step = torch.compile(net.step, dynamic=True)` makes one graph for all ranks that are numbers.
         """
-        x = self.read_codes(code) + self.row.weight[rank // self.grid] + self.column.weight[rank % self.grid]
-        x, position = x[:, None], self.text_length + rank
-        rotation = None if self.rotation is None else self.rotation[:, position : position + 1]
-        sights = {kind: (sight.keys[rank], sight.seen[rank][None]) for kind, sight in self.sights.items()}
+        row, column = at(self.row.weight, 0, rank // self.grid), at(self.column.weight, 0, rank % self.grid)
+        x, position = self.read_codes(code) + row + column, self.text_length + rank
+        x = x[:, None]
+        rotation = None if self.rotation is None else at(self.rotation, 1, position)
+        sights = {
+            kind: (at(sight.keys, 0, rank)[0], hidden(at(sight.seen, 0, rank), cache.kv.dtype))
+            for kind, sight in self.sights.items()
+        }
+        mask = None
+        if isinstance(position, Tensor):
+            places = torch.arange(cache.kv.shape[4], device=position.device)
+            mask = hidden(places[None] <= position, cache.kv.dtype)
         nothing = [None] * len(self.layers)
         left = nothing if cache.left is None else cache.left
         above = nothing if cache.above is None else cache.above
-        for layer, kind, kv, *row in zip(self.layers, self.kinds, cache.kv, left, above, strict=True):
-            x = layer.step(x, rank, *row, rotation, kv, position, sights.get(kind))
+        step = self.layer_step if isinstance(rank, Tensor) else Layer.step
+        for layer, kind, kv, *edge in zip(self.layers, self.kinds, cache.kv, left, above, strict=True):
+            x = step(layer, x, rank, *edge, rotation, kv, position, *sights.get(kind, (None, mask)))
         return self.code_logits(self.norm(x))[:, 0]

@@ -16,6 +16,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from dalle.autoregressive.sampling import check_options, generate
+from dalle.autoregressive.static import Static
 from dalle.data.batch import Batch, text_of
 from dalle.data.embed_norm import EmbedNorm
 from dalle.diffusion.samplers import Randn
@@ -38,6 +39,8 @@ class ARPriorStage(EmbeddingStage):
         val_samples: how many validation captions are sampled for the cosines.
     """
 
+    static: Static | None = None
+
     def __init__(
         self,
         net: nn.Module,
@@ -58,6 +61,9 @@ class ARPriorStage(EmbeddingStage):
         self.drawing: dict[str, Any] = {
             "temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance
         }  # fmt: skip
+
+    def speed_up(self, compiled: bool = False) -> None:
+        self.static = Static(compiled)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -108,27 +114,30 @@ class ARPriorStage(EmbeddingStage):
         options = {key: self.drawing[key] if value is None else value for key, value in told.items()}
         least = self.dot_quantile if dot_quantile is None else dot_quantile
         text = text_of(batch)
-        size, device = len(text["text_embed"]), text["text_embed"].device
-        rows, drawn = torch.arange(size, device=device)[:, None], []
+        (size, length, _), device = text["text_hidden"].shape, text["text_embed"].device
+        rows, drawn = torch.arange(size, device=device)[:, None].expand(-1, length), []
         for _ in range(candidates or self.candidates):
             quantile = least + (1 - least) * uniform(torch.empty(size, 1, device=device))[:, 0]
             dot = self.net.codes.dot_at(quantile)[:, None]
             writer = Writer(self.net, text)
-            codes = generate(writer, rows, **options, prefix=dot, uniform=uniform)
+            codes = generate(writer, rows, **options, prefix=dot, uniform=uniform, static=self.static)
             drawn.append(self.net.codes.decode(codes[:, 1:]))
         return self.choose(drawn, text["text_embed"])
 
 
 class Writer:
-    """The network as `generate` asks for it: captions are numbers of rows of the features in `text`."""
+    """The network as `generate` asks for it: a caption's tokens all are the number of its row in `text`."""
 
     def __init__(self, net: ARPriorNet, text: dict[str, Tensor]) -> None:
         self.net, self.text = net, text
         self.image_vocab, self.codes = net.buckets, 1 + net.dims
         self.step = net.step
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.net, name)
+
     def prefill(
-        self, rows: Int64[Tensor, "B 1"], keep_text: Tensor | None, codes: Int64[Tensor, "B P"]
+        self, rows: Int64[Tensor, "B T"], keep_text: Tensor | None, codes: Int64[Tensor, "B P"], **options: Any
     ) -> tuple[Float[Tensor, "B K"], Any]:
         text = {key: values[rows[:, 0]] for key, values in self.text.items()}
-        return self.net.prefill(codes, **text, keep_text=keep_text)
+        return self.net.prefill(codes, **text, keep_text=keep_text, **options)

@@ -49,6 +49,11 @@ class Stage(lightning.LightningModule):
         """What a stage that can make something makes for a batch; `randn=` draws its noise."""
         raise NotImplementedError
 
+    def speed_up(self, compiled: bool = False) -> None:
+        """Prepares `sample` for many batches with the weights, device and mode of now: CUDA graphs on a GPU,
+        fixed shapes elsewhere, with fused kernels where `compiled`. A stage that cannot leaves it.
+        """
+
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         self.seed_batch()
         out = self.step(batch)

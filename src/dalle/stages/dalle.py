@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from dalle.autoregressive.sampling import OnStep, check_options, generate
+from dalle.autoregressive.draws import OnStep
+from dalle.autoregressive.sampling import check_options, generate
+from dalle.autoregressive.static import Static
 from dalle.data.batch import Batch
 from dalle.diffusion.samplers import Randn
 from dalle.nets.interfaces import TransformerNet, check_interface
@@ -38,6 +40,7 @@ class DalleStage(Stage):
     """
 
     makes_images = True
+    static: Static | None = None
 
     def __init__(
         self,
@@ -60,6 +63,9 @@ class DalleStage(Stage):
         self.drawing: dict[str, Any] = {
             "temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance
         }  # fmt: skip
+
+    def speed_up(self, compiled: bool = False) -> None:
+        self.static = Static(compiled)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         text, codes = batch["text"], batch["codes"]
@@ -108,4 +114,5 @@ class DalleStage(Stage):
         told = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
         options = {key: self.drawing[key] if value is None else value for key, value in told.items()}
         options |= {"prefix": prefix, "known": known, "uniform": uniform, "on_step": on_step}
+        options["static"] = self.static
         return generate(self.net, batch["text"], **options)
