@@ -10,8 +10,8 @@ from tiny import ROOT
 SOURCE = ROOT / "src"
 # Rooms, lowest first: the libraries each may import beside Python's own, and the rooms of ours. None: any.
 FREE = {
-    "dalle.errors", "dalle.files", "dalle.finite", "dalle.locks", "dalle.ranges", "dalle.reading",
-    "dalle.schemas", "dalle.weight_names",
+    "dalle.errors", "dalle.files", "dalle.finite", "dalle.graphs", "dalle.locks", "dalle.ranges",
+    "dalle.reading", "dalle.schemas", "dalle.weight_names",
 }  # fmt: skip
 RUNS = {
     "dalle.run_dir",

@@ -74,3 +74,8 @@ def seconds_of_small_operations(tries: int = 5) -> float:
                 F.silu(F.group_norm(F.conv2d(image, weight, padding=1), 8)).mul_(2).mean((2, 3))
             times.append(time.perf_counter() - started)
     return statistics.median(times)
+
+
+def pick_compile(name: str, device: str) -> str:
+    """How drawing is sped up: CUDA graphs cost a second, compiling up to minutes."""
+    return ("graphs" if device == "cuda" else "none") if name == "auto" else name

@@ -173,6 +173,7 @@ class SampleRecipe(TypedDict):
     pipeline: NotRequired[Text]
     truncate: NotRequired[bool]
     progress_strip: NotRequired[bool]
+    compile: NotRequired[Literal["none", "graphs", "full"]]
     edit: NotRequired[EditFacts]
     made_with: NotRequired[dict[str, Any]]
     schema: int

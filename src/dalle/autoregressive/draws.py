@@ -1,5 +1,5 @@
-"""Drawing one code from logits: classifier-free guidance, temperature, top-k and top-p (Holtzman et al. 2020),
-in this order, then Gumbel noise made of given uniforms, so that equal uniforms give equal codes.
+"""Drawing a code from logits: classifier-free guidance, temperature, top-k, top-p (Holtzman et al. 2020), in
+this order, then Gumbel noise made of given uniforms, so that equal uniforms give equal codes.
 
 Nothing here is decided on the host, which CUDA graphs need.
 """

@@ -7,7 +7,7 @@ be they a picture's first (sec. 3.3, completion) or all but those of a region.
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from dalle.autoregressive.draws import OnStep, Options, Uniform, choose

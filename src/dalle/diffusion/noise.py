@@ -15,8 +15,11 @@ class PerSample:
 
     def initial(self, shape: Sequence[int]) -> Tensor:
         """Standard normal (len(seeds), *shape) float32 on the device; shape is that of one sample."""
-        rows = [torch.randn(tuple(shape), generator=generator) for generator in self.generators]
-        return torch.stack(rows).to(self.device)
+        pinned = self.device.type == "cuda"  # so that the host goes on while it is copied
+        rows = torch.empty(len(self.generators), *shape, pin_memory=pinned)
+        for row, generator in zip(rows, self.generators, strict=True):
+            torch.randn(tuple(shape), generator=generator, out=row)
+        return rows.to(self.device, non_blocking=pinned)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Noise like x (B, *), row i from seed i. Raises ValueError unless B is the number of seeds."""

@@ -173,6 +173,7 @@ def speed(ranks: list[list[tuple[float, int]]], memory: int) -> dict[str, Figure
 
 def flops(plan: Plan) -> int:
     """Floating point operations of the first picture, by the products that PyTorch counts."""
+    plan.target.as_written()
     with FlopCounterMode(display=False) as counter:
         plan.target.make(plan.source, [0], plan.captions[:1])
     return counter.get_total_flops()

@@ -93,6 +93,9 @@ class Target:
         """These pictures in [-1, 1], and whatever else is measured on the way."""
         raise NotImplementedError
 
+    def as_written(self) -> None:
+        """Lets `make` run its operations one by one from now on, for those who count them."""
+
     def figures(self, rows: Rows) -> dict[str, Figure]:
         """Of what `make` measured on the way, and of the target itself."""
         return {}
@@ -139,10 +142,19 @@ class Pipeline(Target):
             "precision": self.recipe.precision,
             "batch_size": self.recipe.batch_size,
         }
+        if self.recipe.compile != "none":
+            self.facts["compile"] = self.recipe.compile
+        self.ready = False
+
+    def as_written(self) -> None:
+        self.module.prepare("fp32", "none")  # pyright: ignore[reportCallIssue]  # a pipeline's
 
     def make(
         self, source: Source, items: list[int], captions: list[str]
     ) -> tuple[Float[Tensor, "B 3 H W"], Rows]:
+        if not self.ready:  # on its device by now
+            self.ready = True
+            self.module.prepare(self.recipe.precision, self.recipe.compile)  # pyright: ignore[reportCallIssue]  # a pipeline's
         recipe = replace(self.recipe, prompts=captions)
         frames = self.draw(self.module, recipe, self.options, numbers=items)
         return torch.stack([frame[-1] for frame in frames]), {}

@@ -18,7 +18,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dalle.errors import UserError
-from dalle.nets.blocks import Place, Unembedding, at, attend, attend_one, compiled_step, grouped, hidden, linear_fp32, put
+from dalle.nets.blocks import (
+    Place,
+    Unembedding,
+    at,
+    attend,
+    attend_one,
+    compiled_step,
+    grouped,
+    hidden,
+    linear_fp32,
+    put,
+)
 from dalle.ranges import Depth, Dropout, Length, Levels, PositiveInt, Side, Vocabulary, Width
 
 SPARSE = ("row", "column", "conv")

@@ -57,6 +57,7 @@ class SampleRecipe:
         options: by the same names, what each stage was told: sampler, steps, guidance ...
         batch_size: pictures drawn at once; it moves the last bits of a product, nothing visible.
         precision: fp32 or bf16. `device`: cpu or cuda.
+        compile: none, graphs or full; kernels that are fused round otherwise.
         pipeline: what put the stages together. `truncate`: whether long prompts were cut.
         progress_strip: whether pictures were also shown half done.
         edit: what was done to which picture (`dalle.pipelines.editing.Edit`); None: drawn from nothing.
@@ -74,6 +75,7 @@ class SampleRecipe:
     pipeline: str = "unclip"
     truncate: bool = False
     progress_strip: bool = False
+    compile: str = "none"
     edit: dict[str, Any] | None = None
     made_with: dict[str, Any] = field(default_factory=environment)
     schema: int = SCHEMA

@@ -22,7 +22,7 @@ from dalle.errors import UserError
 from dalle.files import check_writable, explained
 from dalle.images import from_uint8, grid, save_gif, save_png, to_pil
 from dalle.instantiate import check_arguments, instantiate
-from dalle.machine import fast_in_bf16, pick_device
+from dalle.machine import fast_in_bf16, pick_compile, pick_device
 from dalle.pipelines.editing import EDITS, LINES, Edit, Figures
 from dalle.pipelines.load import (
     PUBLIC,
@@ -103,6 +103,7 @@ class SamplingConfig:
     batch_size: PositiveInt
     precision: Literal["auto", "32-true", "bf16-mixed"]
     device: Literal["auto", "cpu", "cuda"]
+    compile: Literal["auto", "none", "graphs", "full"]
     truncate: bool
     out: Text | None
     recipe: Text | None
@@ -526,6 +527,7 @@ def sample(config: dict[str, Any]) -> Path:
 
     options = {stage: arguments(node, stage) for stage, node in recipe.options.items()}
     pipeline, figures = loaded.pipeline.to(recipe.device), {}
+    pipeline.prepare(recipe.precision, recipe.compile)
     if edit:
         frames, figures = edited(edit, pipeline, recipe, options)
     else:
@@ -623,6 +625,7 @@ def make_recipe(request: SamplingConfig, prompts: list[str], edit: Edit | None =
             raise UserError(f"{name} is not for edits; leave it out")
     if request.upsamplers and getattr(request, "progress_strip", False):
         raise UserError("progress_strip shows pictures at the size they are drawn at; leave out upsamplers")
+    device = pick_device(request.device)
     half = request.precision == "bf16-mixed" or (request.precision == "auto" and fast_in_bf16())
     return SampleRecipe(
         prompts=prompts,
@@ -632,7 +635,8 @@ def make_recipe(request: SamplingConfig, prompts: list[str], edit: Edit | None =
         options=request.all_options(),
         batch_size=request.batch_size,
         precision="bf16" if half else "fp32",
-        device=pick_device(request.device),
+        device=device,
+        compile=pick_compile(request.compile, device),
         pipeline=request.pipeline["kind"],
         truncate=request.truncate,
         progress_strip=getattr(request, "progress_strip", False),

@@ -14,6 +14,8 @@ from dalle.data.batch import Batch
 from dalle.data.sources import mix
 from dalle.diffusion.noise import per_sample
 from dalle.errors import UserError
+from dalle.nets.half import to_bf16
+from dalle.stages.base import Stage
 
 # Each stage has its own noise: another prior sampler leaves the decoder's noise as it was.
 PRIOR, DECODER, FIRST = 1, 2, 16  # the last of these is the first upsampler
@@ -85,6 +87,19 @@ class Drawing(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.upsamplers = None
+
+    def prepare(self, precision: Literal["fp32", "bf16"], compile: Literal["none", "graphs", "full"]) -> None:
+        """Readies what draws for much drawing, once the pipeline is on its device; networks stay so.
+
+        Args:
+            precision: bf16 casts weights once and for all, of which autocast else makes copies all the time.
+            compile: as `Stage.speed_up` has it.
+        """
+        for stage in self.modules():
+            if isinstance(stage, Stage):
+                if precision == "bf16":
+                    to_bf16(stage.net)
+                stage.speed_up(compile)
 
     def upsample(
         self,

@@ -62,8 +62,8 @@ class ARPriorStage(EmbeddingStage):
             "temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance
         }  # fmt: skip
 
-    def speed_up(self, compiled: bool = False) -> None:
-        self.static = Static(compiled)
+    def speed_up(self, how: str) -> None:
+        self.static = None if how == "none" else Static(how == "full")
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -137,7 +137,11 @@ class Writer:
         return getattr(self.net, name)
 
     def prefill(
-        self, rows: Int64[Tensor, "B T"], keep_text: Tensor | None, codes: Int64[Tensor, "B P"], **options: Any
+        self,
+        rows: Int64[Tensor, "B T"],
+        keep_text: Tensor | None,
+        codes: Int64[Tensor, "B P"],
+        **options: Any,
     ) -> tuple[Float[Tensor, "B K"], Any]:
         text = {key: values[rows[:, 0]] for key, values in self.text.items()}
         return self.net.prefill(codes, **text, keep_text=keep_text, **options)

@@ -49,9 +49,9 @@ class Stage(lightning.LightningModule):
         """What a stage that can make something makes for a batch; `randn=` draws its noise."""
         raise NotImplementedError
 
-    def speed_up(self, compiled: bool = False) -> None:
-        """Prepares `sample` for many batches with the weights, device and mode of now: CUDA graphs on a GPU,
-        fixed shapes elsewhere, with fused kernels where `compiled`. A stage that cannot leaves it.
+    def speed_up(self, how: str) -> None:
+        """Prepares `sample` for many batches with the weights and device of now, if the stage can: `graphs`
+        fixes shapes, and on a GPU a step is a CUDA graph; `full` also compiles it; `none` undoes this.
         """
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:

@@ -64,8 +64,8 @@ class DalleStage(Stage):
             "temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance
         }  # fmt: skip
 
-    def speed_up(self, compiled: bool = False) -> None:
-        self.static = Static(compiled)
+    def speed_up(self, how: str) -> None:
+        self.static = None if how == "none" else Static(how == "full")
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         text, codes = batch["text"], batch["codes"]

@@ -77,6 +77,9 @@ class DecoderStage(Stage):
         """Whether it can be told what is known of a picture."""
         return getattr(self.net, "inpaint", False)
 
+    def speed_up(self, how: str) -> None:
+        self.denoiser.speed_up(how)
+
     def step(self, batch: Batch) -> dict[str, Tensor]:
         image = batch["image"].contiguous(memory_format=torch.channels_last)
         keep_image = torch.rand(len(image), device=image.device) >= self.image_dropout

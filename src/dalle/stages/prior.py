@@ -56,6 +56,9 @@ class PriorStage(EmbeddingStage):
     def net(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # an attribute there
         return self.denoiser.net
 
+    def speed_up(self, how: str) -> None:
+        self.denoiser.speed_up(how)
+
     def step(self, batch: Batch) -> dict[str, Tensor]:
         embed = batch["image_embed"]
         keep = torch.rand(len(embed), device=embed.device) >= self.text_dropout
