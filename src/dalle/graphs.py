@@ -44,7 +44,7 @@ def memory_pool(device: torch.device) -> Any:
 
 
 class Recorded:
-    """A function of tensors (B, ...) and nests of them, whose rows are independent of each other: a CUDA graph
+    """A function of tensors (B, ...) and nests of them, whose rows are independent of each other: one graph
     for all batches up to the first one's size, which are filled up to it.
 
     On other devices fixed shapes are all that is left of it, which is what `torch.compile` likes.

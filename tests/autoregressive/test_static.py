@@ -43,6 +43,16 @@ def test_the_same_codes(attention, style, guidance, shift):
     assert len(fast.unique()) > 3
 
 
+def test_what_memory_held_before_does_not_matter(monkeypatch):
+    """Not even where it was no number: a cache is read beyond what is in it."""
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda *args, **kwargs: new_empty(*args, **kwargs).fill_(torch.nan)
+    )
+    fast, usual = both(grown(), Static(), guidance=2.5)
+    assert torch.equal(fast, usual)
+
+
 def test_a_smaller_batch_is_filled_up():
     """Nothing is made anew for it, and its rows are what they are alone."""
     net, static = grown(), Static()

@@ -335,7 +335,7 @@ class ARPrior(nn.Module):
             x, kv = layer(x)
             if cache is None:
                 size = (len(self.layers), 2, b, self.heads, length + self.dims, self.width // self.heads)
-                cache = Cache(kv.new_empty(size), length)
+                cache = Cache(kv.new_zeros(size), length)  # what is masked is multiplied by 0
             cache.kv[i, ..., :m, :] = kv.unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         assert cache is not None
         if cache.text != length:

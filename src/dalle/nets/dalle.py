@@ -489,7 +489,7 @@ class DALLE(nn.Module):
             left, above = (torch.stack(part).unflatten(0, (-1, 2)) for part in zip(*parts, strict=True))
         if cache is None:
             size = (len(kept), 2, b, self.heads, self.text_length + self.codes - 1, self.width // self.heads)
-            cache = Cache(kept[0][0].new_empty(size), left, above)
+            cache = Cache(kept[0][0].new_zeros(size), left, above)  # what is masked is multiplied by 0
         for old, new in ((cache.left, left), (cache.above, above)):
             if old is not None and new is not None:
                 old.copy_(new)
