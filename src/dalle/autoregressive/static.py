@@ -75,8 +75,9 @@ class Static:
 
         if self.cache is None:
             _, self.cache = prefill()
-        for length in {net.reach(i) for i in range(first, last)} - self.steps.keys():
-            self.steps[length] = recorded(partial(self.step, net, length, options), device, self.pool)
+        if not self.steps:
+            for length in sorted({net.reach(i) for i in range(net.codes - 1)}):
+                self.steps[length] = recorded(partial(self.step, net, length, options), device, self.pool)
 
         wanted, drawn = set(places), self.buffers.codes[:rows]
         logits, _ = prefill(cache=self.cache)
