@@ -98,7 +98,8 @@ class DrawnOnCpu(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        random = torch.Tag.nondeterministic_seeded in func.tags and "attention" not in func.__name__
+        tags = getattr(func, "tags", ())
+        random = torch.Tag.nondeterministic_seeded in tags and "attention" not in func.__name__
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
         place = torch.device(kwargs.get("device") or (tensors[0].device if tensors else "cpu"))
         if not random or place.type == "meta":
