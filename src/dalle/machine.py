@@ -6,6 +6,7 @@ import sys
 import time
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 
@@ -38,6 +39,21 @@ def peak_memory() -> int:
         return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+WITHOUT_FLOAT64 = {"mps"}  # kinds of devices
+
+
+def precise(values: Tensor, device: torch.device | None = None) -> Tensor:
+    """In float64, on the device; in float32 where it has no float64."""
+    device = device or values.device
+    return values.to(device, torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64)
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)  # Linux only
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 def pick_device(name: str) -> str:

@@ -46,6 +46,7 @@ Multipliers = Annotated[Sequence[Depth], Len(1, 16)]  # of widths, one for each 
 Levels = Sequence[PositiveInt] | Sequence[Sequence[PositiveInt]]  # of finite scalars
 Steps = Annotated[int, Ge(1), Le(100_000)]  # of a sampler or a noise schedule
 Workers = Annotated[int, Ge(0), Le(1024)]
+AutoWorkers = Workers | Literal["auto"]
 Rate = Annotated[Number, Gt(0), Le(1000)]  # of learning
 Weight = Annotated[Number, Ge(0), Le(1e6)]  # of a term in a loss
 Exponent = Annotated[Number, Ge(-50), Le(50)]  # what e is raised to

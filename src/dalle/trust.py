@@ -42,7 +42,7 @@ LISTED = {  # what runs and recipes are made of: the whole of it, a test says wh
         "dalle.diffusion.denoiser.Denoiser", "dalle.diffusion.samplers.Sampler",
         "dalle.diffusion.schedule.Schedule", "dalle.metrics.perceptual.perceptual_distance",
         "dalle.metrics.retrieval.Retrieval", "dalle.stages.dvae.Ramp", "dalle.optim.muon.Muon",
-        "dalle.optim.factory.OptimizerFactory",
+        "dalle.optim.adamw_8bit.AdamW8bit", "dalle.optim.factory.OptimizerFactory",
     ),
     "frozen networks": (
         "dalle.data.open_clip.load_open_clip", "dalle.run_dir.load_clip",

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
 
+from dalle.nets import blocks
 from dalle.nets.blocks import (
     Attention,
     Conditioning,
@@ -113,6 +114,14 @@ def test_every_parameter_of_the_conditioning_gets_a_gradient():
     assert all(p.grad is not None for p in net.parameters())
 
 
+@pytest.fixture(params=[False, True], ids=["plain", "fused"])
+def way(request, monkeypatch) -> None:
+    """The operations that are fused on a GPU, too, which a compiler does not change."""
+    monkeypatch.setattr(blocks, "worth_fusing", lambda x: request.param)
+    monkeypatch.setattr(blocks, "compiled", lambda function: function)
+
+
+@pytest.mark.usefixtures("way")
 class TestNorm:
     @pytest.mark.parametrize("silu", [True, False])
     @pytest.mark.parametrize("shape", [(8,), (2, 8)])
@@ -162,6 +171,18 @@ class TestNorm:
             out, F.silu(F.group_norm(x, norm.groups, norm.weight, norm.bias)), rtol=1e-5, atol=1e-5
         )
         assert out.is_contiguous(memory_format=memory_format)
+
+    @pytest.mark.parametrize("shape", [(24,), (2, 24)])
+    def test_gradients_are_those_of_torch(self, shape):
+        x = torch.randn(2, 24, 5, 4).to(memory_format=torch.channels_last).requires_grad_()
+        scale, shift = (torch.randn(shape, requires_grad=True) for _ in range(2))
+        theirs = F.group_norm(x, 6) * scale[..., None, None] + shift[..., None, None]
+        g = torch.randn(2, 24, 5, 4)
+        made = [
+            torch.autograd.grad(out, [x, scale, shift], g)
+            for out in (NormSiLU.apply(x, scale, shift, 6, 1e-5, True), F.silu(theirs))
+        ]
+        torch.testing.assert_close(*made, rtol=1e-4, atol=1e-4)
 
     def test_rounds_no_more_than_torch_in_bf16(self):
         x = torch.randn(4, 32, 8, 8).bfloat16()

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import flex_attention
 from vector_quantize_pytorch import FSQ
 
 from dalle.errors import UserError
@@ -133,6 +134,35 @@ def test_sparse_attention_equals_the_dense_mask(attention, style):
         x = x + layer.attention.out((scores.softmax(3) @ v).transpose(1, 2).flatten(2))
         x = x + layer.mlp(layer.norm2(x))
     torch.testing.assert_close(hidden, net.norm(x))
+
+
+@pytest.fixture
+def gradients_of_blocks(monkeypatch) -> None:
+    """On the CPU, which computes them as slowly as it can and therefore refuses."""
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+
+
+@pytest.mark.usefixtures("gradients_of_blocks")
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_blocks_of_sparse_attention_equal_the_dense_mask(checkpoint, monkeypatch):
+    """As in training on a GPU, where FlexAttention skips what no token sees; and its gradients."""
+    net = grown(attention="dalle", checkpoint=checkpoint).double().train()
+    text, codes = inputs(net)
+    made = []
+    for skip in (False, True):
+        monkeypatch.setattr("dalle.nets.dalle.worth_skipping", lambda x, heads, skip=skip: skip)
+        logits = net(text, codes)[1]
+        made.append([logits, *torch.autograd.grad(logits.square().sum(), list(net.layers.parameters()))])
+    torch.testing.assert_close(*made)
+    first = net.sights["row"].blocks(21)
+    assert net.sights["row"].blocks(21) is first  # made once
+    assert first.to_dense().shape == (1, 1, 1, 1)
+
+
+def test_blocks_that_nobody_sees_are_not_computed():
+    """Of a grid of 32 codes after 128 of text, in blocks of 128: a row's layer sees the text, and two."""
+    sight = SparseMask(128, 32, offsets("row", 32, 11))
+    assert sight.blocks(1152).to_dense()[0, 0].sum(1).tolist() == [1, 2, *[3] * 7]
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -461,6 +491,21 @@ def test_compiles_to_one_graph(attention, shift):
             logits = step(codes[:, rank], rank, cache)
             torch.testing.assert_close(logits, expected[:, rank + 1], rtol=1e-4, atol=1e-4)
     assert len(graphs) == 1
+
+
+@pytest.mark.compile
+@pytest.mark.usefixtures("gradients_of_blocks")
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_blocks_are_captured_in_the_one_graph(checkpoint, monkeypatch):
+    torch.compiler.reset()
+    monkeypatch.setattr("dalle.nets.dalle.worth_skipping", lambda x, heads: True)
+    net = grown(attention="dalle", checkpoint=checkpoint).train()
+    text, codes = inputs(net)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    made = [f(text, codes)[1].square().sum() for f in (net, compiled)]
+    torch.testing.assert_close(*made, rtol=1e-4, atol=1e-4)
+    weights = list(net.layers.parameters())
+    torch.testing.assert_close(*(torch.autograd.grad(m, weights) for m in made), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("levels", [None, [3, 5, 4]])

@@ -131,6 +131,38 @@ def test_one_step_is_left_out(model, kind, logs, watch, monkeypatch, capsys):
     assert state["guard"]["skipped"] == 1
 
 
+@pytest.mark.parametrize("model", ["clip", "prior", "gan", "vqgan", "muon"])
+def test_a_deferred_guard_leaves_out_the_same_steps(model, logs, watch, monkeypatch, capsys):
+    """As on a GPU: nobody asks the device, and what it has left out is known a step later."""
+    started = Stage.on_train_start
+    monkeypatch.setattr(
+        Stage, "on_train_start", lambda self: (started(self), setattr(self.guard, "deferred", True))
+    )
+    spoil_losses(monkeypatch, float("nan"))
+    own = ("optimizer=muon",) if model == "muon" else ()
+    run = trained("prior" if model == "muon" else model, logs, f"deferred/{model}", *own)
+    before, after = watch.seen[SPOILT : SPOILT + 2]
+    moved = [k for k in before if not torch.equal(before[k], after[k])]
+    assert not [k for k in moved if not k.startswith("average.")]  # comes nearer to the weights
+    assert not any(watch.same(batch) for batch in (0, 1, 3))
+    assert list(column(run, "train/skipped").values()) == [0, 0, 0, 1]
+    assert capsys.readouterr().out.count(f"careful: step {SPOILT} had a loss or a gradient") == 1
+    guard = torch.load(run.checkpoint, weights_only=True)["guard"]
+    assert guard["skipped"] == 1
+    assert guard["limits"]
+
+
+def test_both_guards_take_the_same_steps(logs, monkeypatch):
+    """Where nothing is spoilt they make the same weights."""
+    waited = load_file(trained("prior", logs, "waited", "optimizer=muon").path / "model.safetensors")
+    started = Stage.on_train_start
+    monkeypatch.setattr(
+        Stage, "on_train_start", lambda self: (started(self), setattr(self.guard, "deferred", True))
+    )
+    made = load_file(trained("prior", logs, "made", "optimizer=muon").path / "model.safetensors")
+    assert all(torch.equal(made[k], waited[k]) for k in waited)
+
+
 @pytest.mark.parametrize("model", ["clip", "vqgan"])
 def test_many_in_a_row_end_the_run(model, logs, monkeypatch):
     spoil_losses(monkeypatch, float("nan"), first=2, last=10**9)

@@ -90,6 +90,9 @@ def test_figures_of_a_network_small_enough_to_count(tmp_path, capsys, accumulate
     assert "30 steps on 1 device" in said
     kib = f"{4 * weights / 1024:.3g} KiB"
     assert f"weights {kib} + gradients {kib} + optimizer {8 * weights / 1024:.3g} KiB" in said
+    held = weights * (4 + 8) + (max if accumulate == 1 else lambda a, b: a + b)(4 * weights, kept)
+    (at_once,) = re.findall(r"; ([\d.]+) KiB of these at once", said)
+    assert float(at_once) == pytest.approx(held / 1024, rel=0.01)
     per_step = watched.flops * accumulate / 1e9
     assert f"{per_step:.4g} GFLOP" in said
 

@@ -36,8 +36,10 @@ from dalle.data.sources import (
 from dalle.data.tokenizers import ClipBPE, TextTokenizer
 from dalle.errors import UserError
 from dalle.images import from_uint8
+from dalle.machine import cores
 from dalle.nets.ar_prior import EmbeddingCodes, dims_for, principal_components
 from dalle.ranges import (
+    AutoWorkers,
     Fraction,
     NonNegative,
     NonNegativeInt,
@@ -46,12 +48,22 @@ from dalle.ranges import (
     Seed,
     Share,
     Vocabulary,
-    Workers,
 )
 
 TOKENIZER_ITEMS = 20_000  # items whose captions train a tokenizer
 NORM_ITEMS = 10_000  # items on which an embedding normalisation is fitted
 CODES_ITEMS = 50_000  # items on which codes of embeddings are fitted
+
+
+PREFETCHED = 4  # batches of each worker
+MOST_WORKERS = 8
+
+
+def workers_here() -> int:
+    """Processes that read pictures for one GPU of this machine, besides the one that trains; 0 without."""
+    if not torch.cuda.is_available():
+        return 0
+    return max(0, min(MOST_WORKERS, cores() // torch.cuda.device_count() - 1))
 
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
@@ -82,7 +94,8 @@ class SourceDataModule(L.LightningDataModule):
     Args:
         source: makes a split, `source(split="train" | "val" | "test")`.
         batch_size: per rank.
-        num_workers: processes that read pictures; 0 = none.
+        num_workers: processes that read pictures; 0 = none; auto: as many as cores allow where there is a
+            GPU, which should not wait for pictures, else none.
         seed: of the order and of the captions drawn.
         val_items, test_items, train_items: use only the first so many items of these splits.
     """
@@ -93,7 +106,7 @@ class SourceDataModule(L.LightningDataModule):
         self,
         source: SourceFactory,
         batch_size: PositiveInt,
-        num_workers: Workers = 0,
+        num_workers: AutoWorkers = "auto",
         seed: Seed = 0,
         *,
         val_items: PositiveInt | None,
@@ -103,7 +116,8 @@ class SourceDataModule(L.LightningDataModule):
         super().__init__()
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size}: give at least 1")
-        self.make_source, self.batch_size, self.num_workers, self.seed = source, batch_size, num_workers, seed
+        self.make_source, self.batch_size, self.seed = source, batch_size, seed
+        self.num_workers = workers_here() if num_workers == "auto" else num_workers
         self.limits = {"train": train_items, "val": val_items, "test": test_items}
         self._splits: dict[str, Source] = {}
         self._place: Callable[[], tuple[int, int]] | None = None
@@ -258,6 +272,7 @@ class SourceDataModule(L.LightningDataModule):
             collate_fn=identity_collate,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
+            prefetch_factor=PREFETCHED if self.num_workers else None,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_deaf,
             # Its own generator: else every new iterator would shift the noise that training draws.
@@ -290,7 +305,7 @@ class TextImageDataModule(SourceDataModule):
         source: SourceFactory,
         tokenizer: TextTokenizer | Callable[[list[str]], TextTokenizer],
         batch_size: PositiveInt,
-        num_workers: Workers = 0,
+        num_workers: AutoWorkers = "auto",
         seed: Seed = 0,
         *,
         val_items: PositiveInt | None,
@@ -362,7 +377,7 @@ class EmbeddingDataModule(SourceDataModule):
         clip: FrozenCLIP,
         batch_size: PositiveInt,
         cache_dir: Place,
-        num_workers: Workers = 0,
+        num_workers: AutoWorkers = "auto",
         seed: Seed = 0,
         *,
         val_items: PositiveInt | None,
@@ -470,7 +485,7 @@ class EmbeddingCodeDataModule(EmbeddingDataModule):
         clip: FrozenCLIP,
         batch_size: PositiveInt,
         cache_dir: Place,
-        num_workers: Workers = 0,
+        num_workers: AutoWorkers = "auto",
         seed: Seed = 0,
         *,
         val_items: PositiveInt | None,
@@ -561,7 +576,7 @@ class CodeDataModule(TextImageDataModule):
         image_tokenizer: FrozenTokenizer,
         batch_size: PositiveInt,
         cache_dir: Place,
-        num_workers: Workers = 0,
+        num_workers: AutoWorkers = "auto",
         seed: Seed = 0,
         *,
         val_items: PositiveInt | None,

@@ -19,7 +19,7 @@ from dalle.data.degradations import Kind, degradation_of, shrunk
 from dalle.data.sources import Source, SourceDataset, SourceFactory, mix
 from dalle.errors import UserError
 from dalle.images import from_uint8
-from dalle.ranges import PositiveInt, Seed, Share, Side, Workers
+from dalle.ranges import AutoWorkers, PositiveInt, Seed, Share, Side
 
 
 class UpsamplingDataset(SourceDataset):
@@ -77,7 +77,7 @@ class UpsamplingDataModule(SourceDataModule):
         factor: Side = 2,
         crop: Share = 0.5,
         degradation: Kind = "blur",
-        num_workers: Workers = 0,
+        num_workers: AutoWorkers = "auto",
         seed: Seed = 0,
         *,
         val_items: PositiveInt | None,

@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dalle.diffusion.schedule import Schedule, expand, posterior, precise
+from dalle.diffusion.schedule import Schedule, expand, posterior
 from dalle.errors import UserError
 from dalle.graphs import Recorded
+from dalle.machine import precise
 from dalle.ranges import Exponent, NonNegative, Positive
 
 MIN_SNR_GAMMA = 5.0

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dalle.errors import UserError
+from dalle.machine import precise
 from dalle.ranges import Positive, Steps
 
 SCHEDULES = ("linear", "scaled_linear", "cosine", "sigmoid", "flow")
@@ -26,12 +27,6 @@ LOGSNR_FLOOR = -5.1  # ln(alpha/sigma); below it DPM-Solver's steps are unstable
 ZERO = -1e4  # ln alpha where alpha is 0: finite, so that it interpolates; exp of it is exactly 0
 
 Number = TypeVar("Number", float, Tensor)
-
-
-def precise(values: Tensor, device: torch.device | None = None) -> Tensor:
-    """In float64, on the device; in float32 where it has no float64."""
-    device = device or values.device
-    return values.to(device, torch.float32 if device.type == "mps" else torch.float64)
 
 
 def expand(coefficient: Float[Tensor, "B"], like: Float[Tensor, "B ..."]) -> Tensor:

@@ -5,13 +5,15 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor
 from torchmetrics import Metric
 
+from dalle.machine import precise
+
 COLLAPSED = 0.05  # share of codes in use below which a codebook has collapsed
 ENOUGH = 10  # codes to be seen for each code there is, before anything is said
 
 
 def perplexity(counts: Int64[Tensor, "K"]) -> Float[Tensor, ""]:
     """exp(-sum p ln p): how many codes there would be, were all in use used equally; 1 to K."""
-    p = counts.double() / counts.sum().clamp(min=1)
+    p = precise(counts) / counts.sum().clamp(min=1)
     return torch.special.entr(p).sum().exp().float()
 
 

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dalle.errors import UserError
 from dalle.nets.blocks import (
@@ -32,6 +31,7 @@ from dalle.nets.blocks import (
     linear_fp32,
     put,
 )
+from dalle.nets.recompute import Checkpoint, recomputed
 from dalle.ranges import Depth, Dropout, Length, NonNegativeInt, PositiveInt, Vocabulary, Width
 
 TAIL = 1e-4  # of a dimension's values that lie below its buckets, and as many above
@@ -202,7 +202,7 @@ class ARPrior(nn.Module):
         heads: PositiveInt,
         waves: NonNegativeInt,
         dropout: Dropout = 0.0,
-        checkpoint: bool = False,
+        checkpoint: Checkpoint = False,
     ):
         super().__init__()
         if width % heads:
@@ -309,7 +309,7 @@ class ARPrior(nn.Module):
         x = torch.cat((text, self.code_tokens(codes[:, :-1], keep_text)), dim=1)
         for layer in self.layers:
             if self.checkpoint and self.training:
-                x, _ = checkpoint(layer, x, use_reentrant=False)
+                x, _ = recomputed(self.checkpoint, layer, x)
             else:
                 x, _ = layer(x)
         return self.logits(x[:, text.shape[1] :])

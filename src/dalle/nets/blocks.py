@@ -7,13 +7,16 @@ softmax has keys to look at, and SDPA may pick its fastest kernel on every devic
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from dalle.compiler import can_compile, compiled, compiled_for_size
 from dalle.errors import UserError
 from dalle.nets.sizes import map_sides
 
@@ -63,12 +66,14 @@ def attend(
     q: Float[Tensor, "B N D"],
     kv: Float[Tensor, "B M 2*D"],
     heads: int,
-    mask: Bool[Tensor, "N M"] | None = None,
+    mask: Bool[Tensor, "N M"] | BlockMask | None = None,
     causal: bool = False,
 ) -> Float[Tensor, "B N D"]:
     """Multi-head softmax attention of `q` over the keys | values packed in `kv`."""
     q = rearrange(q, "b n (h d) -> b h n d", h=heads)
     k, v = rearrange(kv, "b m (two h d) -> two b h m d", two=2, h=heads)
+    if isinstance(mask, BlockMask):
+        return rearrange(flexible(q)(q, k, v, block_mask=mask), "b h n d -> b n (h d)")
     few = torch.is_grad_enabled() and q.shape[2] * k.shape[2] <= 2**16
     if few and q.device.type == "cpu" and q.dtype != torch.float32:
         # SDPA's backward on the CPU takes 4 to 10 times as long on a few tokens in bf16
@@ -81,6 +86,17 @@ def attend(
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     return rearrange(out, "b h n d -> b n (h d)")
+
+
+def worth_skipping(x: Float[Tensor, "B N D"], heads: int) -> bool:
+    """Whether there is a kernel that computes the blocks of a sparse mask alone, as there is on GPUs."""
+    return x.shape[2] // heads >= 16 and can_compile(x.device)
+
+
+def flexible(q: Tensor) -> Callable[..., Any]:
+    """FlexAttention (Dong et al. 2024), which is a kernel once it is compiled."""
+    eager = torch.compiler.is_compiling() or not q.is_cuda
+    return flex_attention if eager else compiled_for_size(flex_attention)
 
 
 def attend_one(
@@ -168,17 +184,22 @@ class NormSiLU(torch.autograd.Function):
 
     A few passes in fp32, whatever x is, and nothing kept but x and numbers per channel. PyTorch's own kernel
     takes 2 to 4 times as long on channels_last bf16 on the CPU, and rounds more. The mean is taken off before
-    anything is squared: E[x^2] - E[x]^2 loses the variance of numbers far from zero.
+    anything is squared: E[x^2] - E[x]^2 loses the variance of numbers far from zero. On a GPU a compiler
+    makes two passes of it (`fused_forward`).
     """
 
     @staticmethod
     def forward(ctx, x, scale, shift, groups: int, eps: float, silu: bool):
+        ctx.groups, ctx.eps, ctx.silu, ctx.fused = groups, eps, silu, worth_fusing(x) and eps == EPS
+        if ctx.fused:
+            out, mean, rstd = compiled(fused_forward)(x, scale, shift, groups, silu)
+            ctx.save_for_backward(x, scale, shift, mean, rstd)
+            return out
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         mean = group_mean(wide.mean((2, 3)), groups)
         h = centred(wide, mean, x)
         rstd = group_mean((h * h).mean((2, 3)), groups).add(eps).rsqrt()
         ctx.save_for_backward(x, scale, shift, mean, rstd)
-        ctx.groups, ctx.eps, ctx.silu = groups, eps, silu
         torch.addcmul(pixel(shift), h, pixel(rstd * scale), out=h)  # memory in the cache beats a new tensor
         return (F.silu(h, inplace=True) if silu else h).to(x.dtype)
 
@@ -190,6 +211,10 @@ class NormSiLU(torch.autograd.Function):
             out = norm_silu(x, scale, shift, ctx.groups, ctx.eps, ctx.silu)
             made = iter(torch.autograd.grad(out, inputs, grad, create_graph=True))
             return *(next(made) if wanted else None for wanted in ctx.needs_input_grad[:3]), None, None, None
+        if ctx.fused:
+            saved = grad, x, scale, shift, mean, rstd
+            dx, scale_grad, shift_grad = compiled(fused_backward)(*saved, ctx.groups, ctx.silu)
+            return dx, scale_grad, shift_grad, None, None, None
         wide, g = (s.to(mean.dtype) for s in (x, grad))
         d, a = centred(wide, mean, x), rstd * scale
         h = torch.addcmul(pixel(shift), d, pixel(a))
@@ -212,6 +237,61 @@ def norm_silu(x: Tensor, scale: Tensor, shift: Tensor, groups: int, eps: float, 
     rstd = group_mean(d.square().mean((2, 3)), groups).add(eps).rsqrt()
     h = pixel(shift) + d * pixel(rstd * scale)
     return (F.silu(h) if silu else h).to(x.dtype)
+
+
+EPS = 1e-5  # of group norms
+
+
+def fused_forward(
+    x: Float[Tensor, "B C H W"], scale: Tensor, shift: Tensor, groups: int, silu: bool
+) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C"], Float[Tensor, "B C"]]:
+    """What `NormSiLU` computes, and mean and 1 / standard deviation, for a compiler: it reads x once for both
+    of these (Welford) and once more for the rest, with no fp32 copy of it in between.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    variance, mean_of_channel = torch.var_mean(wide, (2, 3), correction=0)
+    mean = spread(mean_of_channel, groups)
+    rstd = (spread(variance + (mean_of_channel - mean).square(), groups) + EPS).rsqrt()
+    h = (wide - pixel(mean)) * pixel(rstd * scale) + pixel(shift)
+    return (F.silu(h) if silu else h).to(x.dtype), mean, rstd
+
+
+def fused_backward(
+    grad: Float[Tensor, "B C H W"],
+    x: Float[Tensor, "B C H W"],
+    scale: Tensor,
+    shift: Tensor,
+    mean: Float[Tensor, "B C"],
+    rstd: Float[Tensor, "B C"],
+    groups: int,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, scale and shift: x and `grad` are read twice, too."""
+    normal, g = (x.to(mean.dtype) - pixel(mean)) * pixel(rstd), grad.to(mean.dtype)
+    if silu:
+        h = normal * pixel(scale) + pixel(shift)
+        sigmoid = h.sigmoid()
+        g = g * sigmoid * (1 + h * (1 - sigmoid))
+    shift_grad, scale_grad = g.sum((2, 3)), (g * normal).sum((2, 3))
+    level, along = (spread(scale * s, groups) / (x.shape[2] * x.shape[3]) for s in (shift_grad, scale_grad))
+    dx = (g * pixel(scale) - pixel(level) - normal * pixel(along)) * pixel(rstd)
+    if scale.ndim == 1:
+        scale_grad, shift_grad = scale_grad.sum(0), shift_grad.sum(0)
+    return dx.to(x.dtype), scale_grad, shift_grad
+
+
+def spread(s: Float[Tensor, "B C"], groups: int) -> Float[Tensor, "B C"]:
+    """Each entry the mean of its group: `group_mean` for any number of channels in one kernel."""
+    s = s.unflatten(1, (groups, -1))
+    return s.mean(2, keepdim=True).expand_as(s).flatten(1)
+
+
+FEWEST = 2**20  # numbers in a feature map, below which launching kernels takes as long as they do
+
+
+def worth_fusing(x: Tensor) -> bool:
+    """Whether a compiler is worth its time, and there is one for this device."""
+    return x.numel() >= FEWEST and can_compile(x.device)
 
 
 def centred(wide: Tensor, mean: Tensor, x: Tensor) -> Tensor:
@@ -244,8 +324,10 @@ class GroupNorm(nn.Module):
         scale: Float[Tensor, "B C"] | None = None,
         shift: Float[Tensor, "B C"] | None = None,
     ) -> Float[Tensor, "B C H W"]:
-        scale, shift = (self.weight, self.bias) if scale is None else (scale, shift)
-        return NormSiLU.apply(x, scale, shift, self.groups, 1e-5, self.silu)
+        scale, shift = (self.weight, self.bias) if scale is None or shift is None else (scale, shift)
+        if x.is_cuda and torch.compiler.is_compiling():
+            return fused_forward(x, scale, shift, self.groups, self.silu)[0]
+        return NormSiLU.apply(x, scale, shift, self.groups, EPS, self.silu)
 
 
 class PixelAttention(nn.Module):

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dalle.errors import UserError
 from dalle.nets.blocks import GroupNorm
+from dalle.nets.recompute import Checkpoint, recomputed
 from dalle.nets.sizes import levels_for, map_sides, padded, patch_for
 from dalle.ranges import Depth, Length, PositiveInt, Side, Vocabulary, Width
 
@@ -82,7 +82,7 @@ class Transformer(nn.Module):
     """A stack of blocks. `checkpoint` recomputes each block in the backward pass to save memory."""
 
     def __init__(
-        self, width: int, layers: int, heads: int, activation: str, causal: bool, checkpoint: bool
+        self, width: int, layers: int, heads: int, activation: str, causal: bool, checkpoint: Checkpoint
     ) -> None:
         super().__init__()
         self.causal, self.checkpoint = causal, checkpoint
@@ -91,7 +91,7 @@ class Transformer(nn.Module):
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         for block in self.resblocks:
             if self.checkpoint and self.training:
-                x = checkpoint(block, x, self.causal, use_reentrant=False)
+                x = recomputed(self.checkpoint, block, x, self.causal)
             else:
                 x = block(x, self.causal)
         return x
@@ -145,7 +145,13 @@ class ConvTower(nn.Module):
     """
 
     def __init__(
-        self, image_size: int, patch_size: int, width: int, layers: int, embed_dim: int, checkpoint: bool
+        self,
+        image_size: int,
+        patch_size: int,
+        width: int,
+        layers: int,
+        embed_dim: int,
+        checkpoint: Checkpoint,
     ) -> None:
         super().__init__()
         self.checkpoint = checkpoint
@@ -161,7 +167,7 @@ class ConvTower(nn.Module):
 
     def run(self, block: nn.Module, x: Tensor) -> Tensor:
         if self.checkpoint and self.training:
-            return checkpoint(block, x, use_reentrant=False)  # pyright: ignore[reportReturnType]  # its hint allows None
+            return recomputed(self.checkpoint, block, x)
         return block(x)
 
     def forward(self, pixels: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b e"]:
@@ -201,7 +207,7 @@ class CLIP(nn.Module):
         text_heads: PositiveInt | None,
         vision_heads: PositiveInt | None = None,
         activation: str = "gelu",
-        checkpoint: bool = False,
+        checkpoint: Checkpoint = False,
         vision: str = "conv",
     ) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from dalle.errors import UserError
 from dalle.nets.blocks import (
@@ -29,7 +29,9 @@ from dalle.nets.blocks import (
     hidden,
     linear_fp32,
     put,
+    worth_skipping,
 )
+from dalle.nets.recompute import Checkpoint, recomputed
 from dalle.ranges import Depth, Dropout, Length, Levels, PositiveInt, Side, Vocabulary, Width
 
 SPARSE = ("row", "column", "conv")
@@ -75,11 +77,13 @@ def offsets(kind: str, grid: int, kernel: int) -> list[int]:
 class SparseMask(nn.Module):
     """What the layers of one sparse kind see: all text before and, of the picture, the codes at `steps`.
 
-    mask (S, S), S = text_length + grid^2, is for whole streams. For one code at a time, whose query is of
-    rank i in the picture, keys[i] are the positions that it sees, where seen[i]: the others are too early.
+    mask (S, S), S = text_length + grid^2, is for whole streams; `blocks` says the same to a kernel that skips
+    what nobody sees. For one code at a time, whose query is of rank i in the picture, keys[i] are the
+    positions that it sees, where seen[i]: the others are too early.
     """
 
     mask: Bool[Tensor, "S S"]
+    allowed: Bool[Tensor, "N"]
     keys: Int64[Tensor, "N M"]
     seen: Bool[Tensor, "N M"]
 
@@ -94,8 +98,27 @@ class SparseMask(nn.Module):
         text = torch.arange(text_length).expand(codes, -1)
         keys = torch.cat((text, text_length + before.clamp(min=0)), dim=1)
         seen = torch.cat((torch.ones_like(text, dtype=torch.bool), before >= 0), dim=1)
-        for name, buffer in (("mask", mask), ("keys", keys), ("seen", seen)):
+        self.text_length, self.made = text_length, {}
+        for name, buffer in (("mask", mask), ("keys", keys), ("seen", seen), ("allowed", allowed)):
             self.register_buffer(name, buffer, persistent=False)
+
+    def blocks(self, length: int) -> BlockMask:
+        """Of the first tokens of a stream; made once."""
+        if torch.compiler.is_compiling():
+            return self.make_blocks(length)
+        key = length, self.allowed.device
+        if key not in self.made:
+            self.made = {key: self.make_blocks(length)}
+        return self.made[key]
+
+    def make_blocks(self, length: int) -> BlockMask:
+        text_length, allowed = self.text_length, self.allowed
+
+        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            near = allowed[(query - key).clamp(0, len(allowed) - 1)]
+            return (key <= query) & ((key < text_length) | near)
+
+        return create_block_mask(sees, None, None, length, length, device=allowed.device)
 
 
 def rotations(length: int, head_dim: int) -> Float[Tensor, "2 S d"]:
@@ -175,7 +198,7 @@ class Attention(nn.Module):
         self,
         x: Float[Tensor, "B M D"],
         rotation: Float[Tensor, "2 M d"] | None,
-        mask: Bool[Tensor, "M M"] | None,
+        mask: Bool[Tensor, "M M"] | BlockMask | None,
     ) -> tuple[Float[Tensor, "B M D"], Float[Tensor, "B M 2*D"]]:
         """Without a mask, causal. Also gives the keys | values, for those who cache them."""
         q, kv = self.project(x, rotation)
@@ -239,7 +262,7 @@ class Layer(nn.Module):
         self,
         x: Float[Tensor, "B M D"],
         rotation: Float[Tensor, "2 M d"] | None,
-        mask: Bool[Tensor, "M M"] | None,
+        mask: Bool[Tensor, "M M"] | BlockMask | None,
     ) -> tuple[Float[Tensor, "B M D"], tuple[Tensor, Tensor, Tensor]]:
         """Also gives what a cache is made of: keys | values, and what the two parts read before the shift."""
         shift = self.shift or nn.Identity()
@@ -344,7 +367,7 @@ class DALLE(nn.Module):
         dropout: Dropout = 0.0,
         style: str = "gpt",
         shift: bool = False,
-        checkpoint: bool = False,
+        checkpoint: Checkpoint = False,
         *,
         image_levels: Levels | None,
     ):
@@ -442,10 +465,14 @@ class DALLE(nn.Module):
     def through(self, x: Float[Tensor, "B M D"], kept: list[Any] | None = None) -> Float[Tensor, "B M D"]:
         """All layers over the first M tokens of the stream; what caches are made of is appended to `kept`."""
         rotation = None if self.rotation is None else self.rotation[:, : x.shape[1]]
-        masks = {kind: sight.mask[: x.shape[1], : x.shape[1]] for kind, sight in self.sights.items()}
+        length = x.shape[1]
+        if self.training and worth_skipping(x, self.heads):
+            masks = {kind: sight.blocks(length) for kind, sight in self.sights.items()}
+        else:
+            masks = {kind: sight.mask[:length, :length] for kind, sight in self.sights.items()}
         for layer, kind in zip(self.layers, self.kinds, strict=True):
             if self.checkpoint and self.training:
-                x, read = checkpoint(layer, x, rotation, masks.get(kind), use_reentrant=False)
+                x, read = recomputed(self.checkpoint, layer, x, rotation, masks.get(kind))
             else:
                 x, read = layer(x, rotation, masks.get(kind))
             if kept is not None:

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dalle.errors import UserError
 from dalle.nets.blocks import MLP, Attention, Conditioning, KnownPixels
+from dalle.nets.recompute import Checkpoint, recomputed
 from dalle.nets.sizes import cut, map_sides, padded, patch_for
 from dalle.ranges import Depth, Dropout, Length, PositiveInt, Side, Width
 
@@ -79,7 +79,7 @@ class DiT(nn.Module):
         text_width: Width,
         image_tokens: Length = 4,
         dropout: Dropout = 0.0,
-        checkpoint: bool = False,
+        checkpoint: Checkpoint = False,
         inpaint: bool = False,
     ):
         super().__init__()
@@ -141,7 +141,7 @@ class DiT(nn.Module):
             x = x + self.conv_known(padded(known, k)).flatten(2).mT
         for block, modulation, keys in zip(self.blocks, modulations, contexts, strict=True):
             if self.checkpoint and self.training:
-                x = checkpoint(block, x, modulation, keys, use_reentrant=False)
+                x = recomputed(self.checkpoint, block, x, modulation, keys)
             else:
                 x = block(x, modulation, keys)
         x = self.proj_out(modulate(self.norm(x), *last.chunk(2, dim=1)))

@@ -10,10 +10,10 @@ three tokens only.
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dalle.errors import UserError
 from dalle.nets.blocks import MLP, Attention, TimeMLP, keep_or_null
+from dalle.nets.recompute import Checkpoint, recomputed
 from dalle.ranges import Depth, Dropout, Length, PositiveInt, Width
 
 Cache = list[Tensor]  # keys | values (B, T + 1, 2 * width) of the text part, for each layer
@@ -53,7 +53,7 @@ class Prior(nn.Module):
         depth: Depth,
         heads: PositiveInt,
         dropout: Dropout = 0.0,
-        checkpoint: bool = False,
+        checkpoint: Checkpoint = False,
     ):
         super().__init__()
         if width % heads:
@@ -148,7 +148,7 @@ class Prior(nn.Module):
         for i, layer in enumerate(self.layers):
             past = None if cache is None else cache[i]
             if self.checkpoint and self.training:
-                tokens, _ = checkpoint(layer, tokens, past, use_reentrant=False)
+                tokens, _ = recomputed(self.checkpoint, layer, tokens, past)
             else:
                 tokens, _ = layer(tokens, past)
         return self.out(self.norm(tokens[:, -1]))

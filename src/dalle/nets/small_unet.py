@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dalle.errors import UserError
 from dalle.nets.blocks import (
@@ -28,6 +27,7 @@ from dalle.nets.blocks import (
     PixelAttention,
     check_sizes,
 )
+from dalle.nets.recompute import Checkpoint, recomputed
 from dalle.nets.sizes import cut, levels_for, map_sides, padded, patch_for
 from dalle.ranges import Depth, Dropout, Length, Multipliers, PositiveInt, Side, Width
 
@@ -87,7 +87,7 @@ class SmallUNet(nn.Module):
         patch: Side,
         image_tokens: Length = 4,
         dropout: Dropout = 0.0,
-        checkpoint: bool = False,
+        checkpoint: Checkpoint = False,
         inpaint: bool = False,
     ):
         super().__init__()
@@ -163,7 +163,7 @@ class SmallUNet(nn.Module):
         for block in blocks.children():
             given = next(modulations), None if block.attention is None else next(contexts)
             if self.checkpoint and self.training:
-                x = checkpoint(block, x, *given, use_reentrant=False)  # pyright: ignore[reportAssignmentType]  # its hint allows None
+                x = recomputed(self.checkpoint, block, x, *given)
             else:
                 x = block(x, *given)
         return x

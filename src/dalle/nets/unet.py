@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dalle.errors import UserError
 from dalle.nets.blocks import (
@@ -27,6 +26,7 @@ from dalle.nets.blocks import (
     Upsample,
     check_sizes,
 )
+from dalle.nets.recompute import Checkpoint, recomputed
 from dalle.nets.sizes import cut, levels_for, map_sides, multipliers_for, padded, patch_for
 from dalle.ranges import Depth, Dropout, Length, Multipliers, PositiveInt, Side, Width
 
@@ -85,7 +85,7 @@ class UNet(nn.Module):
         dropout: Dropout = 0.0,
         resample: str = "conv",
         positions: bool = True,
-        checkpoint: bool = False,
+        checkpoint: Checkpoint = False,
         inpaint: bool = False,
     ):
         super().__init__()
@@ -165,7 +165,7 @@ class UNet(nn.Module):
             return layer(x)
         given = next(scales), next(shifts), None if layer.attention is None else next(contexts)
         if self.checkpoint and self.training:
-            return checkpoint(layer, x, *given, use_reentrant=False)
+            return recomputed(self.checkpoint, layer, x, *given)
         return layer(x, *given)
 
     def forward(

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dalle.errors import UserError
 from dalle.nets.blocks import Downsample, GroupNorm, ResBlock, TimeMLP, Upsample
+from dalle.nets.recompute import Checkpoint, recomputed
 from dalle.nets.sizes import enlarged, map_sides
 from dalle.ranges import Depth, Dropout, Multipliers, PositiveInt, Side, Width
 
@@ -47,7 +47,7 @@ class UpsamplerUNet(nn.Module):
         dropout: Dropout = 0.0,
         resample: str = "conv",
         residual: bool = True,
-        checkpoint: bool = False,
+        checkpoint: Checkpoint = False,
     ):
         super().__init__()
         if image_size % factor:
@@ -109,7 +109,7 @@ class UpsamplerUNet(nn.Module):
             return layer(x)
         given = next(scales), next(shifts)
         if self.checkpoint and self.training:
-            return checkpoint(layer, x, *given, use_reentrant=False)
+            return recomputed(self.checkpoint, layer, x, *given)
         return layer(x, *given)
 
     def forward(

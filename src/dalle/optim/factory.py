@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from dalle.errors import UserError
+from dalle.optim.adamw_8bit import AdamW8bit
+from dalle.optim.muon import Muon
 from dalle.ranges import Betas, Decay, Fraction, NonNegative, NonNegativeInt, Rate
 
 
@@ -132,6 +134,13 @@ class OptimizerFactory:
         done = min(max((step - start) / max(self.decay_end * total_steps - start, 1), 0.0), 1.0)
         falling = 1 - done if self.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
         return rising * (self.final + (1 - self.final) * falling)
+
+
+def can_skip(optimizer: Any) -> bool:
+    """Whether a step moves nothing where the optimizer's `found_inf`, on the device, is 1."""
+    return isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW | Muon | AdamW8bit) and bool(
+        optimizer.defaults["fused"]
+    )
 
 
 def hidden_matrices(net: nn.Module) -> list[nn.Parameter]:

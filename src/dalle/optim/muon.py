@@ -68,6 +68,7 @@ class Muon(Optimizer):
             "matrices": False, "fused": True,
         }  # fmt: skip
         super().__init__(groups, defaults)
+        self.found_inf: Tensor | None = None  # on the device; 1: this step moves nothing
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -77,48 +78,67 @@ class Muon(Optimizer):
                 loss = closure()
         for group in self.param_groups:
             given = [p for p in group["params"] if p.grad is not None]
-            (self.muon if group["matrices"] else self.adamw)(given, group)
+            if given and group["matrices"]:
+                self.muon(given, group)
+            elif given:
+                adamw_step(given, self.state, group, self.found_inf)
         return loss
 
     def muon(self, params: list[Tensor], group: dict[str, Any]) -> None:
         alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for p in params:
-            grad: Any = p.grad
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
-            average = self.state[p]["momentum"]
-            average.lerp_(grad, 1 - group["momentum"])
-            update = grad.lerp(average, group["momentum"]).flatten(1)
-            alike[update.shape].append((p, update))
+        grads: Any = [p.grad for p in params]
+        averages = [self.state[p]["momentum"] for p in params]
+        kept = 1 - group["lr"] * group["weight_decay"]
+        if self.found_inf is not None:  # what is then done to averages and weights leaves them as they are
+            bad = self.found_inf > 0
+            grads = [torch.where(bad, average, grad) for average, grad in zip(averages, grads, strict=True)]
+            kept = torch.where(bad, 1.0, kept)
+        torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
+        for p, update in zip(params, torch._foreach_lerp(grads, averages, group["momentum"]), strict=True):
+            alike[update.flatten(1).shape].append((p, update.flatten(1)))
+        torch._foreach_mul_(params, kept)
         for shape, pairs in alike.items():  # matrices of one shape in one product
             updates = orthogonalize(torch.stack([update for _, update in pairs]))
-            size = 0.2 * max(shape) ** 0.5
-            for (p, _), update in zip(pairs, updates, strict=True):
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update.view_as(p), alpha=-group["lr"] * size)
+            if self.found_inf is not None:
+                updates = torch.where(bad, 0.0, updates)
+            steps = [u.view_as(p) for u, (p, _) in zip(updates, pairs, strict=True)]
+            torch._foreach_add_([p for p, _ in pairs], steps, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
 
-    def adamw(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        for p in params:
-            if not self.state[p]:
-                step = torch.zeros((), dtype=torch.float32, device=p.device)
-                zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-                self.state[p] |= {"step": step, **zeros}
-        states = [self.state[p] for p in params]
-        beta1, beta2 = group["betas"]
-        grads: Any = [p.grad for p in params]
-        adamw(
-            params,
-            grads,
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
-            [],
-            [s["step"] for s in states],
-            fused=True,
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
+
+def adamw_step(
+    params: list[Tensor], states: dict[Any, Any], group: dict[str, Any], found_inf: Tensor | None
+) -> None:
+    """AdamW's step of some weights of a group, by torch's fused kernel.
+
+    Args:
+        states: of all weights of an optimizer; those of these are made where they are missing.
+        found_inf: 1 where nothing is to move.
+    """
+    for p in params:
+        if not states[p]:
+            step = torch.zeros((), dtype=torch.float32, device=p.device)
+            zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+            states[p] |= {"step": step, **zeros}
+    own = [states[p] for p in params]
+    beta1, beta2 = group["betas"]
+    grads: Any = [p.grad for p in params]
+    adamw(
+        params,
+        grads,
+        [s["exp_avg"] for s in own],
+        [s["exp_avg_sq"] for s in own],
+        [],
+        [s["step"] for s in own],
+        fused=True,
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+        found_inf=found_inf,
+    )

@@ -15,6 +15,7 @@ from dalle.data.embed_norm import EmbedNorm
 from dalle.data.sources import mix
 from dalle.diffusion.noise import per_sample
 from dalle.errors import UserError
+from dalle.machine import precise
 from dalle.pipelines.upsampling import DECODER
 
 PARALLEL = 1e-4  # sine of an angle below which a straight line is as good as an arc
@@ -231,7 +232,7 @@ def slerp(p: Float[Tensor, "1 *S"], q: Float[Tensor, "1 *S"], t: Float[Tensor, "
     parallel (Shoemake 1985).
     """
     t = t.reshape(-1, *[1] * (p.ndim - 1))
-    ends = [normalize(one.flatten().double(), dim=0) for one in (p, q)]
+    ends = [normalize(precise(one.flatten()), dim=0) for one in (p, q)]
     angle = torch.acos((ends[0] @ ends[1]).clamp(-1, 1)).item()
     if math.sin(angle) < PARALLEL:
         return torch.lerp(p, q, t)

@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 from dalle.data.batch import Batch
 from dalle.errors import UserError
 from dalle.finite import not_finite
-from dalle.optim.factory import OptimizerFactory
+from dalle.optim.factory import OptimizerFactory, can_skip
 from dalle.stages.nan_guard import PATIENCE, Diverged, Guard, kept_buffers, worth_keeping
 
 VALIDATION_SEED = 20240229  # noise, times and dropped conditions are the same in every validation
@@ -124,14 +124,27 @@ class Stage(lightning.LightningModule):
         else:
             norm = clip_grad_norm_(weights, limit)
         self.log("train/grad_norm", norm)
-        if not self.guard.passes(norm):
-            self.guard.leave_out(weights)
-        elif gradient_clip_algorithm != "norm":
+        if self.guard.deferred:
+            self.guard.decide(norm, optimizer)
+        elif not self.guard.passes(norm):
+            return self.guard.leave_out(weights)
+        if gradient_clip_algorithm != "norm":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def on_train_start(self) -> None:
+        trainer = self.trainer
+        self.guard.deferred = (
+            self.device.type == "cuda"
+            and trainer.precision != "16-mixed"  # whose scaler waits for the device anyway
+            and not isinstance(trainer.strategy, FSDPStrategy)
+            and all(can_skip(optimizer) for optimizer in trainer.optimizers)
+        )
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.guard.begin(self)
+            for p in self.parameters():  # else kept beside what this step's forward pass keeps
+                p.grad = None
         wrapped = self.trainer.strategy.model
         if isinstance(wrapped, DistributedDataParallel):
             wrapped.require_forward_param_sync = True  # of buffers, which manual optimization switches off
@@ -140,18 +153,20 @@ class Stage(lightning.LightningModule):
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
             return
         self.guard.end()
-        self.log("train/skipped", float(self.guard.skipped))
-        if self.guard.left_out:
+        self.log("train/skipped", torch.full((), float(self.guard.skipped), device=self.device))
+        if self.guard.news:
             self.tell_of_skipped(batch)
 
     def on_train_end(self) -> None:
+        self.guard.read()
         self.check_worth_keeping()
         if 2 * self.guard.skipped > self.global_step and self.trainer.precision != "16-mixed":
             self.diverged(f"{self.guard.skipped} of {self.global_step} steps {NO_NUMBER}", {})
 
     def tell_of_skipped(self, batch: Batch) -> None:
         """Says so when a step is left out for the first time, and ends the run when too many are in a row."""
-        guard, step = self.guard, self.global_step - 1
+        guard, step = self.guard, self.guard.news[-1]
+        guard.news.clear()
         if guard.in_a_row >= self.patience:
             first = step - guard.in_a_row + 1
             self.diverged(f"step {first} and all {guard.in_a_row - 1} steps after it {NO_NUMBER}", batch)
@@ -242,16 +257,18 @@ class Stage(lightning.LightningModule):
         Returns: the norm of the gradient before it is clipped to `trainer.gradient_clip_val`.
         """
         weights = [p for p in net.parameters() if p.requires_grad]
+        optimizers: Any = self.optimizers(use_pl_optimizer=which == 0)  # Lightning's wrapper counts steps
+        schedules: Any = self.lr_schedulers()
         norm = torch.full_like(loss, torch.nan)
         if not self.guard.left_out:  # else nothing of this batch is worth a step
             for p, grad in zip(weights, self.gradients(loss, weights, which), strict=True):
                 # in the weight's layout, as backward() would: fused optimizers go through memory, not indices
                 p.grad = torch.empty_like(p).copy_(grad)
             norm = clip_grad_norm_(weights, self.clip or torch.inf)
-        if self.guard.left_out or not self.guard.passes(norm, which):
+        if self.guard.deferred:
+            self.guard.decide(norm, self.trainer.optimizers[which], which)
+        elif self.guard.left_out or not self.guard.passes(norm, which):
             self.guard.leave_out(weights)
-        optimizers: Any = self.optimizers(use_pl_optimizer=which == 0)  # Lightning's wrapper counts steps
-        schedules: Any = self.lr_schedulers()
         optimizers[which].step()
         schedules[which].step()
         for p in weights:

@@ -96,8 +96,9 @@ class DVAEStage(Stage):
     def step(self, batch: Batch) -> dict[str, Tensor]:
         """In training from soft codes, else from hard ones, which also gives `codes` and `reconstruction`."""
         image, now = batch["image"], self.global_step
-        temperature = torch.tensor(self.temperature(now), device=image.device)
-        kl_weight = torch.tensor(self.kl_weight(now), device=image.device)
+        # filled there: a copy of a number would wait for the device
+        temperature = torch.full((), self.temperature(now), device=image.device)
+        kl_weight = torch.full((), self.kl_weight(now), device=image.device)
         if self.training:
             (mean, ln_b), logits = self.net(image, temperature)
             seen = {"temperature": temperature, "kl_weight": kl_weight}

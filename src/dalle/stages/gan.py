@@ -122,7 +122,9 @@ class GanStage(Stage):
             logits = self.discriminator(self.seen(image), **text_of(batch))
             penalty = r1(logits, image, self.r1_gamma)
         self.manual_step(self.r1_every * penalty, self.discriminator, DISCRIMINATOR)
-        if not self.guard.left_out:
+        if self.guard.deferred:
+            self.r1 = torch.where(self.guard.bad, self.r1, penalty.detach())
+        elif not self.guard.left_out:
             self.r1 = penalty.detach()
 
     def seen(self, image: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:

@@ -2,10 +2,13 @@
 
 A loss that is nan, infinite, or has exploded makes its whole gradient nan, and with that the norm of the
 gradient on all ranks, as they average their gradients: one look at the norm, and all agree without asking one
-another. A step that is left out counts as a step for the schedule, as under fp16, but moves nothing: neither
-weights nor the optimizer's state, buffers, or a moving average.
+another. On a GPU not even the host looks, which would make it wait for the device in every step: fused
+optimizers can be told by a number on the device to move nothing. A step that is left out counts as a step for
+the schedule, as under fp16, but moves nothing: neither weights nor the optimizer's state, buffers, or a
+moving average.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,17 +33,24 @@ class Guard:
         skipped: how many were left out.
         in_a_row: how many of those just now, with none between them.
         left_out: whether the last one was.
+        deferred: nobody waits for the device: it leaves out bad steps by itself, and is looked at one step
+            late. Then `left_out` is not known within a step, and `bad` is.
+        bad: of this step so far, on the device.
     """
 
     def __init__(self) -> None:
         self.skipped, self.in_a_row, self.left_out = 0, 0, False
-        self.limits: dict[int, float] = {}  # by optimizer: a loss that reaches it has exploded
+        self.deferred, self.step = False, 0
+        self.news: list[int] = []  # numbers of steps that were left out, of which nothing has been said yet
+        self.limits: dict[int, float | Tensor] = {}  # by optimizer: a loss that reaches it has exploded
         self.losses: dict[int, Tensor] = {}
         self.buffers: list[tuple[nn.Module, str, Tensor]] = []
+        self.bad: Tensor | None = None
+        self.unread: list[tuple[int, Tensor, torch.cuda.Event | None]] = []
 
-    def begin(self, stage: nn.Module) -> None:
+    def begin(self, stage: Any) -> None:
         """Before a step: keeps what a forward pass may move, statistics and codebooks."""
-        self.left_out = False
+        self.left_out, self.bad, self.step = False, None, stage.global_step
         self.buffers = [(module, name, buffer.clone()) for module, name, buffer in kept_buffers(stage)]
 
     def marked(self, loss: Tensor, which: int = 0) -> Tensor:
@@ -61,6 +71,21 @@ class Guard:
         return False
 
     @torch.no_grad()
+    def decide(self, norm: Tensor, optimizer: Any, which: int = 0) -> None:
+        """The same without waiting: tells the optimizer, by its `found_inf`, to move nothing after all."""
+        bad = ~norm.isfinite()
+        self.bad = bad if self.bad is None else self.bad | bad
+        first = EXPLODED * self.losses[which].float().abs().clamp(min=1.0)
+        limit = self.limits.get(which, torch.inf)
+        if not isinstance(limit, Tensor):
+            limit = torch.full_like(first, limit)
+        self.limits[which] = torch.where(~self.bad & limit.isinf(), first, limit)
+        for module, name, buffer in self.buffers:
+            now = getattr(module, name)
+            now.copy_(torch.where(self.bad, buffer, now))
+        optimizer.found_inf = self.bad.float()
+
+    @torch.no_grad()
     def leave_out(self, weights: list[nn.Parameter]) -> None:
         """Without gradients an optimizer moves nothing."""
         for p in weights:
@@ -69,12 +94,36 @@ class Guard:
             getattr(module, name).copy_(buffer)
 
     def end(self) -> None:
-        """After a step."""
-        self.skipped += self.left_out
-        self.in_a_row = self.in_a_row + 1 if self.left_out else 0
+        """After a step. A deferred guard counts the step before: the device has long got so far."""
+        if not self.deferred:
+            self.count(self.step, self.left_out)
+        elif self.bad is not None:
+            flag, event = self.bad.to("cpu", non_blocking=True), None
+            if self.bad.is_cuda:
+                event = torch.cuda.Event()
+                event.record()
+            self.unread.append((self.step, flag, event))
+            self.read(newest=False)
+
+    def read(self, newest: bool = True) -> None:
+        """Counts the steps that the device has been asked about: all, or all but the newest."""
+        while len(self.unread) > (not newest):
+            step, flag, event = self.unread.pop(0)
+            if event is not None:
+                event.synchronize()
+            self.count(step, bool(flag.numpy()))
+
+    def count(self, step: int, left_out: bool) -> None:
+        self.skipped += left_out
+        self.in_a_row = self.in_a_row + 1 if left_out else 0
+        if left_out:
+            self.news.append(step)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "limits": dict(self.limits)}
+        self.read()
+        limits = {which: float(limit) for which, limit in self.limits.items()}
+        known = {which: limit for which, limit in limits.items() if math.isfinite(limit)}
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row, "limits": known}
 
     @staticmethod
     def fits(state: Any) -> bool:

@@ -251,8 +251,44 @@ class Throughput(lightning.Callback):
         self.forget()
 
 
+class Compile(lightning.Callback):
+    """Compiles the network for training steps, once, as their shapes never change. Validations, tests and
+    pictures on the way have others, for which it runs as it is.
+
+    Args:
+        mode: torch.compile's; None: its usual one.
+    """
+
+    def __init__(self, mode: str | None = None) -> None:
+        self.mode = mode
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
+        pl_module.net.compile(dynamic=False, mode=self.mode)
+
+    def on_validation_start(self, *_: Any) -> None:
+        torch.compiler.set_stance("force_eager")
+
+    def on_validation_end(self, *_: Any) -> None:
+        torch.compiler.set_stance("default")
+
+    on_test_start, on_test_end = on_validation_start, on_validation_end
+
+    def on_exception(self, *_: Any) -> None:
+        torch.compiler.set_stance("default")
+
+
 class Progress(TQDMProgressBar):
-    """Lightning's bar without the version number, which says nothing."""
+    """Lightning's bar without the version number, which says nothing. It shows what is logged when that is
+    logged: numbers of every step would have to be waited for in every step.
+    """
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *arguments: Any
+    ) -> None:
+        if trainer.strategy.root_device.type == "cpu" or is_logging(trainer):
+            super().on_train_batch_end(trainer, pl_module, *arguments)
+        else:
+            self.train_progress_bar.update(arguments[-1] + 1 - self.train_progress_bar.n)
 
     def get_metrics(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> dict[str, Any]:
         metrics = super().get_metrics(trainer, pl_module)

@@ -49,7 +49,7 @@ class Needed(TypedDict):
     resume: bool
     overwrite: bool
     preflight: bool
-    compile: bool
+    compile: bool | Literal["max-autotune", "reduce-overhead"]
     batch_size: PositiveInt | Literal["auto"]
     upstream: dict[str, Text]
     paths: dict[str, Text]

@@ -16,8 +16,9 @@ class Ema(lightning.Callback):
     """Exponential moving average of the trained network only; validation, tests and samples use it.
 
     The decay warms up as min(decay, (1 + n) / (10 + n)) after n updates, so that the first weights are
-    forgotten soon. Integer and boolean buffers are copied. Averages of half weights are in fp32: in 8 bits
-    none would ever move.
+    forgotten soon. A step that the NaN guard leaves out is no update; on a GPU, where that is known too late,
+    the average comes nearer to weights that have not moved. Integer and boolean buffers are copied. Averages
+    of half weights are in fp32: in 8 bits none would ever move.
     """
 
     def __init__(self, decay: Decay = 0.998, every: PositiveInt = 1) -> None:

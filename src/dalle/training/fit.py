@@ -19,6 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 
 import dalle
+from dalle.compiler import keep_kernels
 from dalle.data.datamodules import SourceDataModule
 from dalle.data.frozen import frozen_of
 from dalle.data.tokenizers import save_tokenizer
@@ -30,6 +31,7 @@ from dalle.run_dir import Run
 from dalle.run_lock import check_ours, check_place, claimed
 from dalle.stages.base import Stage
 from dalle.training import init_from, loggers, preflight, resume
+from dalle.training.callbacks import Compile
 from dalle.training.checkpoints import LastCheckpoint, read_checkpoint
 from dalle.training.checks import build_stage, check_config
 from dalle.training.defaults import fill_lengths, fill_sizes, said
@@ -56,6 +58,7 @@ def train(config: Config) -> dict[str, float]:
     lightning.seed_everything(config["seed"], workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")
 
+    keep_kernels(config["paths"]["cache"])
     datamodule, line = prepare(config, run)
     if line and is_main_process():
         print(line, flush=True)
@@ -68,8 +71,6 @@ def train(config: Config) -> dict[str, float]:
         behind = resume.steps_behind(run, stage) if resuming else 0
         preflight.report(config, stage, datamodule, behind)
         return {}
-    if config["compile"]:
-        stage.net.compile()
     trainer = make_trainer(config, run)
     stage.check_trainer(trainer)
     datamodule.trainer = trainer
@@ -303,6 +304,8 @@ def make_trainer(config: Config, run: Run) -> lightning.Trainer:
     if not config["trainer"].get("enable_progress_bar", True):
         nodes.pop("progress", None)
     callbacks = [instantiate(node, f"callbacks.{key}") for key, node in nodes.items()]
+    if mode := config["compile"]:
+        callbacks.append(Compile(None if mode is True else mode))
     if not any(isinstance(callback, LastCheckpoint) for callback in callbacks):
         callbacks.append(LastCheckpoint(run.path))
     made: list[Logger] = [instantiate(node, f"logger.{k}") for k, node in config["logger"].items() if node]

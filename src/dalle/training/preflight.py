@@ -166,7 +166,7 @@ class Watch(lightning.Callback):
             self.counter.__exit__(None, None, None)
             self.flops, self.activations = self.counter.get_total_flops(), self.saved.peak
             if self.compiled:
-                pl_module.net.compile()
+                pl_module.net.compile(dynamic=False)
         self.batches += 1
         self.device = pl_module.device
         if self.device.type == "cuda":
@@ -205,7 +205,7 @@ def watch(config: dict[str, Any], stage: Stage, datamodule: Any) -> Watch:
     Raises:
         UserError: a step does not fit into the device's memory.
     """
-    watched, ema = Watch(config["compile"]), average_of(config)
+    watched, ema = Watch(bool(config["compile"])), average_of(config)
     callbacks = [watched, *([instantiate(ema, "callbacks.ema")] if ema else [])]
     trainer = instantiate(
         {"_target_": "lightning.Trainer", **config["trainer"], **SHORT},
@@ -277,7 +277,11 @@ def memory(config: dict[str, Any], stage: Stage, datamodule: Any, watched: Watch
     else:
         seen = f"seen at most {in_bytes(peak_memory())} of the whole process"
     estimate = " + ".join(f"{name} {in_bytes(n)}" for name, n in kinds.items() if n)
-    return f"{estimate} = {in_bytes(sum(kinds.values()))} a device; {seen}"
+    at_once = sum(kinds.values())
+    if config["trainer"]["accumulate_grad_batches"] == 1:
+        # a backward pass makes the ones as it lets go of the others
+        at_once -= min(kinds["gradients"], kinds["activations"])
+    return f"{estimate}; {in_bytes(at_once)} of these at once a device; {seen}"
 
 
 def held(module: nn.Module) -> int:
