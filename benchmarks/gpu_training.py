@@ -96,16 +96,26 @@ BELOW = {
 }  # fmt: skip
 
 
+OTHERWISE = {
+    "attention",
+    "fused",
+}  # operators that PyTorch counts among the random ones, which draw nothing here
+
+
 class DrawnOnCpu(TorchDispatchMode):
-    """Whatever is random is drawn on the CPU, so that a GPU trains on the CPU's noise."""
+    """Whatever is random is drawn on the CPU, so that a GPU trains on the CPU's noise.
+
+    PyTorch counts attention and operations on lists of tensors as random, too, which draw nothing here.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         tags = getattr(func, "tags", ())
-        random = torch.Tag.nondeterministic_seeded in tags and "attention" not in func.__name__
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
         place = torch.device(kwargs.get("device") or (tensors[0].device if tensors else "cpu"))
-        if not random or place.type == "meta":
+        lists = any(isinstance(arg, list) and arg and isinstance(arg[0], torch.Tensor) for arg in args)
+        draws = torch.Tag.nondeterministic_seeded in tags and "attention" not in func.__name__ and not lists
+        if not draws or place.type == "meta":
             return func(*args, **kwargs)
         if "device" in kwargs:
             kwargs["device"] = torch.device("cpu")
