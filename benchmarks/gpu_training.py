@@ -122,7 +122,7 @@ class DrawnOnCpu(TorchDispatchMode):
         args_cpu, kwargs_cpu = tree_map_only(torch.Tensor, lambda t: t.cpu(), (args, kwargs))
         made = func(*args_cpu, **kwargs_cpu)
         if func._schema.is_mutable:
-            return args[0].copy_(made)
+            return kwargs.get("out", args[0]).copy_(made)  # the size comes first where a place is given
         return tree_map_only(torch.Tensor, lambda t: t.to(place), made)
 
 

@@ -77,6 +77,20 @@ def test_compiling_happens_in_the_first_step_only(model, logs, monkeypatch):
     assert not counters["graph_break"]
 
 
+@pytest.mark.compile
+def test_a_discriminators_weight_goes_back_through_a_compiled_network(logs, monkeypatch):
+    torch.compiler.reset()
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda self, **options: compile_module(self, backend="aot_eager", **options)
+    )
+    place = f"paths.run='{logs / 'run' / 'vqgan'}'"
+    training.train(
+        configure("vqgan", logs, place, "model.disc_start=1", "compile=true", "trainer.max_steps=3")
+    )
+
+
 def test_kernels_are_kept_with_what_else_is(tmp_path, monkeypatch):
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     compiler.keep_kernels(tmp_path)

@@ -116,7 +116,8 @@ class Stage(lightning.LightningModule):
         """Clips, and logs the norm there was before. Lightning itself logs none, refuses fused optimizers
         under any autocast, and cannot clip shards by their norm.
         """
-        limit = gradient_clip_val if gradient_clip_val and gradient_clip_algorithm == "norm" else torch.inf
+        by_norm = gradient_clip_algorithm in (None, "norm")  # None: a Trainer that was not told
+        limit = gradient_clip_val if gradient_clip_val and by_norm else torch.inf
         weights = list(self.net.parameters())
         if isinstance(self.trainer.strategy, FSDPStrategy):
             root: Any = self.trainer.strategy.model
@@ -128,7 +129,7 @@ class Stage(lightning.LightningModule):
             self.guard.decide(norm, optimizer)
         elif not self.guard.passes(norm):
             return self.guard.leave_out(weights)
-        if gradient_clip_algorithm != "norm":
+        if not by_norm:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_train_start(self) -> None:

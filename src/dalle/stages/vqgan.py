@@ -117,6 +117,10 @@ class VQGANStage(Stage):
     def check_trainer(self, trainer: Any) -> None:
         """Besides, whether the perceptual distance can be had: now, and not when training has begun."""
         super().check_trainer(trainer)
+        if self.adversarial_weight > 0:
+            # `adaptive_weight` goes back through the network twice before its step does: where that is
+            # compiled, nothing that the backward pass reads may be written over.
+            torch._functorch.config.donated_buffer = False
         if self.perceptual_weight:
             self.frozen = (self.make_perceptual().requires_grad_(False),)
 
