@@ -20,8 +20,10 @@ def is_main_process() -> bool:
 
 
 def started_by_others() -> bool:
-    """Whether this is one of several processes of a run that were all started from outside (torchrun)."""
-    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Whether this is one of several processes of a run that were started from outside (torchrun, srun)."""
+    if "RANK" in os.environ:
+        return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
 
 
 def fast_in_bf16() -> bool:

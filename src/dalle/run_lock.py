@@ -24,7 +24,7 @@ from dalle.run_dir import Run
 MARKER = ".dalle-run"  # in every run directory; locked while a training is at work there
 OWN = re.compile(
     r"config\.yaml|last\.ckpt|model\.safetensors|manifest\.json|tokenizer\.json|metrics\.csv|samples|wandb|"
-    r"tensorboard|hpc_ckpt_\d+\.ckpt|\.dalle-run|\..+\.tmp"
+    r"tensorboard|hpc_ckpt_\d+\.ckpt|step-\d+\.ckpt|best\.ckpt|\.dalle-run|\..+\.tmp"
 )
 PLAIN = re.compile(r"(?!\.)[^/\\\0]+")  # of `name` and `stage`, which become names of directories
 

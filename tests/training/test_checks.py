@@ -147,5 +147,5 @@ def test_a_name_may_be_a_number():
 
 def test_the_choices_are_those_of_the_configuration():
     choices = entry.groups(ROOT / "conf")
-    assert choices["trainer"] == ["auto", "cpu", "ddp", "ddp_cpu", "fsdp", "gpu"]
+    assert choices["trainer"] == ["auto", "cpu", "ddp", "ddp_cpu", "fsdp", "gpu", "slurm"]
     assert {"unet", "dit"} < set(choices["model/net"])

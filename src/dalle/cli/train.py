@@ -110,7 +110,7 @@ def train(job: Job) -> None:
     if missing and started_by_others():
         raise UserError(
             f"{', '.join(map(str, missing.values()))} must be trained first, by a command of its own: all "
-            "processes that torchrun has started are for this run"
+            "processes that torchrun or srun has started are for this run"
         )
     if missing:
         check([job])

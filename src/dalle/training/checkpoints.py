@@ -6,26 +6,27 @@ what an uninterrupted one would have.
 """
 
 import contextlib
+import math
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 import lightning
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from dalle.errors import UserError
-from dalle.files import atomic_path
 from dalle.finite import check_finite
 from dalle.ranges import Place, PositiveInt
 from dalle.stages.base import Stage
 from dalle.stages.nan_guard import Diverged
+from dalle.training import slurm
+from dalle.training.checkpoint_files import DurableIO
 from dalle.training.loggers import MetricsCsv
 from dalle.training.restorable import WAYS
 from dalle.weight_names import as_today
@@ -35,46 +36,19 @@ STOP_EVERY = (
 )
 
 
-class DurableIO(TorchCheckpointIO):
-    """Writes checkpoints beside their place, on the same disk. Lightning's own go through the folder of
-    temporary files, which may be on another disk: moving them from there is no rename.
-
-    Args:
-        stage: what checkpoints are of; those of earlier versions are given with its names of weights.
-    """
-
-    def __init__(self, stage: Stage) -> None:
-        super().__init__()
-        self.stage = stage
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        with atomic_path(path, kept=lambda: kept(Path(path))) as hidden, hidden.open("wb") as file:
-            torch.save(checkpoint, file)
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, **options: Any) -> dict[str, Any]:
-        to_cpu = map_location or (lambda storage, place: storage)
-        checkpoint = super().load_checkpoint(path, to_cpu, **options)
-        checkpoint["state_dict"] = as_today(checkpoint["state_dict"], self.stage)
-        for state in checkpoint["callbacks"].values():
-            if "average" in state:  # of `dalle.training.ema.Ema`
-                state["average"] = as_today(state["average"], self.stage.net)
-        return checkpoint
-
-
-def kept(path: Path) -> str:
-    """What is left of a run whose checkpoint cannot be written."""
-    try:
-        step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]
-    except Exception:  # whatever it is, it is no checkpoint to go on from
-        return "no checkpoint is there yet; free some space and start again"
-    return f"the one of step {step} is kept: free some space and go on with resume=true"
-
-
 class LastCheckpoint(Checkpoint):
     """Keeps ``last.ckpt`` current: every `every` steps, at the end, and when training is stopped.
 
-    Ctrl-C, SIGTERM and SIGUSR1 (the warning of a cluster that time runs out; under SLURM Lightning answers
-    it) take effect when a step is done, on all ranks at the same one; a second Ctrl-C stops at once.
+    Ctrl-C, SIGTERM and SIGUSR1 (the warning of a cluster that time runs out) take effect when a step is done,
+    on all ranks at the same one; a second Ctrl-C stops at once.
+
+    Args:
+        keep: how many checkpoints there are at most; earlier ones are ``step-<step>.ckpt``.
+        best: of the validation's figures the one (``val/loss``) by which a ``best.ckpt`` is kept, saved right
+            after the validation in which it was best; None: there is none.
+        best_is: the lowest or the highest.
+        background: write while training goes on, from a copy in main memory.
+        requeue: after SIGUSR1 a job of SLURM goes back into the queue.
 
     Attributes:
         seconds: of training, in all parts of a run that was resumed.
@@ -83,8 +57,23 @@ class LastCheckpoint(Checkpoint):
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
 
-    def __init__(self, directory: Place, every: PositiveInt = 500) -> None:
+    def __init__(
+        self,
+        directory: Place,
+        every: PositiveInt = 500,
+        keep: PositiveInt = 1,
+        best: str | None = None,
+        best_is: Literal["min", "max"] = "min",
+        background: bool = False,
+        requeue: bool = True,
+    ) -> None:
         self.path, self.every = Path(directory) / "last.ckpt", every
+        self.keep, self.best, self.sign = keep, best, 1 if best_is == "min" else -1
+        self.background, self.requeue = background, requeue
+        self.best_value: float | None = None
+        self.best_due = False  # the last validation was the best one, and is not saved yet
+        self.out_of_time = False  # told so by SIGUSR1
+        self.io: DurableIO | None = None
         self.saved_step: int | None = None  # None: training has not begun, there is nothing to save
         self.asked = self.agreed = False
         self.handlers: dict[int, Any] = {}
@@ -107,17 +96,25 @@ class LastCheckpoint(Checkpoint):
         trainer.lightning_module.check_worth_keeping()  # pyright: ignore[reportCallIssue]  # a Stage, of which the hint does not know
         for logger in trainer.loggers:
             logger.save()
+        if self.io is not None and self.best_due:
+            self.io.also = "best.ckpt"
         self.saving = True
         try:
             trainer.save_checkpoint(self.path)
         finally:
             self.saving = False
-        self.saved_step = trainer.global_step
+        self.saved_step, self.best_due = trainer.global_step, False
+
+    def wait(self) -> None:
+        """Until the last checkpoint is on the disk. Raises UserError where it could not be written."""
+        if self.io is not None:
+            self.io.wait()
 
     def setup(self, trainer: lightning.Trainer, pl_module: Stage, stage: str) -> None:
         if stage == "fit":
             self.started, self.ended = time.perf_counter(), 0.0
-            trainer.strategy.checkpoint_io = DurableIO(pl_module)
+            self.io = DurableIO(pl_module, self.keep, self.background)
+            trainer.strategy.checkpoint_io = self.io
             return
         loop: Any = trainer.fit_loop
         if loop.epoch_loop._batches_that_stepped < self.done:  # resumed at the end: no loop has counted it
@@ -142,7 +139,7 @@ class LastCheckpoint(Checkpoint):
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             return  # a group and whoever passes signals on are heard twice
-        self.asked = True
+        self.asked, self.out_of_time = True, number not in (signal.SIGINT, signal.SIGTERM)
         # print may not be entered twice
         os.write(2, b"\nstopping after this step; once more stops at once\n")
 
@@ -160,32 +157,48 @@ class LastCheckpoint(Checkpoint):
 
     def on_validation_end(self, trainer: lightning.Trainer, *_: Any) -> None:
         self.validation_due = False
+        value = trainer.callback_metrics.get(self.best or "")
+        if value is None or trainer.sanity_checking or not math.isfinite(number := float(value)):
+            return
+        if self.best_value is None or self.sign * number < self.sign * self.best_value:
+            self.best_value, self.best_due = number, True
 
     def on_train_batch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
         """Only now the last step is logged and, where one was due, validated."""
         if self.loops is None:
             return
-        if self.agreed or trainer.global_step % self.every == 0:
+        if self.agreed or self.best_due or trainer.global_step % self.every == 0:
             self.save(trainer)
         if self.agreed:
-            raise KeyboardInterrupt
+            self.leave(trainer)
         self.loops = None
+
+    def leave(self, trainer: lightning.Trainer) -> NoReturn:
+        """Ends a run that was told to stop, with its checkpoint on the disk."""
+        self.wait()
+        number = slurm.job() if self.requeue else None
+        again = number and trainer.strategy.reduce_boolean_decision(self.out_of_time, all=False)
+        if again and trainer.is_global_zero:
+            print(f"\n{slurm.requeue(number)}", flush=True)
+        raise KeyboardInterrupt
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Stage, checkpoint: dict[str, Any]) -> None:
         if self.saving and self.loops is not None:
             checkpoint["loops"] |= self.loops
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds, "facts": self.facts, "threads": torch.get_num_threads()}
+        kept = {"seconds": self.seconds, "facts": self.facts, "best_value": self.best_value}
+        return {**kept, "threads": torch.get_num_threads()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.before = state_dict.get("seconds", 0.0)
+        self.before, self.best_value = state_dict.get("seconds", 0.0), state_dict.get("best_value")
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
         self.save(trainer)
         self.restore_handlers()
         if self.agreed:
-            raise KeyboardInterrupt
+            self.leave(trainer)
+        self.wait()
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
         self.ended = time.perf_counter()
@@ -199,6 +212,7 @@ class LastCheckpoint(Checkpoint):
         if trainer.state.fn == "fit" and (self.agreed or alone) and whole:
             with contextlib.suppress(Diverged):  # the checkpoint that is there stays
                 self.save(trainer)
+        self.wait()
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero and self.path.exists():
             step = "there" if self.saved_step is None else f"step {self.saved_step}"
             print(f"\nstopped; the same command with resume=true goes on from {step}", flush=True)
@@ -210,7 +224,7 @@ class LastCheckpoint(Checkpoint):
 
 
 def _is_free(number: int) -> bool:
-    """Whether nobody answers a signal: Lightning or submitit may, on a cluster."""
+    """Whether nobody answers a signal: submitit may, on a cluster."""
     return signal.getsignal(number) == signal.SIG_DFL
 
 

@@ -30,7 +30,7 @@ from dalle.machine import fast_in_bf16, is_main_process, settle_threads
 from dalle.run_dir import Run
 from dalle.run_lock import check_ours, check_place, claimed
 from dalle.stages.base import Stage
-from dalle.training import init_from, loggers, preflight, resume
+from dalle.training import init_from, loggers, preflight, resume, slurm
 from dalle.training.callbacks import Compile
 from dalle.training.checkpoints import LastCheckpoint, read_checkpoint
 from dalle.training.checks import build_stage, check_config
@@ -293,6 +293,9 @@ def ranks(config: Config) -> int:
 
 
 def lightning_trainer(settings: Config, **more: Any) -> lightning.Trainer:
+    if settings.get("plugins") is None and (place := slurm.environment()) is not None:
+        settings = {key: value for key, value in settings.items() if key != "plugins"}
+        more = {**more, "plugins": [place]}
     try:
         return instantiate({"_target_": "lightning.Trainer", **settings}, "trainer", **more)
     except (ValueError, TypeError, MisconfigurationException) as error:

@@ -1,0 +1,51 @@
+"""Training as a job of SLURM: which process is which, and back into the queue when the time is up.
+
+Lightning's own way saves amid a step, in a file of its own. Ours saves between steps (`LastCheckpoint`), what
+`resume=true` goes on from.
+"""
+
+import os
+import subprocess
+
+from lightning.fabric.plugins.environments import SLURMEnvironment
+
+from dalle.errors import UserError
+
+
+def environment() -> SLURMEnvironment | None:
+    """What SLURM says of this process; None where srun did not start it.
+
+    Raises:
+        UserError: srun has started several of which it is not known how many are on a machine.
+    """
+    if not SLURMEnvironment.detect():
+        return None
+    try:
+        return SLURMEnvironment(auto_requeue=False)
+    except RuntimeError:
+        tasks = os.environ["SLURM_NTASKS"]
+        raise UserError(
+            f"srun has started {tasks} processes, and SLURM does not say how many on each machine; "
+            "give --ntasks-per-node in place of --ntasks"
+        ) from None
+
+
+def job() -> str | None:
+    """The number of this process's job, with that of its task in an array; None where there is none."""
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ.get('SLURM_ARRAY_TASK_ID', '0')}"
+    return os.environ.get("SLURM_JOB_ID")
+
+
+def requeue(number: str) -> str:
+    """Puts a job that runs back into the queue -> what came of it."""
+    try:
+        done = subprocess.run(
+            ["scontrol", "requeue", number], capture_output=True, text=True, check=False, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"careful: scontrol requeue {number} failed ({error}); submit the job again"
+    if done.returncode:
+        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        return f"careful: scontrol requeue {number} failed ({said}); submit the job again"
+    return f"job {number} is back in the queue"
