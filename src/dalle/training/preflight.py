@@ -260,11 +260,22 @@ def report(config: dict[str, Any], stage: Stage, datamodule: Any, done: int) -> 
 
 
 def memory(config: dict[str, Any], stage: Stage, datamodule: Any, watched: Watch) -> str:
-    """What a device holds at once, by kind, and what was seen to be in use."""
+    """What a device holds, by kind, how much of it at once, and what was seen to be in use."""
+    kinds = kept(config, stage, datamodule, watched)
+    if watched.device.type == "cuda":
+        seen = f"seen at most {in_bytes(watched.peak)}"
+    else:
+        seen = f"seen at most {in_bytes(peak_memory())} of the whole process"
+    estimate = " + ".join(f"{name} {in_bytes(n)}" for name, n in kinds.items() if n)
+    return f"{estimate}; {in_bytes(at_once(config, kinds))} of these at once a device; {seen}"
+
+
+def kept(config: dict[str, Any], stage: Stage, datamodule: Any, watched: Watch) -> dict[str, int]:
+    """Bytes of a device, by kind."""
     frozen = [module for module in vars(datamodule).values() if isinstance(module, nn.Module)]
     optimizers: Any = stage.trainer.optimizers
     states = [state for optimizer in optimizers for state in optimizer.state.values()]
-    kinds = {
+    return {
         "weights": held(stage),
         "gradients": sum(size(p) for p in stage.parameters() if p.requires_grad),
         "optimizer": sum(size(v) for state in states for v in state.values() if isinstance(v, Tensor)),
@@ -272,16 +283,20 @@ def memory(config: dict[str, Any], stage: Stage, datamodule: Any, watched: Watch
         "activations": watched.activations,
         "frozen networks": sum(map(held, frozen)),
     }
-    if watched.device.type == "cuda":
-        seen = f"seen at most {in_bytes(watched.peak)}"
-    else:
-        seen = f"seen at most {in_bytes(peak_memory())} of the whole process"
-    estimate = " + ".join(f"{name} {in_bytes(n)}" for name, n in kinds.items() if n)
-    at_once = sum(kinds.values())
-    if config["trainer"]["accumulate_grad_batches"] == 1:
-        # a backward pass makes the ones as it lets go of the others
-        at_once -= min(kinds["gradients"], kinds["activations"])
-    return f"{estimate}; {in_bytes(at_once)} of these at once a device; {seen}"
+
+
+def at_once(config: dict[str, Any], kinds: dict[str, int]) -> int:
+    """The most bytes of them at one time: a backward pass makes gradients as it lets go of activations, which
+    only an accumulated step has both of in full.
+    """
+    accumulates = config["trainer"]["accumulate_grad_batches"] > 1
+    return sum(kinds.values()) - (0 if accumulates else min(kinds["gradients"], kinds["activations"]))
+
+
+def foretold(config: dict[str, Any], stage: Stage, datamodule: Any) -> tuple[int, int]:
+    """Bytes of a GPU that a training is said to need, and the most that a few steps of it had in use."""
+    watched = watch(config, stage, datamodule)
+    return at_once(config, kept(config, stage, datamodule, watched)), watched.peak
 
 
 def held(module: nn.Module) -> int:
