@@ -548,3 +548,26 @@ def test_on_other_ranks_no_item_comes_twice_in_an_epoch(before, now, seen, begin
     items = [item for batches in (*epochs, *rest) for batch in batches for item in batch]
     assert len(items) == len(set(items))
     assert len(items) > 40 - 2 * 4 * max(before, now)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cores", "workers"), [(0, 16, 0), (1, 16, 8), (1, 4, 3), (4, 16, 3), (2, 1, 0)]
+)
+def test_a_gpu_does_not_wait_for_pictures(gpus, cores, workers, monkeypatch):
+    """As many processes as a GPU's share of the cores allows, batches ahead; none without a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr("dalle.data.datamodules.cores", lambda: cores)
+    data = ImageDataModule(
+        partial(Shapes, image_size=16, size=40), 4, val_items=None, test_items=None, train_items=None
+    )
+    loader = data.train_dataloader()
+    assert loader.num_workers == workers
+    assert loader.pin_memory == (gpus > 0)
+    assert loader.persistent_workers == (workers > 0)
+    assert (
+        ImageDataModule(
+            partial(Shapes, image_size=16, size=40), 4, 1, val_items=None, test_items=None, train_items=None
+        ).num_workers
+        == 1
+    )  # as asked for

@@ -243,7 +243,7 @@ def test_on_a_gpu_it_says_so_and_what_was_in_use_there(monkeypatch, tmp_path, ca
     watched = preflight.Watch(compiled=True)
     watch_batches(watched, "cuda:0")
     assert watched.device == torch.device("cuda:0")
-    assert resets == [watched.device]  # once, after the batch that was not compiled
+    assert resets == [watched.device] * 2  # after the first batch, and after the one that was not compiled
     stage, data = Toy(4, 8, 2), ToyData(8, 4)
     stage.trainer = SimpleNamespace(optimizers=[])  # pyright: ignore
     config = configure("clip", tmp_path, "callbacks=none", "trainer.max_steps=50")

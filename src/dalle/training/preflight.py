@@ -172,7 +172,8 @@ class Watch(lightning.Callback):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             self.peak = torch.cuda.max_memory_allocated(self.device)
-            if self.compiled and self.batches == WATCHED + 1:  # what follows keeps less
+            first = self.batches == 1  # in which kernels are tried
+            if first or (self.compiled and self.batches == WATCHED + 1):  # what follows keeps less
                 torch.cuda.reset_peak_memory_stats(self.device)
         self.ends.append(time.perf_counter())
         timed = self.batches - WATCHED - 1 - WARM
