@@ -203,7 +203,7 @@ class Elsewhere(Stage):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
-        self.device, self.net = device, SimpleNamespace(compile=lambda: None)
+        self.device, self.net = device, SimpleNamespace(compile=lambda **_: None)
 
 
 def watch_batches(watched: preflight.Watch, device: str) -> int:
