@@ -144,8 +144,6 @@ class Stage(lightning.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.guard.begin(self)
-            for p in self.parameters():  # else kept beside what this step's forward pass keeps
-                p.grad = None
         wrapped = self.trainer.strategy.model
         if isinstance(wrapped, DistributedDataParallel):
             wrapped.require_forward_param_sync = True  # of buffers, which manual optimization switches off
@@ -153,6 +151,8 @@ class Stage(lightning.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
             return
+        for p in self.parameters():  # else kept beside a validation, and what the next forward pass keeps
+            p.grad = None
         self.guard.end()
         self.log("train/skipped", torch.full((), float(self.guard.skipped), device=self.device))
         if self.guard.news:
