@@ -52,7 +52,7 @@ NETS: dict[str, Net] = {
     ),
     "prior": ("model=prior_paper", *CONDITIONED, f"model.net.context_length={CAPTION}"),
 }  # fmt: skip
-BATCH = {"dalle_1b": 8, "dalle_1b sparse": 8, "unet": 32, "dit": 64, "prior": 256}
+BATCH = {"dalle_1b": 16, "dalle_1b sparse": 16, "unet": 64, "dit": 64, "prior": 256}
 TINY: dict[str, Net] = {
     "dalle_1b": ("model.net.width=32", "model.net.depth=2", "model.net.heads=2", "model.net.grid=4"),
     "unet": ("model.net.width=32", "model.net.multipliers=[1,1]", "model.net.attention=[8]",
@@ -213,7 +213,7 @@ def batch_for(job: Job, stage: Stage, n: int) -> dict[str, Tensor]:
 
 def compile_net(job: Job, stage: Stage) -> None:
     """As `fit.train` with compile=true; on a CPU it ends before code is generated, which takes minutes."""
-    stage.net.compile(**({} if job.device == "cuda" else {"backend": "eager"}))
+    stage.net.compile(dynamic=False, **({} if job.device == "cuda" else {"backend": "eager"}))
 
 
 def fit(job: Job, stage: Stage, config: dict[str, Any], batch: int, steps: int, *callbacks: Any) -> None:
@@ -222,7 +222,7 @@ def fit(job: Job, stage: Stage, config: dict[str, Any], batch: int, steps: int, 
         accelerator="gpu" if job.device == "cuda" else "cpu", devices=1, precision="bf16-mixed",
         max_steps=steps, callbacks=list(callbacks), logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
-        gradient_clip_val=config["trainer"]["gradient_clip_val"],
+        gradient_clip_val=config["trainer"]["gradient_clip_val"], benchmark=job.device == "cuda",
     )  # fmt: skip
     trainer.fit(stage, datamodule=Steps(Same(batch_for(job, stage, batch), steps)))
 
