@@ -180,6 +180,17 @@ class SampleRecipe(TypedDict):
 
 
 @with_config(LOOSE)
+class EditReport(TypedDict):
+    """edit.json beside edited pictures: see `dalle.pipelines.edit_report`."""
+
+    edit: Text
+    prompt: str
+    figures: dict[str, float]
+    means: dict[str, float]
+    pictures: dict[str, dict[str, float]]
+
+
+@with_config(LOOSE)
 class Job(TypedDict):
     """A job of a sweep or a search, beside its run."""
 

@@ -16,6 +16,7 @@ from dalle.evaluation.page import Album, label, plain, render, thinned
 from dalle.evaluation.report import write_report
 from dalle.evaluation.results import Result
 from dalle.metrics.intervals import Figure, exact
+from dalle.pipelines.edit_report import report
 
 HOSTILE = "</script><script>window.hacked=1</script><img src=x onerror=window.hacked=1>"
 MARKUP = ("<script>window", "<img src=x", "<svg", "onerror=window.hacked=1>")
@@ -51,7 +52,15 @@ def hostile_runs(folder: Path) -> Path:
         Image.new("RGB", (32, 32), (200, 40, 90)).save(
             run / "samples" / "<img src=x onerror=window.hacked=1>-1.png"
         )
+    edited(folder / "logs" / "samples" / "001", HOSTILE, {f"kept/{HOSTILE}": 0.5})
     return dashboard.make(folder / "logs")
+
+
+def edited(folder: Path, prompt: str, means: dict[str, float]) -> None:
+    folder.mkdir(parents=True)
+    Image.new("RGB", (32, 32), (10, 200, 90)).save(folder / "grid.png")
+    found = report("inpaint", prompt, [], {}, {"kept_psnr": math.inf})
+    (folder / "edit.json").write_text(json.dumps(found | {"means": means}))
 
 
 @pytest.mark.parametrize("make", [hostile_report, hostile_runs])
@@ -102,6 +111,23 @@ def test_long_curves_keep_their_spikes_and_ends():
     assert thinned({2: 1.0, 1: 3.0}) == ([1, 2], [3.0, 1.0])
 
 
+def test_a_dashboard_shows_edits_with_their_figures(tmp_path):
+    run = tmp_path / "clip"
+    run.mkdir()
+    (run / "config.yaml").write_text("model: {_target_: x}\nstage: clip\n")
+    (run / "metrics.csv").write_text("step,train/loss\n1,2\n")
+    _, page = parts_of(dashboard.make(tmp_path).read_text(encoding="utf-8"))
+    assert 'id="edits"' not in page
+    edited(tmp_path / "samples" / "001", "a red ring", {"to_original": 0.875})
+    edited(tmp_path / "samples" / "002", "", {"kept/all": 1.0})
+    _, page = parts_of(dashboard.make(tmp_path).read_text(encoding="utf-8"))
+    section = page[page.index('id="edits"') : page.rindex("</section>")]
+    assert section.count("<img") == 2
+    assert "samples/001: inpaint a red ring" in section
+    for text in ("to_original", "0.875", "kept/all"):
+        assert text in section
+
+
 def test_pictures_have_a_limit_and_links_are_not_followed(tmp_path):
     for name in "abc":
         (tmp_path / f"{name}.png").write_bytes(b"x" * 40)
@@ -112,7 +138,15 @@ def test_pictures_have_a_limit_and_links_are_not_followed(tmp_path):
     assert album.add("link", inside / "link.png", inside) == []
     assert [len(album.add(name, tmp_path / f"{name}.png", tmp_path)) for name in "abc"] == [1, 1, 0]
     page = render(
-        "dashboard.html", [], album, title="", stages=[], thinned=False, most_points=1, colours=["red"]
+        "dashboard.html",
+        [],
+        album,
+        title="",
+        stages=[],
+        edits={"names": []},
+        thinned=False,
+        most_points=1,
+        colours=["red"],
     )
     assert "1 more pictures would make it too large" in page
 

@@ -1,5 +1,6 @@
 """sample.py edit=... on tiny stages with random weights: pictures, recipes that make them again, mistakes."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from tiny import ROOT
 
 from dalle.cli import entry
 from dalle.errors import UserError
+from dalle.images import GAP, MIN_CELL
 from dalle.pipelines.sampling import sample
 
 PROMPT = "prompt=a small red circle"
@@ -68,18 +70,34 @@ EDITS = {
     "unclip outpaint": ("edit=outpaint", "image=picture.png", "editing.right=6", "editing.top=4", PROMPT),
     "unclip interpolate": ("edit=interpolate", "image=picture.png", "other=small.png", "editing.frames=3"),
     "unclip text_diff": ("edit=text_diff", "image=picture.png", "editing.source=a blue square", PROMPT),
+    "unclip fixed noise": (
+        "edit=interpolate",
+        "image=picture.png",
+        "other=small.png",
+        "editing.frames=3",
+        "editing.fixed_noise=true",
+    ),
     "unclip reconstruct": ("edit=reconstruct", "image=picture.png", "editing.dims=[0,1,8]"),
 }
+FRAMES = {
+    "unclip interpolate": 3, "unclip fixed noise": 3, "unclip text_diff": 5, "unclip reconstruct": 3,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", EDITS)
 def test_every_edit_leaves_pictures_and_a_recipe_that_makes_them_again(make, name):
     pipeline = name.split()[0]
-    frames = {"unclip interpolate": 3, "unclip text_diff": 5, "unclip reconstruct": 3}.get(name, 0)
+    frames = FRAMES.get(name, 0)
     first = make("first", pipeline, *EDITS[name], *(() if frames else ("n=2",)), "seed=3")
     pictures = [f"{i:03d}-00.png" for i in range(frames)] or ["000-00.png", "000-01.png"]
-    more = ["grid.png", "recipe.yaml", *(["sequence.gif"] if frames else [])]
+    more = ["edit.json", "grid.png", "recipe.yaml", *(["sequence.gif"] if frames else [])]
     assert sorted(files_below(first)) == pictures + more
+    report = json.loads((first / "edit.json").read_text())
+    assert sorted(report["pictures"]) == pictures
+    if pipeline == "unclip":  # DALL-E has no CLIP here
+        assert all(-1 <= row["to_original"] <= 1 for row in report["pictures"].values())
+        assert ("to_caption" in report["means"]) == (PROMPT in EDITS[name])
+        assert ("judge/all" in report["means"]) == (PROMPT in EDITS[name] and "outpaint" not in name)
     other = "unclip" if pipeline == "dalle" else "dalle"
     again = make("again", other, "recipe=first/recipe.yaml", "seed=9")
     assert files_below(again) == files_below(first)
@@ -102,6 +120,17 @@ def test_inpainting_keeps_what_is_not_white_and_says_how_well_it_would_have_stay
     off = (pixels(plain / "000-00.png") - image)[~white]
     dB = 20 * np.log10(255 / np.sqrt((off**2).mean()))
     assert f"the kept part, as the image tokenizer gives it back: {dB:.1f} dB" in said
+
+
+@pytest.mark.parametrize("name", ["unclip inpaint", "unclip restyle", "unclip interpolate"])
+def test_a_strip_shows_how_the_pictures_come_about(make, name):
+    plain = make("plain", "unclip", *EDITS[name], "steps=4")
+    shown = make("shown", "unclip", *EDITS[name], "steps=4", "progress_strip=true")
+    assert (shown / "000-00.png").read_bytes() == (plain / "000-00.png").read_bytes()
+    strip, side = Image.open(shown / "progress_strip.png"), MIN_CELL + GAP
+    steps = 2 if name == "unclip restyle" else 4  # a strength of 0.5
+    assert (strip.width - GAP) / side == steps
+    assert strip.height // side == FRAMES.get(name, 1)
 
 
 def test_a_picture_that_changed_is_not_the_recipes(make):
@@ -172,6 +201,18 @@ def test_damaged_recipes_are_one_line(make, name):
         (
             "dalle edit=inpaint image=picture.png mask=mask.png prompt=a init_image=picture.png",
             "init_image is not for edits",
+        ),
+        (
+            "dalle edit=inpaint image=picture.png mask=mask.png prompt=a progress_strip=true",
+            "progress_strip is not for edit=inpaint of pipeline=dalle; leave it out",
+        ),
+        (
+            "unclip edit=outpaint image=picture.png editing.left=1 prompt=a progress_strip=true",
+            "progress_strip is not for edit=outpaint of pipeline=unclip; leave it out",
+        ),
+        (
+            "unclip edit=interpolate image=picture.png other=small.png editing.fixed_noise=1",
+            "editing.fixed_noise must be true or false, got 1",
         ),
         ("unclip edit=restore image=picture.png", "edit=restore needs editing.blur= or mask="),
         ("unclip edit=restore image=picture.png mask=mask.png editing.blur=1", "editing.blur or mask, not"),

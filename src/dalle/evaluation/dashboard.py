@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dalle import schemas
 from dalle.data.frozen import FROZEN
 from dalle.errors import UserError, printable
 from dalle.evaluation.page import MOST_POINTS, Album, Chart, Picture, belongs, label, render, thinned
@@ -17,6 +18,8 @@ from dalle.evaluation.plots import COLOURS, DASHES, NUMBER, chart, named
 from dalle.evaluation.report import Cell
 from dalle.files import write_text
 from dalle.metrics.intervals import exact
+from dalle.pipelines import edit_report
+from dalle.reading import read_json
 from dalle.run_dir import Run
 from dalle.training.dashboard_spec import is_curve, matching, panels
 
@@ -186,9 +189,36 @@ def make(folder: Path) -> Path:
         columns = [column for table in tables.values() for column in table.values()]
         longest = max([longest, *map(len, columns)])
     page = folder / "dashboard.html"
-    values = {"title": str(folder), "stages": stages, "most_points": MOST_POINTS, "colours": COLOURS}
+    values = {
+        "title": str(folder),
+        "stages": stages,
+        "edits": edits(folder, album),
+        "most_points": MOST_POINTS,
+        "colours": COLOURS,
+    }
     write_text(page, render("dashboard.html", charts, album, thinned=longest > MOST_POINTS, **values))
     return page
+
+
+def edits(folder: Path, album: Album) -> dict[str, Any]:
+    """Edits of pictures by these runs, from the first to the last: their names, a row of numbers for each
+    figure, and their pictures.
+    """
+    names, tables, shown = list[str](), list[dict[str, float]](), list[Picture]()
+    for path in sorted(folder.rglob(edit_report.FILE)):
+        if not belongs(path, folder):
+            continue
+        report = read_json(path, schemas.EditReport, "sample anew, or delete it")
+        place = path.parent.relative_to(folder).as_posix()
+        names.append(f"{place}: {report['edit']} {report['prompt']}".strip())
+        tables.append(report["means"] | report["figures"])
+        shown += album.add(names[-1], path.parent / "grid.png", folder)
+    figures = dict.fromkeys(name for table in tables for name in table)
+    rows = [
+        (name, [Cell.of(name, exact(table[name]) if name in table else None) for table in tables])
+        for name in figures
+    ]
+    return {"names": names, "rows": rows, "pictures": shown}
 
 
 def pictures(run: Run, album: Album) -> dict[str, list[Picture]]:

@@ -43,6 +43,7 @@ class Settings(TypedDict):
     strength: Share
     eta: Fraction
     frames: Frames
+    fixed_noise: bool
     source: Text
     angle: Share
     resamplings: Resamplings
@@ -74,6 +75,7 @@ class Kind:
         ddim: no other sampler will do.
         mute: it reads no prompt.
         sequence: it gives a sequence of pictures, not `n` of a kind.
+        strip: what it draws comes about in one run of a sampler, which can be shown.
     """
 
     do: Callable[[Any, Job], tuple[Tensor, Figures]]
@@ -84,6 +86,7 @@ class Kind:
     ddim: bool = False
     mute: bool = False
     sequence: bool = False
+    strip: bool = True
 
 
 def inpaint(pipeline: Any, job: Job) -> tuple[Tensor, Figures]:
@@ -133,6 +136,9 @@ def variations(pipeline: Any, job: Job) -> tuple[Tensor, Figures]:
 
 def interpolate(pipeline: Any, job: Job) -> tuple[Tensor, Figures]:
     options = sequence_options(job)
+    if job.settings.get("fixed_noise"):
+        options["seed"] = job.options["seed"]
+        return pipeline.interpolate(job.image, job.other, **job.settings, **options), {}
     both = [pipeline.invert(one, options["decoder"], options["precision"]) for one in (job.image, job.other)]
     images = pipeline.interpolate(job.image, job.other, inverted=tuple(both), **job.settings, **options)
     return images, {"round_trip": decibels(max(known.error for known in both))}
@@ -164,8 +170,8 @@ def decibels(error: float) -> float:
 SIDES = ("left", "right", "top", "bottom")
 EDITS: dict[str, dict[str, Kind]] = {
     "dalle": {
-        "inpaint": Kind(inpaint, ("paste",), ("mask", "prompt"), ("dalle", "clip")),
-        "outpaint": Kind(outpaint, SIDES, ("|".join(SIDES), "prompt"), ("dalle", "clip")),
+        "inpaint": Kind(inpaint, ("paste",), ("mask", "prompt"), ("dalle", "clip"), strip=False),
+        "outpaint": Kind(outpaint, SIDES, ("|".join(SIDES), "prompt"), ("dalle", "clip"), strip=False),
     },
     "unclip": {
         "inpaint": Kind(
@@ -177,6 +183,7 @@ EDITS: dict[str, dict[str, Kind]] = {
             ("|".join(SIDES), "prompt"),
             ("prior", "decoder"),
             ddim=True,
+            strip=False,
         ),
         "denoise": Kind(denoise, ("noise",), (), ("decoder",)),
         "restore": Kind(restore, ("noise", "blur"), ("blur|mask",), ("decoder",)),
@@ -184,7 +191,13 @@ EDITS: dict[str, dict[str, Kind]] = {
         "restyle": Kind(restyle, ("strength",), ("prompt",), ("prior", "decoder")),
         "variations": Kind(variations, ("eta",), (), ("decoder",), ddim=True, mute=True),
         "interpolate": Kind(
-            interpolate, ("frames",), ("other",), ("decoder",), ddim=True, mute=True, sequence=True
+            interpolate,
+            ("frames", "fixed_noise"),
+            ("other",),
+            ("decoder",),
+            ddim=True,
+            mute=True,
+            sequence=True,
         ),
         "text_diff": Kind(
             text_diff, ("source", "angle", "frames"), ("prompt",), ("decoder",), ddim=True, sequence=True
@@ -258,18 +271,27 @@ class Edit:
             drawing: n, seed, batch_size, precision. stages: options of the stages by name.
         """
         edit = EDITS[kind][self.kind]
-        image = read_picture("image", **self.files["image"], size=None if edit.small else pipeline.image_size)
-        mask = None
-        if found := self.files.get("mask"):
-            mask = read_picture("mask", **found, size=pipeline.image_size).mean(0) > 0
-        other = None
-        if found := self.files.get("other"):
-            other = read_picture("other", **found, size=pipeline.image_size)
+        image, mask, other = self.pictures(kind, pipeline.image_size)
         options = {name: stages.get(name, {}) for name in edit.stages}
         chooser = options.pop("clip", {})  # the pipeline itself takes `candidates`
         options = {**drawing, **options, **chooser}
         images, figures = edit.do(pipeline, Job(image, mask, other, prompt, self.settings, options))
         return images, {name: value for name, value in figures.items() if math.isfinite(value)}
+
+    def pictures(
+        self, kind: str, size: int
+    ) -> tuple[Float[Tensor, "3 H W"], Bool[Tensor, "h w"] | None, Float[Tensor, "3 h w"] | None]:
+        """Image, mask and the other picture, as far as there are any, read for a pipeline of this kind and
+        size.
+        """
+        small = EDITS[kind][self.kind].small
+        image = read_picture("image", **self.files["image"], size=None if small else size)
+        mask = other = None
+        if found := self.files.get("mask"):
+            mask = read_picture("mask", **found, size=size).mean(0) > 0
+        if found := self.files.get("other"):
+            other = read_picture("other", **found, size=size)
+        return image, mask, other
 
 
 def kind_of(name: Any, pipeline: str) -> Kind:

@@ -19,10 +19,11 @@ from torch import Tensor
 from dalle.data.image_files import MAX_PIXELS, BadPicture, read
 from dalle.data.sources import mix
 from dalle.errors import UserError
-from dalle.files import check_writable, explained
-from dalle.images import from_uint8, grid, save_gif, save_png, to_pil
+from dalle.files import check_writable, explained, write_json
+from dalle.images import from_uint8, grid, save_gif, save_png, to_pil, to_uint8
 from dalle.instantiate import check_arguments, instantiate
 from dalle.machine import fast_in_bf16, pick_compile, pick_device
+from dalle.pipelines import edit_report
 from dalle.pipelines.editing import EDITS, LINES, Edit, Figures
 from dalle.pipelines.load import (
     PUBLIC,
@@ -36,6 +37,7 @@ from dalle.pipelines.load import (
 )
 from dalle.pipelines.picture_folder import read_pictures, seen_pictures
 from dalle.pipelines.recipe import SampleRecipe
+from dalle.pipelines.strips import Estimates
 from dalle.ranges import (
     Fraction,
     Guidance,
@@ -200,6 +202,7 @@ class UnclipSamplingConfig(SamplingConfig):
     sampler: dict[str, Any]
     steps: Steps | None
     text_guidance: Guidance | None
+    progress_strip: bool
 
     main = "decoder"
     takes: ClassVar = {
@@ -228,6 +231,24 @@ class UnclipSamplingConfig(SamplingConfig):
         assert decoder
         # A recipe names a public CLIP by its name; that one is made from the decoder's config again.
         return load_unclip(decoder, runs.get("prior"), clip if clip and Path(clip).exists() else None)
+
+    @staticmethod
+    def draw(
+        pipeline: Any, recipe: SampleRecipe, options: dict[str, dict[str, Any]], **more: Any
+    ) -> Float[Tensor, "N F 3 H W"]:
+        told, estimates = watched(recipe, options)
+        return estimates.strip(SamplingConfig.draw(pipeline, recipe, told, **more)[:, 0])
+
+
+def watched(
+    recipe: SampleRecipe, options: dict[str, dict[str, Any]]
+) -> tuple[dict[str, dict[str, Any]], Estimates]:
+    """The options with which a decoder's estimates are kept, where the recipe asks for a strip of them."""
+    estimates = Estimates()
+    one_run = not recipe.edit or EDITS[recipe.pipeline][recipe.edit["kind"]].strip
+    if not (recipe.progress_strip and one_run and "decoder" in options):
+        return options, estimates
+    return {**options, "decoder": {**options["decoder"], "on_step": estimates}}, estimates
 
 
 def prior_options(pipeline: Mapping[str, Any]) -> dict[str, Any]:
@@ -459,14 +480,15 @@ def draw(
 def edited(
     edit: Edit, pipeline: Any, recipe: SampleRecipe, options: dict[str, dict[str, Any]]
 ) -> tuple[Tensor, Figures]:
-    """The recipe's pictures (N, 1, 3, H, W), and figures about them."""
+    """The recipe's pictures (N, F, 3, H, W), each as it came about, and figures about them."""
     drawing: dict[str, Any] = {"n": recipe.n, "seed": recipe.seed, "batch_size": recipe.batch_size}
     drawing["precision"] = recipe.precision
-    images, figures = edit.draw(pipeline, recipe.pipeline, recipe.prompts[0], drawing, options)
+    watching, estimates = watched(recipe, options)
+    images, figures = edit.draw(pipeline, recipe.pipeline, recipe.prompts[0], drawing, watching)
     if pipeline.upsamplers is not None:
         told = {name: node for name, node in options.items() if _is_upsampler(name)}
         images = pipeline.upsample(images, **drawing, options=told)
-    return images[:, None], figures
+    return estimates.strip(images), figures
 
 
 def prompts_for(request: SamplingConfig, edit: Edit | None) -> list[str]:
@@ -536,7 +558,36 @@ def sample(config: dict[str, Any]) -> Path:
     write(frames, recipe, out)
     for name, value in figures.items():
         print(LINES[name].format(value))
+    if edit:
+        judged = edit_report.drew_shapes(loaded.paths[kind.main])
+        report = what_became(edit, pipeline, recipe, frames, figures, judged)
+        write_json(out / edit_report.FILE, report)
+        if line := edit_report.said(report):
+            print(f"{line}; each picture's in {out / edit_report.FILE}")
     return out
+
+
+def what_became(
+    edit: Edit,
+    pipeline: Any,
+    recipe: SampleRecipe,
+    frames: Tensor | list[Tensor],
+    figures: Figures,
+    judged: bool,
+) -> dict[str, Any]:
+    """The report of an edit, on the pictures as they are saved."""
+    images = from_uint8(to_uint8(torch.stack([frame[-1] for frame in frames])))
+    image, mask, _ = edit.pictures(recipe.pipeline, pipeline.image_size)
+    prompt, source = recipe.prompts[0], edit.settings.get("source", "")
+    clip = getattr(pipeline, "clip", None)
+    rows = edit_report.rows_of(edit.kind, images, image, mask, prompt, source, clip, judged)
+    names = [name_of(i, recipe.n) for i in range(len(images))]
+    return edit_report.report(edit.kind, prompt, names, rows, figures)
+
+
+def name_of(number: int, n: int) -> str:
+    """The file of a picture, of which there are `n` of each prompt."""
+    return f"{number // n:03d}-{number % n:02d}.png"
 
 
 def kind_of(pipeline: Any, where: str) -> type[SamplingConfig]:
@@ -570,10 +621,11 @@ def write(frames: Tensor | list[Tensor], recipe: SampleRecipe, out: Path) -> Non
     """The pictures one by one and as a grid, where asked for how they came about, and their recipe."""
     images = [frame[-1] for frame in frames]
     for i, image in enumerate(images):
-        save_png(to_pil(image), out / f"{i // recipe.n:03d}-{i % recipe.n:02d}.png")
+        save_png(to_pil(image), out / name_of(i, recipe.n))
     save_png(grid(_of_one_size(images), recipe.prompts), out / "grid.png")
     if recipe.progress_strip:
-        captions = [prompt for prompt in recipe.prompts for _ in range(recipe.n)]
+        each = len(frames) // len(recipe.prompts)
+        captions = [prompt for prompt in recipe.prompts for _ in range(each)]
         save_png(grid(torch.cat(list(frames)), captions), out / "progress_strip.png")
     if recipe.edit and EDITS[recipe.pipeline][recipe.edit["kind"]].sequence:
         save_gif(torch.stack(images), out / "sequence.gif")
@@ -620,9 +672,11 @@ def readable(prompt: str) -> str:
 
 def make_recipe(request: SamplingConfig, prompts: list[str], edit: Edit | None = None) -> SampleRecipe:
     """The recipe of a request; its stages are known once they are loaded."""
-    for name in ("progress_strip", "init_image"):
-        if edit and getattr(request, name, None):
-            raise UserError(f"{name} is not for edits; leave it out")
+    if edit and getattr(request, "init_image", None):
+        raise UserError("init_image is not for edits; leave it out")
+    kind = request.pipeline["kind"]
+    if edit and getattr(request, "progress_strip", False) and not EDITS[kind][edit.kind].strip:
+        raise UserError(f"progress_strip is not for edit={edit.kind} of pipeline={kind}; leave it out")
     if request.upsamplers and getattr(request, "progress_strip", False):
         raise UserError("progress_strip shows pictures at the size they are drawn at; leave out upsamplers")
     device = pick_device(request.device)
@@ -637,7 +691,7 @@ def make_recipe(request: SamplingConfig, prompts: list[str], edit: Edit | None =
         precision="bf16" if half else "fp32",
         device=device,
         compile=pick_compile(request.compile, device),
-        pipeline=request.pipeline["kind"],
+        pipeline=kind,
         truncate=request.truncate,
         progress_strip=getattr(request, "progress_strip", False),
         edit=edit.to_dict() if edit else None,

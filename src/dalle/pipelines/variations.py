@@ -46,6 +46,7 @@ class Varying:
     decoder_norm: Any
     prior_norm: Any
     device: Any
+    image_size: Any
     check: Any
     check_size: Any
     embed: Any
@@ -65,6 +66,7 @@ class Varying:
         x = image[None].to(self.device)
         z_i = self.clip.embed_image(x).float()
         told, batch = self._told(decoder, 0.0), self._batch(z_i)
+        told.pop("on_step", None)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
             x_T = self.decoder.invert(batch, x, **told).float()
             again = self.decoder.sample(batch, noise=x_T, **told).float()
@@ -102,12 +104,18 @@ class Varying:
         a: Float[Tensor, "3 H W"],
         b: Float[Tensor, "3 h w"],
         frames: int = 7,
+        fixed_noise: bool = False,
         *,
+        seed: int = 0,
         decoder: Mapping[str, Any] | None = None,
         inverted: tuple[Inverted, Inverted] | None = None,
         **options: Any,
     ) -> Float[Tensor, "N 3 H W"]:
         """`frames` pictures from a to b, both made again: z_i and x_T go along arcs (`slerp`).
+
+        Args:
+            fixed_noise: all are drawn of one x_T, of this seed: then nothing is inverted, and the ends are
+                not the pictures, but others of their z_i.
 
         Other arguments are those of `variations`, but for n and eta.
 
@@ -115,9 +123,15 @@ class Varying:
             UserError: a picture of another size, fewer than 2 frames, a sampler that is not ddim.
         """
         check_frames(frames)
-        precision = options.get("precision", "fp32")
+        precision, t = options.get("precision", "fp32"), torch.linspace(0, 1, frames, device=self.device)
+        if fixed_noise:
+            for image in (a, b):
+                self.check_size(image)
+            with torch.inference_mode():
+                ends = [self.clip.embed_image(image[None].to(self.device)).float() for image in (a, b)]
+            noise = self._noise(seed).expand(frames, -1, -1, -1)
+            return self._decoded(turned(*ends, t), noise, self._told(decoder, 0.0), seed, **options)
         first, last = inverted or (self.invert(a, decoder, precision), self.invert(b, decoder, precision))
-        t = torch.linspace(0, 1, frames, device=self.device)
         x_T = slerp(first.x_T, last.x_T, t)
         return self._decoded(turned(first.z_i, last.z_i, t), x_T, self._told(decoder, 0.0), **options)
 
@@ -194,8 +208,11 @@ class Varying:
         with torch.inference_mode():
             z_i = self.clip.embed_image(x).float()
         z = truncated(z_i, norm, powers(z_i.shape[1]) if dims is None else dims)
-        noise = per_sample([mix(seed, 0, 0, DECODER)], self.device).initial(x.shape[1:])
-        return self._decoded(z, noise.expand(len(z), -1, -1, -1), told, seed, **options)
+        return self._decoded(z, self._noise(seed).expand(len(z), -1, -1, -1), told, seed, **options)
+
+    def _noise(self, seed: int) -> Float[Tensor, "1 3 H W"]:
+        """That of the first picture of this seed."""
+        return per_sample([mix(seed, 0, 0, DECODER)], self.device).initial((3, *[self.image_size] * 2))
 
     @torch.inference_mode()
     def _decoded(
