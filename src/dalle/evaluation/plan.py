@@ -85,11 +85,14 @@ class Settings(TypedDict):
     folder: Text | None
     out: Text | None
     note: Text | None
+    edit: Text | None
 
 
 def check_settings(config: dict[str, Any]) -> None:
     """Whether they are what they may be, and go together."""
     check_values({name: config[name] for name in Settings.__annotations__}, Settings)
+    if not config["edit"] and any(value is not None for value in config["editing"].values()):
+        raise UserError("editing is of an edit: say which with edit=")
     metrics, features = config["metrics"], config["features"]
     for name in metrics or ():
         if name not in NEEDS:

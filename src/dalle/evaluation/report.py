@@ -24,13 +24,14 @@ MAIN_FIGURES = (  # of the table, in this order; a prefix takes all that begin s
     "cosine_caption_of_data", "retrieval/image_to_text_r1", "retrieval_of_data/image_to_text_r1",
     "hard_negatives/all", "hard_negatives/shape", "judge/all", "chance/all", "judge/seen/all",
     "chance/seen/all", "judge/seen_new/all", "judge/unseen/all", "chance/unseen/all", "judge_residual",
-    "zero_shot/top1", "psnr", "ssim", "code_usage",
+    "zero_shot/top1", "before_psnr", "psnr", "better", "ssim", "to_original", "to_caption", "kept/",
+    "code_usage",
     "seconds_per_embedding", "seconds_per_image", "peak_memory_gb", "gflops_per_image", "parameters",
     "training/",
 )  # fmt: skip
 SHARES = (  # figures from 0 to 1, by how their names begin
     "judge/", "chance/", "retrieval/", "retrieval_of_data/", "hard_negatives/", "zero_shot/", "precision",
-    "recall", "code_usage",
+    "recall", "code_usage", "better", "kept/",
 )  # fmt: skip
 
 

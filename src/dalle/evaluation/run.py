@@ -17,6 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.flop_counter import FlopCounterMode
 
 from dalle.errors import UserError
+from dalle.evaluation.edited import Edited
 from dalle.evaluation.evaluator import Evaluator, keep_rows
 from dalle.evaluation.plan import Plan, check_settings, source_of
 from dalle.evaluation.results import FILE, find, publish, workplace
@@ -48,7 +49,7 @@ def evaluate(config: dict[str, Any]) -> Path | None:
     quiet()
     warnings.filterwarnings("ignore", ".*predict returned None.*")  # on purpose: see `Evaluator`
 
-    target = target_of(config)
+    target = Edited(config) if config["edit"] else target_of(config)
     source = source_of(config, target)
     plan = Plan(config, target, source)
     home = Path(config["out"] or target.home / "evaluations")
