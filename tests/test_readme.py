@@ -2,11 +2,13 @@
 
 import re
 import shlex
+import shutil
 
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
+from PIL import Image
 from tiny import ROOT
 
 from dalle.cli import entry
@@ -50,3 +52,24 @@ def jobs(overrides: list[str]) -> list[list[str]]:
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"`((?:conf|src|tests|docs)/[\w./-]+)`", TEXT))))
 def test_files_named_are_there(path):
     assert (ROOT / path).exists()
+
+
+EDITS = [
+    line for line in COMMANDS if "name=demo" in line and " edit=" in line and "logs/demo/samples" in line
+]
+
+
+def test_edits_of_the_readme_run_after_the_demo(untrained_stages, command, tmp_path):
+    """On tiny stages, whose pictures are of 16 px."""
+    shutil.copytree(untrained_stages / "default", tmp_path / "logs" / "demo")
+    (tmp_path / "prompts").mkdir()
+    with Image.open(ROOT / "prompts" / "right_half.png") as mask:
+        assert mask.size == (32, 32)
+        mask.resize((16, 16)).save(tmp_path / "prompts" / "right_half.png")
+    fast = ("steps=2", "pipeline.prior_sampler.steps=2", "precision=fp32")
+    assert command("sample.py", "name=demo", "prompt=a red ring", *fast).code == 0
+    assert len(EDITS) >= 3
+    for line in EDITS:
+        ended = command(*shlex.split(line), *fast)
+        assert ended.code == 0, (line, ended)
+        assert "each picture's in logs/demo/samples/" in ended.out
