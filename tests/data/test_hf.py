@@ -175,4 +175,4 @@ def test_workers_see_the_same_pictures(tmp_path):
         SourceDataset(source), batch_sampler=[[2 * k, 2 * k + 1] for k in range(4)], num_workers=2,
         collate_fn=identity_collate, multiprocessing_context="fork",
     )  # fmt: skip
-    assert torch.cat([batch["image"] for batch in loader]).equal(source.images(range(8)))
+    assert torch.cat([batch["image"] for batch in loader]).equal(source.pixels(range(8)))

@@ -87,4 +87,4 @@ def test_workers_see_the_same_pictures(tmp_path):
         SourceDataset(source), batch_sampler=[[3 * k, 3 * k + 1, 3 * k + 2] for k in range(4)], num_workers=2,
         collate_fn=identity_collate, multiprocessing_context="fork",
     )  # fmt: skip
-    assert torch.cat([batch["image"] for batch in loader]).equal(source.images(range(12)))
+    assert torch.cat([batch["image"] for batch in loader]).equal(source.pixels(range(12)))
