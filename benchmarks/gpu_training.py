@@ -48,7 +48,7 @@ PIXELS = 8.0  # mean difference of sampled pictures, of 255, from the CPU's
 COMMON = (
     "trainer.enable_progress_bar=false", "trainer.log_every_n_steps=1", "trainer.val_check_interval=15",
     "data.size=256", "batch_size=16", "datamodule.val_items=16", "datamodule.test_items=16",
-    "data.image_size=16", "sampler.steps=2", "optimizer.warmup=2",
+    "data.image_size=16", "sampler.steps=2", "optimizer.warmup=2", "datamodule.num_workers=0",
 )  # fmt: skip
 UNET = (
     "model.net.width=16", "model.net.multipliers=[1,1]", "model.net.blocks=[1,1]", "model.net.attention=[4]",
@@ -356,7 +356,7 @@ def cases_of(stage: str) -> dict[str, Case]:
 
 def trained(job: Job, *stages: str) -> dict[str, Any]:
     for stage in stages:
-        train(job, stage, "below", "precision=bf16")
+        train(job, stage, "below", "precision=bf16", "datamodule.num_workers=2")
     return {"text": ", ".join(stages)}
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ BENCHMARKS = ROOT / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import gpu_check  # noqa: E402
+import gpu_part  # noqa: E402
 import gpu_training  # noqa: E402
 from gpu_case import Case  # noqa: E402
 
@@ -37,7 +39,7 @@ def test_without_a_gpu_it_says_what_it_would_do(monkeypatch, capsys):
 
 
 def test_what_is_chosen():
-    parts = gpu_check.all_parts()
+    parts = gpu_part.all_parts()
     names = {
         f"{part}/{case}" for part, cases in gpu_check.chosen(parts, "vae,*/cpu").items() for case in cases
     }
@@ -64,48 +66,46 @@ def test_noise_drawn_on_the_cpu_is_the_cpu_s():
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found, expected, strict=True))
 
 
-def part(tmp_path: Path, code: str, cases: list[str], limit: float, seconds: float) -> gpu_check.Part:
-    """A part whose process runs `code`, which is told the cases that are left."""
-    (tmp_path / "work.py").write_text(
-        "import json, pathlib, sys, time\n"
-        "folder = pathlib.Path(__file__).parent\n"
-        "def put(name, status): (folder / f'p.{name}.json').write_text("
-        "json.dumps({'status': status, 'began': time.time()}))\n"
-        "for name in sys.argv[sys.argv.index('--cases') + 1 :]:\n"
-        "    put(name, 'running')\n"
-        f"    {code}\n"
-        "    put(name, 'ok')\n"
-    )  # fmt: skip
+def part(
+    tmp_path: Path, act: Callable[[str], None], cases: list[str], limit: float, seconds: float
+) -> gpu_part.Part:
+    """A part whose cases do what `act` does with their names."""
+
+    def work(names: list[str]) -> None:
+        for name in names:
+            path = tmp_path / f"p.{name}.json"
+            path.write_text(json.dumps({"status": "running", "began": time.time()}))
+            act(name)
+            path.write_text(json.dumps({"status": "ok"}))
+
     made = {name: Case(dict, limit=limit) for name in cases}
-    command = [sys.executable, str(tmp_path / "work.py")]
-    return gpu_check.Part("p", made, tmp_path, command, time.time() + seconds, cases)
+    return gpu_part.Part("p", made, tmp_path, work, time.time() + seconds)
+
+
+def statuses(one: gpu_part.Part) -> dict[str, str]:
+    gpu_part.run_parts([one], 1, lambda: None)
+    return {name: found["status"] for name, found in one.results.items()}
 
 
 def test_a_case_that_ends_its_process_does_not_stop_the_others(tmp_path):
-    one = part(tmp_path, "if name == 'b': sys.exit('gone')", ["a", "b", "c"], 60, 60)
-    gpu_check.run_parts([one], 1, lambda: None)
-    assert {name: found["status"] for name, found in one.results.items()} == {
-        "a": "ok",
-        "b": "FAIL",
-        "c": "ok",
-    }
-    assert "gone" in one.results["b"]["text"]
+    def act(name: str) -> None:
+        if name == "b":
+            print("gone", flush=True)
+            os._exit(3)
+
+    one = part(tmp_path, act, ["a", "b", "c"], 60, 60)
+    assert statuses(one) == {"a": "ok", "b": "FAIL", "c": "ok"}
+    assert one.results["b"]["text"] == "its process ended (3): gone"
 
 
 def test_a_case_that_takes_too_long_does_not_stop_the_others(tmp_path):
-    one = part(tmp_path, "if name == 'b': time.sleep(60)", ["a", "b", "c"], 1, 60)
-    gpu_check.run_parts([one], 1, lambda: None)
-    assert {name: found["status"] for name, found in one.results.items()} == {
-        "a": "ok",
-        "b": "FAIL",
-        "c": "ok",
-    }
+    one = part(tmp_path, lambda name: time.sleep(60 * (name == "b")), ["a", "b", "c"], 0.5, 60)
+    assert statuses(one) == {"a": "ok", "b": "FAIL", "c": "ok"}
 
 
 def test_what_no_longer_fits_is_said_to_be_left_out(tmp_path):
-    one = part(tmp_path, "time.sleep(60)", ["a", "b"], 60, 1)
-    gpu_check.run_parts([one], 1, lambda: None)
-    assert {found["status"] for found in one.results.values()} == {"skipped"}
+    one = part(tmp_path, lambda name: time.sleep(60), ["a", "b"], 60, 0.5)
+    assert statuses(one) == {"a": "skipped", "b": "skipped"}
 
 
 @pytest.mark.slow
