@@ -20,6 +20,8 @@ import gpu_part  # noqa: E402
 import gpu_training  # noqa: E402
 from gpu_case import Case  # noqa: E402
 
+from dalle.files import write_text  # noqa: E402
+
 
 def check(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -74,9 +76,9 @@ def part(
     def work(names: list[str]) -> None:
         for name in names:
             path = tmp_path / f"p.{name}.json"
-            path.write_text(json.dumps({"status": "running", "began": time.time()}))
+            write_text(path, json.dumps({"status": "running", "began": time.time()}))
             act(name)
-            path.write_text(json.dumps({"status": "ok"}))
+            write_text(path, json.dumps({"status": "ok"}))
 
     made = {name: Case(dict, limit=limit) for name in cases}
     return gpu_part.Part("p", made, tmp_path, work, time.time() + seconds)
@@ -90,7 +92,7 @@ def statuses(one: gpu_part.Part) -> dict[str, str]:
 def test_a_case_that_ends_its_process_does_not_stop_the_others(tmp_path):
     def act(name: str) -> None:
         if name == "b":
-            print("gone", flush=True)
+            os.write(1, b"gone\n")
             os._exit(3)
 
     one = part(tmp_path, act, ["a", "b", "c"], 60, 60)
