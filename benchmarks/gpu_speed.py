@@ -218,6 +218,7 @@ def compile_net(job: Job, stage: Stage) -> None:
 
 
 def fit(job: Job, stage: Stage, config: dict[str, Any], batch: int, steps: int, *callbacks: Any) -> None:
+    """As `fit.train` with trainer.benchmark=true and without a moving average."""
     torch.set_float32_matmul_precision("high")
     trainer = lightning.Trainer(
         accelerator="gpu" if job.device == "cuda" else "cpu", devices=1, precision="bf16-mixed",

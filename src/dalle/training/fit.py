@@ -319,8 +319,6 @@ def make_trainer(config: Config, run: Run) -> lightning.Trainer:
     every, accumulated = settings.get("val_check_interval"), settings.get("accumulate_grad_batches", 1)
     if isinstance(every, int) and settings.get("check_val_every_n_epoch") is None:
         settings["val_check_interval"] = every * accumulated  # of batches, to Lightning
-    if settings.get("benchmark") is None and not settings.get("deterministic"):
-        settings["benchmark"] = torch.cuda.is_available()
     return lightning_trainer(settings, **arguments)
 
 
