@@ -231,7 +231,8 @@ class Edited(Pipeline):
 
     def figures(self, rows: Rows) -> dict[str, Figure]:
         shares = ("better", "kept/")
-        return {name: (of_share if name.startswith(shares) else of_mean)(v) for name, v in rows.items()}
+        found = {name: (of_share if name.startswith(shares) else of_mean)(v) for name, v in rows.items()}
+        return {name: figure for name, figure in found.items() if figure.value == figure.value}
 
 
 def finite(values: Tensor) -> Tensor:
