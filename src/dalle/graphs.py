@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 WARM_UP = 3  # runs before a recording, in which kernels are chosen and compiled
 
@@ -58,43 +58,74 @@ class Recorded:
     def __init__(self, run: Callable[..., Any], most: int = 4) -> None:
         self.run, self.most = run, most
         self.graphs: dict[Any, _Graph] = {}
+        self.graph: _Graph | None = None  # the last one
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        leaves, spec = tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        device = tensors[0].device
+    def __call__(self, *args: Tensor, **kwargs: Any) -> Any:
+        graph, device = self.graph, args[0].device
         autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
-        signs = [(x.shape[1:], x.dtype) if isinstance(x, Tensor) else x for x in leaves]
-        key = (str(spec), str(signs), device, autocast, torch.is_inference_mode_enabled())
+        mode = (device, autocast, torch.is_inference_mode_enabled())
+        if graph is None or not graph.goes_on(args, kwargs, mode):
+            self.graph = graph = self.graph_for(args, kwargs, mode)
+        return graph(args)
+
+    def graph_for(self, args: tuple[Tensor, ...], kwargs: dict[str, Any], mode: Any) -> "_Graph":
+        """One that there is, told of what is given by keyword, or a new one."""
+        leaves, spec = tree_flatten((args, kwargs))
+        key = (str(spec), str(list(map(sign, leaves))), mode)
         graph = self.graphs.pop(key, None)
-        if graph is None or len(tensors[0]) > graph.rows:
+        if graph is None or len(args[0]) > graph.rows:
             while len(self.graphs) >= self.most:
                 self.graphs.pop(next(iter(self.graphs)))  # the one that was not used for longest
-            graph = _Graph(self.run, leaves, spec)
+            graph = _Graph(self.run, args, kwargs, mode)
         self.graphs[key] = graph
-        return graph(leaves, len(tree_flatten(args)[0]))
+        graph.tell(kwargs)
+        return graph
+
+
+def sign(x: Any) -> Any:
+    """What has to be the same for a graph to be."""
+    return (x.shape[1:], x.dtype) if isinstance(x, Tensor) else x
 
 
 class _Graph:
-    def __init__(self, run: Callable[..., Any], leaves: list[Any], spec: Any) -> None:
-        self.inputs = [torch.empty_like(x).copy_(x) if isinstance(x, Tensor) else x for x in leaves]
-        self.last: list[Any] = list(leaves)
-        first = next(x for x in self.inputs if isinstance(x, Tensor))
-        self.rows = len(first)
-        args, kwargs = tree_unflatten(self.inputs, spec)
+    """Of one shape. Its inputs are copies of what was given, and its outputs are copied."""
+
+    def __init__(
+        self, run: Callable[..., Any], args: tuple[Tensor, ...], kwargs: dict[str, Any], mode: Any
+    ) -> None:
+        def own(x: Any) -> Any:
+            return torch.empty_like(x).copy_(x) if isinstance(x, Tensor) else x
+
+        self.rows, self.count, self.mode = len(args[0]), 0, mode
+        self.args = tuple(own(x) for x in args)
+        self.kwargs = tree_map(own, kwargs)
+        self.last = kwargs
         self.outputs: Any = None
 
         def fill() -> None:
-            self.outputs = run(*args, **kwargs)
+            self.outputs = run(*self.args, **self.kwargs)
 
-        self.replay = recorded(fill, first.device)
+        self.replay = recorded(fill, args[0].device)
 
-    def __call__(self, leaves: list[Any], changing: int) -> Any:
-        for number, (own, given) in enumerate(zip(self.inputs, leaves, strict=True)):
-            if isinstance(given, Tensor) and (number < changing or given is not self.last[number]):
+    def goes_on(self, args: tuple[Tensor, ...], kwargs: dict[str, Any], mode: Any) -> bool:
+        """Whether this is the next step of the same drawing."""
+        return (
+            mode == self.mode
+            and len(args[0]) == self.count
+            and list(map(sign, args)) == list(map(sign, self.args))
+            and kwargs.keys() == self.last.keys()
+            and all(x is self.last[name] for name, x in kwargs.items())
+        )
+
+    def tell(self, kwargs: dict[str, Any]) -> None:
+        self.last = kwargs
+        for own, given in zip(tree_leaves(self.kwargs), tree_leaves(kwargs), strict=True):
+            if isinstance(given, Tensor):
                 own[: len(given)].copy_(given)
-                self.last[number] = given
-        rows = next(len(x) for x in leaves if isinstance(x, Tensor))
+
+    def __call__(self, args: tuple[Tensor, ...]) -> Any:
+        self.count = len(args[0])
+        for own, given in zip(self.args, args, strict=True):
+            own[: self.count].copy_(given)
         self.replay()
-        outputs, spec = tree_flatten(self.outputs)
-        return tree_unflatten([x[:rows].clone() if isinstance(x, Tensor) else x for x in outputs], spec)
+        return tree_map(lambda x: x[: self.count].clone() if isinstance(x, Tensor) else x, self.outputs)

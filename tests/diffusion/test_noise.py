@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dalle.diffusion import noise
 from dalle.diffusion.noise import per_sample
 
 SEEDS = st.lists(st.integers(0, 2**40), min_size=1, max_size=6)
@@ -26,6 +27,22 @@ def test_draws_are_standard_normal_and_never_repeat():
     both = torch.cat([first, second])
     assert both.mean().item() == pytest.approx(0, abs=0.02)
     assert both.std().item() == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (37,), (64,), (3, 8, 8)])
+@pytest.mark.parametrize("room", [1, 200, 2**22])
+def test_drawn_ahead_it_is_the_same(shape, room, monkeypatch):
+    """As in so many calls, and as each generator alone gives; what is drawn afterwards, too."""
+    monkeypatch.setattr(noise, "AHEAD", room)
+    ahead, usual = per_sample([3, 4]), per_sample([3, 4])
+    alone = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+    many = list(ahead.ahead(shape, 7))
+    assert len(many) == 7
+    for one in many:
+        assert torch.equal(one, usual.initial(shape))
+        assert torch.equal(one, torch.stack([torch.randn(shape, generator=g) for g in alone]))
+    assert torch.equal(ahead.initial(shape), usual.initial(shape))
+    assert list(ahead.ahead(shape, 0)) == []
 
 
 def test_noise_is_like_x():

@@ -4,7 +4,7 @@ this order, then Gumbel noise made of given uniforms, so that equal uniforms giv
 Nothing here is decided on the host, which CUDA graphs need.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,30 @@ from torch import Tensor
 
 Uniform = Callable[[Tensor], Tensor]  # numbers in [0, 1) like a given tensor
 OnStep = Callable[[int, Tensor], None]  # how many codes are there, and all (B, N), those to come being 0
+
+
+class Uniforms:
+    """Uniforms in [0, 1) out of the normal noise that all stages take; bf16 would be too coarse.
+
+    `randn(x)` draws noise like x; what has `ahead`, as `diffusion.noise.PerSample`, does it for many steps at
+    once while a GPU computes.
+    """
+
+    def __init__(self, randn: Callable[[Tensor], Tensor]) -> None:
+        self.randn = randn
+
+    def __call__(self, like: Tensor) -> Tensor:
+        return self.of(self.randn(like.float()))
+
+    def ahead(self, like: Tensor, times: int) -> Iterator[Tensor]:
+        """What as many calls give."""
+        draw = getattr(self.randn, "ahead", None)
+        if draw is None or like.device.type != "cuda":
+            return (self(like) for _ in range(times))
+        return map(self.of, draw(like.shape[1:], times))
+
+    def of(self, noise: Tensor) -> Tensor:
+        return torch.special.ndtr(noise).clamp(max=1 - 2**-24)
 
 
 class Options(NamedTuple):

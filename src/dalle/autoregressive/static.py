@@ -79,12 +79,14 @@ class Static:
             for length in sorted({net.reach(i) for i in range(net.codes - 1)}):
                 self.steps[length] = recorded(partial(self.step, net, length, options), device, self.pool)
 
-        wanted, drawn = set(places), self.buffers.codes[:rows]
+        wanted, drawn, noise = set(places), self.buffers.codes[:rows], self.buffers.noise[:rows]
+        times = len(places) if options.temperature else 0
+        ahead = getattr(uniform, "ahead", None)
+        uniforms = ahead(noise, times) if ahead else (uniform(noise) for _ in range(times))
         logits, _ = prefill(cache=self.cache)
         for i in range(first, last + 1):
             if i in wanted and options.temperature:
-                noise = self.buffers.noise[:rows]
-                noise.copy_(uniform(noise))
+                noise.copy_(next(uniforms))
             if i == first:
                 self.write(logits, torch.full_like(self.buffers.rank, i), options)
             else:

@@ -6,6 +6,8 @@ times).
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -59,7 +61,7 @@ class Denoiser(nn.Module):
     def speed_up(self, how: str) -> None:
         """Of estimates, not of losses: `graphs`, `full` or `none`, as `Stage.speed_up` says."""
         net = torch.compile(self.net, dynamic=False) if how == "full" else self.net
-        self.recorded = None if how == "none" else Recorded(net)
+        self.recorded = None if how == "none" else Recorded(partial(self._estimate, net))
 
     def forward(self, x_t: Float[Tensor, "B *S"], t: Float[Tensor, "B"], **cond) -> Float[Tensor, "B *S"]:
         """The estimate of x0 from the noised x_t at times t."""
@@ -69,7 +71,12 @@ class Denoiser(nn.Module):
         self, x_t: Float[Tensor, "B *S"], t: Float[Tensor, "B"], **cond
     ) -> tuple[Float[Tensor, "B *S"], Float[Tensor, "B *S"] | None]:
         """The estimate of x0; if learned, where ln variance lies between the posterior's (0) and beta (1)."""
-        out, fraction = self._split((self.recorded or self.net)(x_t, t, **cond), x_t)
+        return self.recorded(x_t, t, **cond) if self.recorded else self._estimate(self.net, x_t, t, **cond)
+
+    def _estimate(
+        self, net: Callable[..., Tensor], x_t: Tensor, t: Tensor, **cond
+    ) -> tuple[Tensor, Tensor | None]:
+        out, fraction = self._split(net(x_t, t, **cond), x_t)
         return self.x0_of(x_t, out, t), fraction
 
     def losses(

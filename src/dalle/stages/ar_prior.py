@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from dalle.autoregressive.draws import Uniforms
 from dalle.autoregressive.sampling import check_options, generate
 from dalle.autoregressive.static import Static
 from dalle.data.batch import Batch, text_of
@@ -106,10 +107,7 @@ class ARPriorStage(EmbeddingStage):
     ) -> Float[Tensor, "B E"]:
         """Normalised image embeddings for the captions whose text features are in `batch`."""
 
-        def uniform(like: Tensor) -> Tensor:
-            """Uniforms in [0, 1) out of the normal noise that all stages take; bf16 would be too coarse."""
-            return torch.special.ndtr(randn(like.float())).clamp(max=1 - 2**-24)
-
+        uniform = Uniforms(randn)
         told = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
         options = {key: self.drawing[key] if value is None else value for key, value in told.items()}
         least = self.dot_quantile if dot_quantile is None else dot_quantile

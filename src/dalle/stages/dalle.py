@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from dalle.autoregressive.draws import OnStep
+from dalle.autoregressive.draws import OnStep, Uniforms
 from dalle.autoregressive.sampling import check_options, generate
 from dalle.autoregressive.static import Static
 from dalle.data.batch import Batch
@@ -107,12 +107,8 @@ class DalleStage(Stage):
         `prefix` are first codes that are kept, `known` such anywhere, with -1 where one is drawn.
         """
 
-        def uniform(like: Tensor) -> Tensor:
-            """Uniforms in [0, 1) out of the normal noise that all stages take; bf16 would be too coarse."""
-            return torch.special.ndtr(randn(like.float())).clamp(max=1 - 2**-24)
-
         told = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
         options = {key: self.drawing[key] if value is None else value for key, value in told.items()}
-        options |= {"prefix": prefix, "known": known, "uniform": uniform, "on_step": on_step}
+        options |= {"prefix": prefix, "known": known, "uniform": Uniforms(randn), "on_step": on_step}
         options["static"] = self.static
         return generate(self.net, batch["text"], **options)
