@@ -54,7 +54,14 @@ class Separable:
         self.right, widths, self.across = torch.linalg.svd(columns.double(), full_matrices=False)
         self.singular = heights[:, None] * widths
 
+    def to(self, device: torch.device) -> None:
+        """Once: a step of a sampler that copies from the host waits for all that came before."""
+        if self.rows.device != device:
+            for name, part in vars(self).items():
+                setattr(self, name, part.to(device))
+
     def __call__(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C h w"]:
+        self.to(x.device)
         return self.rows.to(x) @ x @ self.columns.to(x).T
 
     def likeliest(
@@ -64,6 +71,7 @@ class Separable:
         spread: Float[Tensor, "B"],
         noise: float,
     ) -> Float[Tensor, "B C H W"]:
+        self.to(x.device)
         left, right, down, across, s = (
             part.to(x) for part in (self.left, self.right, self.down, self.across, self.singular)
         )
@@ -81,7 +89,8 @@ class Hidden:
         self.mask = mask
 
     def __call__(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        return x.masked_fill(self.mask.to(x.device), 0.0)
+        self.mask = self.mask.to(x.device)  # once
+        return x.masked_fill(self.mask, 0.0)
 
     def likeliest(
         self,
@@ -92,7 +101,8 @@ class Hidden:
     ) -> Float[Tensor, "B C H W"]:
         variance = expand(spread, x).square()
         gain = variance / (variance + noise**2) if noise else torch.ones_like(variance)
-        return torch.where(self.mask.to(x.device), x, x + gain * (y - x))
+        self.mask = self.mask.to(x.device)  # once
+        return torch.where(self.mask, x, x + gain * (y - x))
 
 
 def given(

@@ -6,6 +6,7 @@ of an overlap is not used, for there a network sees an edge that is none.
 """
 
 from collections.abc import Callable
+from functools import cache
 from itertools import product
 
 import torch
@@ -59,6 +60,13 @@ def tiled(
     if tile - overlap < step or overlap < 4:
         raise UserError(f"tile={tile} with an overlap of {overlap} is too small: tiles need {overlap + step}")
 
+    @cache
+    def weight_of(
+        rows: tuple[int, int, int], columns: tuple[int, int, int], dtype: torch.dtype, device: torch.device
+    ) -> Float[Tensor, "h w"]:
+        """Of a tile; made once, for what comes from the host waits for all steps before."""
+        return torch.outer(window(*rows, overlap), window(*columns, overlap)).to(device, dtype)
+
     def whole(x: Float[Tensor, "B C H W"], t: Float[Tensor, "B"]) -> Float[Tensor, "B C H W"]:
         height, width = x.shape[-2:]
         factor = height // low.shape[-2]
@@ -67,9 +75,7 @@ def tiled(
             bottom, right = min(top + tile, height), min(left + tile, width)
             here = (..., slice(top, bottom), slice(left, right))
             small = low[..., top // factor : -(-bottom // factor), left // factor : -(-right // factor)]
-            weight = torch.outer(
-                window(top, bottom, height, overlap), window(left, right, width, overlap)
-            ).to(x)
+            weight = weight_of((top, bottom, height), (left, right, width), x.dtype, x.device)
             total[here] += weight * denoise(x[here], t, low=small)
             weights[here] += weight
         return total / weights
