@@ -54,14 +54,14 @@ class Separable:
         self.right, widths, self.across = torch.linalg.svd(columns.double(), full_matrices=False)
         self.singular = heights[:, None] * widths
 
-    def to(self, device: torch.device) -> None:
-        """Once: a step of a sampler that copies from the host waits for all that came before."""
-        if self.rows.device != device:
-            for name, part in vars(self).items():
-                setattr(self, name, part.to(device))
+    def move(self, x: Tensor) -> None:
+        """To where x is, once: a step that copies from the host waits for all that came before."""
+        if self.rows.device != x.device:
+            for name, part in list(vars(self).items()):
+                setattr(self, name, part.to(x))
 
     def __call__(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C h w"]:
-        self.to(x.device)
+        self.move(x)
         return self.rows.to(x) @ x @ self.columns.to(x).T
 
     def likeliest(
@@ -71,7 +71,7 @@ class Separable:
         spread: Float[Tensor, "B"],
         noise: float,
     ) -> Float[Tensor, "B C H W"]:
-        self.to(x.device)
+        self.move(x)
         left, right, down, across, s = (
             part.to(x) for part in (self.left, self.right, self.down, self.across, self.singular)
         )
