@@ -136,7 +136,8 @@ def test_every_step_is_the_same_work_on_the_same_memory(attention, style, monkey
 
 @pytest.mark.compile
 @pytest.mark.parametrize("attention", ["full", "row"])
-def test_all_layers_and_steps_are_one_compiled_graph(attention):
+@pytest.mark.parametrize(("batch", "guidance"), [(3, 2.0), (1, 1.0)])
+def test_all_layers_and_steps_are_one_compiled_graph(attention, batch, guidance):
     """Of one length of the cache, and the draw is another; the same codes come out."""
     torch.compiler.reset()
     net = grown(attention=attention, style="llama")
@@ -149,6 +150,7 @@ def test_all_layers_and_steps_are_one_compiled_graph(attention):
     compile = torch.compile
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", lambda f, **options: compile(f, fullgraph=True, backend=backend))
-        fast, usual = both(net, Static(compiled=True), guidance=2.0, top_k=8, top_p=0.9)
+        options: dict[str, Any] = {"guidance": guidance, "top_k": 8, "top_p": 0.9}
+        fast, usual = both(net, Static(compiled=True), text=captions(batch), **options)
     assert torch.equal(fast, usual)
     assert len(graphs) == 2

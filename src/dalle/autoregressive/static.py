@@ -108,7 +108,7 @@ class Static:
         self.choose: Callable[..., Tensor] = choose
         if self.compiled:
             self.choose = torch.compile(choose, fullgraph=True)
-            net.compile_step(alone=b * options.streams == 1)
+            net.compile_step()
 
     def step(self, net: Any, length: int, options: Options) -> None:
         """The code after the one at `rank`."""

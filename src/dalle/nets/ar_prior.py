@@ -25,7 +25,6 @@ from dalle.nets.blocks import (
     Unembedding,
     at,
     attend_one,
-    compiled_step,
     hidden,
     keep_or_null,
     linear_fp32,
@@ -347,9 +346,9 @@ class ARPrior(nn.Module):
         whole = self.context_length + 1 + self.dims
         return min(-(-(self.context_length + 1 + rank + 1) // self.stride) * self.stride, whole)
 
-    def compile_step(self, alone: bool = False) -> None:
+    def compile_step(self) -> None:
         """As `nets.dalle.DALLE.compile_step`."""
-        self.layer_step = compiled_step(Layer.step, alone)
+        self.layer_step = torch.compile(Layer.step, fullgraph=True)
 
     def step(self, code: Int64[Tensor, "B"], rank: Place, cache: Cache) -> Float[Tensor, "B K"]:
         """Logits of the code after `code`, which is number `rank`, at least 1.

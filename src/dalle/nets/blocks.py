@@ -135,10 +135,17 @@ def put(table: Tensor, dim: int, place: Place, entry: Tensor) -> None:
         table.narrow(dim, place, 1).copy_(entry)
 
 
-def compiled_step(step: Callable[..., Tensor], alone: bool) -> Callable[..., Tensor]:
-    """A layer's `step(layer, ...)` for all layers, compiled once; `alone`: for one row, see `DALLE`."""
-    tuned = {"coordinate_descent_tuning": True} if alone and torch.cuda.is_available() else None
-    return torch.compile(step, fullgraph=True, options=tuned)
+class StepLinear(nn.Linear):
+    """A linear layer that knows of one row alone, when it is compiled and nothing is trained: it becomes a sum,
+    which reads the matrix as fast as memory gives it. Kernels for products of matrices do not.
+    """
+
+    def forward(self, input: Float[Tensor, "*N D"]) -> Float[Tensor, "*N K"]:
+        if not torch.compiler.is_compiling() or torch.is_grad_enabled() or input.shape[:-1].numel() > 1:
+            return super().forward(input)
+        dtype = self.weight.dtype
+        out = (input.to(dtype).float()[..., None, :] * self.weight.float()).sum(-1)
+        return (out if self.bias is None else out + self.bias.float()).to(dtype)
 
 
 class Unembedding(nn.Linear):

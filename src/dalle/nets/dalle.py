@@ -20,11 +20,11 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from dalle.errors import UserError
 from dalle.nets.blocks import (
     Place,
+    StepLinear,
     Unembedding,
     at,
     attend,
     attend_one,
-    compiled_step,
     grouped,
     hidden,
     linear_fp32,
@@ -177,8 +177,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, bias: bool):
         super().__init__()
         self.width, self.heads = width, heads
-        self.qkv = nn.Linear(width, 3 * width, bias)
-        self.out = nn.Linear(width, width, bias)
+        self.qkv = StepLinear(width, 3 * width, bias)
+        self.out = StepLinear(width, width, bias)
 
     def project(
         self, x: Float[Tensor, "B M D"], rotation: Float[Tensor, "2 M d"] | None
@@ -235,8 +235,8 @@ class MLP(nn.Module):
         super().__init__()
         hidden = 64 * math.ceil(width / 24) if gated else 4 * width
         self.gated = gated
-        self.proj_in = nn.Linear(width, (1 + gated) * hidden, bias)
-        self.out = nn.Linear(hidden, width, bias)
+        self.proj_in = StepLinear(width, (1 + gated) * hidden, bias)
+        self.out = StepLinear(hidden, width, bias)
 
     def forward(self, x: Float[Tensor, "B M D"]) -> Float[Tensor, "B M D"]:
         x = self.proj_in(x)
@@ -531,12 +531,9 @@ class DALLE(nn.Module):
             return whole
         return min(-(-(self.text_length + rank + 1) // self.stride) * self.stride, whole)
 
-    def compile_step(self, alone: bool = False) -> None:
-        """Steps whose rank is a tensor go through `torch.compile`, layer by layer: all are one graph.
-
-        alone: for batches of one stream, whose products of matrix and vector are tuned, which takes longer.
-        """
-        self.layer_step = compiled_step(Layer.step, alone)
+    def compile_step(self) -> None:
+        """Steps whose rank is a tensor go through `torch.compile`, layer by layer: all are one graph."""
+        self.layer_step = torch.compile(Layer.step, fullgraph=True)
 
     def step(self, code: Int64[Tensor, "B"], rank: Place, cache: Cache) -> Float[Tensor, "B K"]:
         """Logits of the code after `code`, which is the one of raster rank `rank` (from 0).
