@@ -127,6 +127,14 @@ def at(table: Tensor, dim: int, place: Place) -> Tensor:
     return table.index_select(dim, place) if isinstance(place, Tensor) else table.narrow(dim, place, 1)
 
 
+def gathered(table: Tensor, dim: int, places: Int64[Tensor, "M"]) -> Tensor:
+    """The entries at places. Kernels copy number by number, so here sixteen bytes are one."""
+    wide = torch.complex128.itemsize
+    if torch.compiler.is_compiling() or table.shape[-1] * table.itemsize % wide:
+        return table.index_select(dim, places)
+    return table.view(torch.complex128).index_select(dim, places).view(table.dtype)
+
+
 def put(table: Tensor, dim: int, place: Place, entry: Tensor) -> None:
     """Overwrites the entry at a place."""
     if isinstance(place, Tensor):
@@ -136,8 +144,8 @@ def put(table: Tensor, dim: int, place: Place, entry: Tensor) -> None:
 
 
 class StepLinear(nn.Linear):
-    """A linear layer that knows of one row alone, when it is compiled and nothing is trained: it becomes a sum,
-    which reads the matrix as fast as memory gives it. Kernels for products of matrices do not.
+    """A linear layer. Compiled, and where nothing is trained, its product with a single row is a sum, which
+    reads the matrix as fast as memory gives it; kernels for products of matrices do not.
     """
 
     def forward(self, input: Float[Tensor, "*N D"]) -> Float[Tensor, "*N K"]:

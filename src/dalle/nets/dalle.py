@@ -25,6 +25,7 @@ from dalle.nets.blocks import (
     at,
     attend,
     attend_one,
+    gathered,
     grouped,
     hidden,
     linear_fp32,
@@ -220,7 +221,7 @@ class Attention(nn.Module):
         own = kv.unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (2, B, H, 1, e)
         put(cache, 3, position, own)
         if keys is not None:
-            cache = cache.index_select(3, keys)
+            cache = gathered(cache, 3, keys)
         elif mask is None:
             cache = cache[..., : position + 1, :]
         q = q.unflatten(2, (self.heads, -1)).transpose(1, 2)
