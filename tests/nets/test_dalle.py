@@ -142,6 +142,7 @@ def gradients_of_blocks(monkeypatch) -> None:
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
 
 
+@pytest.mark.compile  # FlexAttention compiles its mask also where it is eager
 @pytest.mark.usefixtures("gradients_of_blocks")
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_blocks_of_sparse_attention_equal_the_dense_mask(checkpoint, monkeypatch):
