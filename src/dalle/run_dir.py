@@ -243,15 +243,15 @@ def build_stage(run: Run) -> Any:
     return stage
 
 
-def load_clip(path: Place) -> FrozenCLIP:
+def load_clip(path: Place, bf16: bool = False) -> FrozenCLIP:
     """The CLIP of a finished `model=clip` run, frozen, with its tokenizer."""
     stage, _ = load_stage(path, "clip")
     run = Run(Path(path))
     net = stage.net
-    return FrozenCLIP(net, run.load_tokenizer_of("CLIP", net.context_length, net.vocab_size))
+    return FrozenCLIP(net, run.load_tokenizer_of("CLIP", net.context_length, net.vocab_size), bf16)
 
 
-def load_image_tokenizer(path: Place) -> FrozenTokenizer:
+def load_image_tokenizer(path: Place, bf16: bool = False) -> FrozenTokenizer:
     """The network of a finished `model=dvae` or `model=vqgan` run, frozen."""
     stage, _ = load_stage(path, *IMAGE_TOKENIZERS)
-    return FrozenTokenizer(stage.net)
+    return FrozenTokenizer(stage.net, bf16)

@@ -81,3 +81,18 @@ def test_hash_is_the_same_everywhere():
     content = b"bias torch.float32 (1,);" + bytes(4) + b"weight torch.float32 (1, 2);"
     content += bytes.fromhex("0000803f000000c0")
     assert weights_hash(line) == hashlib.sha256(content).hexdigest()[:16]
+
+
+def test_bf16_is_near_and_known_as_another(frozen):
+    """The same weights, other embeddings: what is kept of the one is not taken for the other's."""
+    image = torch.rand(4, 3, 16, 16)
+    half = FrozenCLIP(frozen.net, frozen.tokenizer, bf16=True)
+    exact, near = frozen.embed_image(image), half.embed_image(image)
+    assert near.dtype == torch.float32
+    assert not torch.equal(near, exact)
+    assert torch.nn.functional.cosine_similarity(near, exact).min() > 0.999
+    assert half.weights_hash == frozen.weights_hash
+    assert half.made_by != frozen.made_by
+    text = [net.embed_captions(["a red circle"])["text_embed"] for net in (frozen, half)]
+    assert not torch.equal(*text)
+    torch.testing.assert_close(*text, rtol=0.05, atol=0.02)

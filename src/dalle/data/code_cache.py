@@ -58,7 +58,7 @@ def cached_codes(
     Args:
         verify: compare checksums; False where another process has just done so.
     """
-    key = cache_key("codes", tokenizer.weights_hash, source.fingerprint(), source.image_size, items)
+    key = cache_key("codes", *tokenizer.made_by, source.fingerprint(), source.image_size, items)
 
     def build(folder: Path) -> dict[str, Any]:
         return _build(folder, source, tokenizer, items)

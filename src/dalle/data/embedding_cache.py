@@ -127,7 +127,7 @@ def cached_embeddings(
         first_only: keep only the first caption of each item (validation uses no other).
         verify: compare checksums; False where another process has just done so.
     """
-    facts = [clip.weights_hash, clip.tokenizer.to_dict(), source.fingerprint(), source.image_size]
+    facts = [*clip.made_by, clip.tokenizer.to_dict(), source.fingerprint(), source.image_size]
     path = cache_dir / cache_key(*facts, items, text_bytes, first_only)
 
     def build(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Trained networks as the data side of the next stages sees them: frozen and in float32.
+"""Trained networks as the data side of the next stages sees them: frozen and in float32, or bf16 where asked.
 
 What they make does not depend on an autocast around them, so that what was kept on disk and what is made
 afresh are the same.
@@ -20,11 +20,18 @@ FROZEN = ("clip", "image_tokenizer")  # what a DataModule, its settings and a ma
 
 
 class Frozen(nn.Module):
-    """A network that never trains, whatever its owner does, and is known by the hash of its weights."""
+    """A network that never trains, whatever its owner does, and is known by the hash of its weights.
 
-    def __init__(self, net: nn.Module) -> None:
+    Args:
+        bf16: compute in bf16, convolutions channels-last; the weights stay as they are.
+    """
+
+    def __init__(self, net: nn.Module, bf16: bool = False) -> None:
         super().__init__()
         self.net: Any = net.eval().requires_grad_(False)
+        self.bf16 = bf16
+        if bf16:
+            self.net.to(memory_format=torch.channels_last)
         self.training = False
         self.image_size: int = self.net.image_size
 
@@ -35,6 +42,20 @@ class Frozen(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.net.parameters()).device
+
+    def precision(self, device: torch.device) -> torch.autocast:
+        """What it computes under, whatever is around it."""
+        return torch.autocast(device.type, torch.bfloat16 if self.bf16 else None, enabled=self.bf16)
+
+    def pictures(self, image: Tensor) -> Tensor:
+        """As it takes them."""
+        image = image.float()
+        return image.contiguous(memory_format=torch.channels_last) if self.bf16 else image
+
+    @property
+    def made_by(self) -> list[str]:
+        """What tells what it makes from what others make, or the same one in another precision."""
+        return [self.weights_hash, *(["bf16"] if self.bf16 else [])]
 
     @cached_property
     def weights_hash(self) -> str:
@@ -49,8 +70,8 @@ class FrozenCLIP(Frozen):
     `encode_text(text) -> (embedding, states, mask)`: `dalle.nets.clip.CLIP` or a wrapped open_clip model.
     """
 
-    def __init__(self, net: nn.Module, tokenizer: TextTokenizer) -> None:
-        super().__init__(net)
+    def __init__(self, net: nn.Module, tokenizer: TextTokenizer, bf16: bool = False) -> None:
+        super().__init__(net, bf16)
         self.tokenizer = tokenizer
         self.embed_dim: int = self.net.embed_dim
         self.text_width: int = self.net.text_width
@@ -59,13 +80,13 @@ class FrozenCLIP(Frozen):
     @torch.no_grad()
     def embed_image(self, image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b e"]:
         """Images in [-1, 1] of any size -> projected embeddings, not normalised."""
-        with torch.autocast(image.device.type, enabled=False):
-            return self.net.encode_image(image.float()).float()
+        with self.precision(image.device):
+            return self.net.encode_image(self.pictures(image)).float()
 
     @torch.no_grad()
     def embed_text(self, text: Int[Tensor, "b t"]) -> dict[str, Tensor]:
         """Ids -> text_embed (B, E), not normalised; text_hidden (B, T, D); text_mask (B, T), True = real."""
-        with torch.autocast(text.device.type, enabled=False):
+        with self.precision(text.device):
             embed, hidden, mask = self.net.encode_text(text)
         return {"text_embed": embed.float(), "text_hidden": hidden.float(), "text_mask": mask}
 
@@ -83,8 +104,8 @@ class FrozenTokenizer(Frozen):
     `dalle.nets.vqgan.VQGAN`. Where codes are digits, `levels` says how many values each has, the least first.
     """
 
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__(net)
+    def __init__(self, net: nn.Module, bf16: bool = False) -> None:
+        super().__init__(net, bf16)
         self.vocab_size: int = self.net.vocab_size
         self.grid: int = self.net.grid
         self.levels: list[Any] | None = getattr(self.net, "levels", None)
@@ -92,13 +113,13 @@ class FrozenTokenizer(Frozen):
     @torch.no_grad()
     def encode(self, image: Float[Tensor, "b 3 h w"]) -> Int64[Tensor, "b n"]:
         """Images in [-1, 1] of the network's size -> codes in [0, K). Another size: UserError."""
-        with torch.autocast(image.device.type, enabled=False):
-            return self.net.encode(image.float())
+        with self.precision(image.device):
+            return self.net.encode(self.pictures(image))
 
     @torch.no_grad()
     def decode(self, codes: Int64[Tensor, "b n"]) -> Float[Tensor, "b 3 h w"]:
         """Codes -> images in [-1, 1]."""
-        with torch.autocast(codes.device.type, enabled=False):
+        with self.precision(codes.device):
             return self.net.decode(codes).float().clamp(-1, 1)
 
 

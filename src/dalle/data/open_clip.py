@@ -84,13 +84,16 @@ class OpenClipNet(nn.Module):
         return embed, states[0], mask
 
 
-def load_open_clip(name: Text, pretrained: Text, cache_dir: Text | None = None) -> FrozenCLIP:
+def load_open_clip(
+    name: Text, pretrained: Text, cache_dir: Text | None = None, bf16: bool = False
+) -> FrozenCLIP:
     """A pretrained model by its open_clip name, e.g. `load_open_clip("ViT-B-32", "openai")`.
 
     Args:
         name: of the architecture. With a weights file of OpenAI's, the `-quickgelu` one.
         pretrained: a tag of open_clip's (downloaded once), or a file of weights (.safetensors, .pt, .bin).
         cache_dir: where downloads are kept; None: open_clip's own place.
+        bf16: compute in bf16.
 
     Raises:
         UserError: open_clip, the name, the tag or the file is missing, cannot be had, or does not fit.
@@ -124,7 +127,7 @@ def load_open_clip(name: Text, pretrained: Text, cache_dir: Text | None = None) 
         raise UserError(f"cannot load open_clip {name} from {pretrained!r}: {advice} ({reason})") from error
     check_finite(model.state_dict(), pretrained, "take another file")
     net = OpenClipNet(model)
-    return FrozenCLIP(net, ClipBPE(net.context_length))
+    return FrozenCLIP(net, ClipBPE(net.context_length), bf16)
 
 
 def _open_clip() -> Any:
