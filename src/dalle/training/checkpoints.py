@@ -155,7 +155,7 @@ class LastCheckpoint(Checkpoint):
         elif trainer.global_step % STOP_EVERY == 0:
             self.agreed = trainer.strategy.reduce_boolean_decision(self.asked, all=False)
 
-    def on_validation_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+    def on_validation_end(self, trainer: Any, *_: Any) -> None:
         self.validation_due = False
         value = trainer.callback_metrics.get(self.best or "")
         if value is None or trainer.sanity_checking or not math.isfinite(number := float(value)):
