@@ -33,6 +33,7 @@ LIBRARIES = {
     "metrics": PURE | {"torchmetrics", "lightning", "torch_fidelity", "open_clip", "timm"},
     "stages": PURE | {"torchmetrics", "lightning"},
     "pipelines": PURE | {"yaml", "tqdm"},
+    "weights": PURE | {"safetensors", "yaml"},
 }
 ROOMS = {
     "nets": set(),
@@ -51,6 +52,7 @@ ROOMS = {
     },
     "training": CORE | RUNS | {"dalle.stages"},
     "pipelines": CORE | RUNS | {"dalle.stages"},
+    "weights": CORE | RUNS | {"dalle.stages"},
     "launch": RUNS,
     "evaluation": CORE | RUNS | {"dalle.stages", "dalle.training", "dalle.pipelines", "dalle.launch"},
 }

@@ -117,8 +117,12 @@ class Run:
                 raise UserError(f"{self.path / 'config.yaml'} is damaged ({need} is missing); {ADVICE}")
         return config
 
-    def source(self) -> dict[str, Any]:
-        """The source of pictures that it was trained on, as its configuration describes it."""
+    def source(self) -> dict[str, Any] | None:
+        """The source of pictures that it was trained on, as its configuration describes it; None of weights
+        that were imported (`dalle.weights`).
+        """
+        if "origin" in self.config():
+            return None
         return self.config("datamodule.source")["datamodule"]["source"]
 
     def metric_rows(self) -> list[dict[str, str]]:

@@ -57,6 +57,16 @@ class DataFacts(TypedDict):
 
 
 @with_config(LOOSE)
+class Origin(TypedDict):
+    """Of imported weights: see `dalle.weights`."""
+
+    layout: Text
+    path: Text
+    files: dict[str, str]  # SHA-256 by name
+    licence: str | None
+
+
+@with_config(LOOSE)
 class Manifest(TypedDict):
     """manifest.json of a finished run."""
 
@@ -74,6 +84,7 @@ class Manifest(TypedDict):
     tokenizer: NotRequired[TokenizerFacts]
     image_embed_norm: NotRequired[Norm]
     versions: NotRequired[dict[str, str]]
+    origin: NotRequired[Origin]
 
 
 @with_config(LOOSE)
@@ -122,6 +133,7 @@ class RunConfig(TypedDict):
     datamodule: NotRequired[Data]
     clip: NotRequired[Node | None]
     image_tokenizer: NotRequired[Node | None]
+    origin: NotRequired[Origin]
 
 
 @with_config(LOOSE)

@@ -34,7 +34,9 @@ LISTED = {  # what runs and recipes are made of: the whole of it, a test says wh
     "networks": (
         "dalle.nets.ar_prior.ARPrior", "dalle.nets.clip.CLIP", "dalle.nets.dalle.DALLE", "dalle.nets.dit.DiT",
         "dalle.nets.dvae.DVAE", "dalle.nets.gan.Discriminator", "dalle.nets.gan.Generator",
-        "dalle.nets.prior.Prior", "dalle.nets.small_unet.SmallUNet", "dalle.nets.unet.UNet",
+        "dalle.nets.karlo.KarloDecoder", "dalle.nets.karlo.KarloUpsampler",
+        "dalle.nets.karlo.PriorTransformer", "dalle.nets.prior.Prior", "dalle.nets.small_unet.SmallUNet",
+        "dalle.nets.taming.TamingVQGAN", "dalle.nets.unet.UNet",
         "dalle.nets.upsampler.UpsamplerUNet", "dalle.nets.vae.VAE",
         "dalle.nets.vqgan.PatchDiscriminator", "dalle.nets.vqgan.VQGAN",
     ),

@@ -83,6 +83,11 @@ def threshold(denoise: Denoise, kind: str = "dynamic", percentile: Scale = 0.995
     return thresholded
 
 
+def clamped(denoise: Denoise, most: Scale) -> Denoise:
+    """A denoiser whose x0 is held in [-most, most]; one that tells no variance."""
+    return lambda x_t, t, **cond: denoise(x_t, t, **cond).clamp(-most, most)  # pyright: ignore[reportAttributeAccessIssue]  # a tensor
+
+
 def match_spread(
     x: Float[Tensor, "B *S"], reference: Float[Tensor, "B *S"], phi: Scale
 ) -> Float[Tensor, "B *S"]:

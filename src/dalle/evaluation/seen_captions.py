@@ -30,6 +30,8 @@ def captions_read(paths: Mapping[str, str]) -> set[str]:
         run = Run(Path(path))
         if stage == "image_tokenizer" or (stage == "clip" and "dalle" in paths) or not run.finished:
             continue
+        if run.source() is None:
+            continue
         node = run.config("datamodule.source")["datamodule"]
         if node["source"].get("_target_") != "dalle.data.shapes.Shapes":
             continue

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from dalle.data.batch import Batch, text_of
 from dalle.diffusion.denoiser import Denoiser
-from dalle.diffusion.guidance import guide, one_scale
+from dalle.diffusion.guidance import clamped, guide, one_scale
 from dalle.diffusion.samplers import Randn, Sampler
 from dalle.nets.interfaces import PriorNet, check_interface
 from dalle.optim.factory import OptimizerFactory
-from dalle.ranges import Depth, Fraction, Guidance, NonNegativeInt
+from dalle.ranges import Depth, Fraction, Guidance, NonNegativeInt, Positive
 from dalle.stages.embedding_stage import EmbeddingStage
 
 
@@ -35,6 +35,7 @@ class PriorStage(EmbeddingStage):
         guidance: scale; 1 is none.
         candidates: embeddings drawn per caption, of which the best is kept.
         val_samples: how many validation captions are sampled for the cosines.
+        clamp: no number of an estimate is larger while sampling; None: they are left.
     """
 
     def __init__(
@@ -47,10 +48,11 @@ class PriorStage(EmbeddingStage):
         guidance: Guidance = 1.0,
         candidates: Depth = 2,
         val_samples: NonNegativeInt = 256,
+        clamp: Positive | None = None,
     ) -> None:
         super().__init__(optimizer, candidates, val_samples)
         self.denoiser, self.sampler = denoiser(check_interface(net, PriorNet)), sampler
-        self.text_dropout, self.guidance = text_dropout, guidance
+        self.text_dropout, self.guidance, self.clamp = text_dropout, guidance, clamp
 
     @property
     def net(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # an attribute there
@@ -85,6 +87,8 @@ class PriorStage(EmbeddingStage):
             scale,
         )
         denoise = guide(self.denoiser, branches)
+        if self.clamp is not None:
+            denoise = clamped(denoise, self.clamp)
         run = sampler or self.sampler
         like = torch.empty(len(nobody), self.net.embed_dim, device=nobody.device)
         drawn = [

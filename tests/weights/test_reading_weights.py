@@ -1,0 +1,89 @@
+"""Files of weights: what is in them is read, and nothing in them is run."""
+
+import json
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from dalle.errors import UserError
+from dalle.weights.reading import read_weights
+
+
+class Bomb:
+    """A pickle that runs when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+class Own(nn.Module):
+    """A network of a class that no reader knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(OrderedDict(first=nn.Linear(3, 2), norm=nn.BatchNorm1d(2)))
+        self.scale = nn.Parameter(torch.rand(4)[::2])  # a view of its storage
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "before 1.6"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_pickled_network(tmp_path, new, wrapped):
+    net, place = Own(), tmp_path / "net.pkl"
+    content = {"model": net, "epoch": 3, "callbacks": {Own: Bomb(tmp_path / "RAN")}} if wrapped else net
+    torch.save(content, place, _use_new_zipfile_serialization=new)
+    found = read_weights(place).tensors
+    assert found.keys() == net.state_dict().keys()
+    assert all(torch.equal(value, found[name]) for name, value in net.state_dict().items())
+    assert not (tmp_path / "RAN").exists()
+
+
+def test_a_bomb_is_no_weights(tmp_path):
+    torch.save(Bomb(tmp_path / "RAN"), tmp_path / "a.pt")
+    (tmp_path / "b.pkl").write_bytes(pickle.dumps(Bomb(tmp_path / "RAN")))
+    for name in ("a.pt", "b.pkl"):
+        with pytest.raises(UserError, match="holds no weights"):
+            read_weights(tmp_path / name)
+    assert not (tmp_path / "RAN").exists()
+
+
+def test_a_folder_in_parts(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "model-1.safetensors")
+    save_file({"b": torch.zeros(3)}, tmp_path / "model-2.safetensors")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = read_weights(tmp_path)
+    assert found.tensors.keys() == {"a", "b"}
+    assert len(found.files) == 2
+    index["weight_map"]["a"] = "../elsewhere"
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match="weight_map names no files beside it"):
+        read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pt", "old.pt"])
+def test_damaged_files_end_in_one_line(tmp_path, name):
+    weights, place = {"a": torch.rand(200), "b": torch.rand(3)}, tmp_path / name
+    if name == "w.safetensors":
+        save_file(weights, place)
+    else:
+        torch.save(weights, place, _use_new_zipfile_serialization=name == "w.pt")
+    whole = place.read_bytes()
+    for cut in (0, 5, len(whole) // 2, len(whole) - 1):
+        place.write_bytes(whole[:cut])
+        with pytest.raises(UserError, match=r"\A[^\n]+\Z"):
+            read_weights(place)
+
+
+@pytest.mark.parametrize("path", ["nothing", "", "text.json"])
+def test_what_holds_no_weights(tmp_path, path):
+    (tmp_path / "text.json").write_text("{}")
+    with pytest.raises(UserError, match=r"\A[^\n]+\Z"):
+        read_weights(tmp_path / path)
