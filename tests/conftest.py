@@ -16,7 +16,9 @@ import yaml
 from hydra.core.global_hydra import GlobalHydra
 from tiny import ROOT, configure
 
+from dalle.cli import import_weights
 from dalle.cli.command import run as run_command
+from dalle.errors import UserError
 from dalle.instantiate import instantiate
 from dalle.run_dir import Run
 from dalle.training import fit
@@ -142,5 +144,30 @@ def shell(command, monkeypatch):
         ended = command(script, *arguments)
         assert ended.code == 0, (line, ended.err)
         return ended
+
+    return run
+
+
+@pytest.fixture
+def imported(tmp_path) -> Callable[..., Run]:
+    """``imported("clip", PATH, "activation=gelu")`` -> the run of `dalle import`."""
+
+    def run(kind: str, place: Path, *settings: str, name: str = "mine") -> Run:
+        import_weights.main([kind, str(place), f"name={name}", f"paths.logs={tmp_path / 'logs'}", *settings])
+        return Run(tmp_path / "logs" / name / kind)
+
+    return run
+
+
+@pytest.fixture
+def refused(imported) -> Callable[..., str]:
+    """The line in which an import that cannot be done ends."""
+
+    def run(kind: str, place: Path, *settings: str, name: str = "mine") -> str:
+        with pytest.raises(UserError) as refusal:
+            imported(kind, place, *settings, name=name)
+        line = str(refusal.value)
+        assert "\n" not in line
+        return line
 
     return run

@@ -5,10 +5,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from public import (
+    CLOSE,
+    KARLO_DECODER,
+    PRIOR,
+    UPSAMPLER,
+    E,
+    clip_weights,
+    make_decoder,
+    make_prior,
+    make_upsampler,
+)
 from safetensors.torch import save_file
 
 from dalle.instantiate import instantiate
-from dalle.nets.clip import CLIP
 from dalle.run_dir import load_clip, load_stage
 from dalle.weights import karlo
 from dalle.weights.reading import PublicWeights
@@ -18,59 +28,11 @@ diffusers = pytest.importorskip("diffusers")
 pytest.importorskip("open_clip")
 text_proj = pytest.importorskip("diffusers.pipelines.deprecated.unclip.text_proj")
 
-CLOSE = {"atol": 1e-5, "rtol": 1e-5}
-E = 64  # of CLIP's embeddings and of its text states
-PRIOR = {"num_attention_heads": 2, "attention_head_dim": 64, "num_layers": 2, "embedding_dim": E}
-KARLO_DECODER = {
-    "in_channels": 3, "out_channels": 6, "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
-    "class_embed_type": "identity", "resnet_time_scale_shift": "scale_shift",
-}  # fmt: skip
-DECODER = KARLO_DECODER | {
-    "sample_size": 16, "layers_per_block": 1, "block_out_channels": (64, 128), "cross_attention_dim": 48,
-    "attention_head_dim": 64,
-    "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
-    "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-}  # fmt: skip
-UPSAMPLER = {
-    "sample_size": 32, "layers_per_block": 1, "block_out_channels": (32, 64), "in_channels": 6,
-    "out_channels": 3, "add_attention": False, "down_block_types": ("ResnetDownsampleBlock2D",) * 2,
-    "up_block_types": ("ResnetUpsampleBlock2D",) * 2,
-}  # fmt: skip
-
-
-def shaken(net: torch.nn.Module) -> torch.nn.Module:
-    """With no weight left at 0 or 1, so that none could be missed."""
-    with torch.no_grad():
-        for p in net.parameters():
-            p += 0.05 * torch.randn(p.shape)
-    return net.eval().requires_grad_(False)
-
-
-def make_prior():
-    torch.manual_seed(1)
-    net = shaken(diffusers.PriorTransformer(**PRIOR))
-    net.clip_std.data = net.clip_std.abs() + 0.1
-    return net
-
-
-def make_decoder():
-    torch.manual_seed(2)
-    net = shaken(diffusers.UNet2DConditionModel(**DECODER))
-    text = text_proj.UnCLIPTextProjModel(clip_embeddings_dim=E, time_embed_dim=256, cross_attention_dim=48)
-    return net, shaken(text)
-
-
-def make_upsampler():
-    torch.manual_seed(3)
-    return [shaken(diffusers.UNet2DModel(**UPSAMPLER)) for _ in range(2)]
-
 
 @pytest.fixture
 def clip(tmp_path, imported) -> Path:
     """The run of a CLIP with random weights."""
-    torch.manual_seed(0)
-    net = CLIP(32, 8, 64, 1, E, 1, 77, 49408, E, 1, activation="quick_gelu", vision="vit")
-    save_file(net.state_dict(), tmp_path / "clip.safetensors")
+    save_file(clip_weights(), tmp_path / "clip.safetensors")
     return imported("clip", tmp_path / "clip.safetensors", "activation=quick_gelu", name="karlo").path
 
 
@@ -383,7 +345,7 @@ def test_what_does_not_fit(tmp_path, refused, imported, clip):
     theirs = make_prior()
     torch.save({"state_dict": karlo_prior(theirs)}, tmp_path / "prior.ckpt")
     assert "give stats=ViT-L-14_stats.th" in refused("prior", tmp_path / "prior.ckpt", f"clip={clip}")
-    assert "prior needs clip" in refused("prior", tmp_path / "prior.ckpt")
+    assert "prior needs clip: give it as clip=" in refused("prior", tmp_path / "prior.ckpt")
     other = diffusers.PriorTransformer(**PRIOR | {"embedding_dim": 32})
     other.clip_std.data += 1
     other.save_pretrained(tmp_path / "other")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from public import CLOSE, TAMING, Released
 from safetensors.torch import save_file
 from torch import nn
 
@@ -12,8 +13,6 @@ from dalle.run_dir import load_image_tokenizer, load_stage
 from dalle.weights.reading import PublicWeights
 from dalle.weights.tokenizers import import_dvae, import_vqgan
 from dalle.weights.writing import check_same
-
-CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 
 def pictures(size: int, n: int = 2) -> torch.Tensor:
@@ -84,7 +83,6 @@ def test_the_public_dvae():
 
 # taming's VQGANs
 
-TINY = {"ch": 32, "ch_mult": (1, 1, 2), "num_res_blocks": 1, "attn_resolutions": [8], "z_channels": 32}
 F16 = {"ch": 128, "ch_mult": (1, 1, 2, 2, 4), "num_res_blocks": 2, "attn_resolutions": [16]}
 F8 = {"ch": 128, "ch_mult": (1, 1, 2, 4), "num_res_blocks": 2, "attn_resolutions": [32]}
 PUBLIC = {  # name -> sizes of the release's configuration, vocabulary, whether it is the Gumbel kind
@@ -94,37 +92,11 @@ PUBLIC = {  # name -> sizes of the release's configuration, vocabulary, whether 
 }
 
 
-class Released(nn.Module):
-    """The parts of taming's VQModel and GumbelVQ, put together as there."""
-
-    def __init__(self, sizes, resolution: int, vocabulary: int, gumbel: bool) -> None:
-        super().__init__()
-        reason = "the package taming-transformers-rom1504 is not installed"
-        parts = pytest.importorskip("taming.modules.diffusionmodules.model", reason=reason)
-        books = pytest.importorskip("taming.modules.vqvae.quantize", reason=reason)
-        more = {"in_channels": 3, "out_ch": 3, "resolution": resolution, "double_z": False}
-        sizes = {"z_channels": 256, **sizes, **more}
-        z = sizes["z_channels"]
-        self.encoder, self.decoder = parts.Encoder(**sizes), parts.Decoder(**sizes)
-        self.quant_conv, self.post_quant_conv = nn.Conv2d(z, z, 1), nn.Conv2d(z, z, 1)
-        self.quantize: nn.Module = (
-            books.GumbelQuantize(z, z, n_embed=vocabulary, kl_weight=1e-8)
-            if gumbel
-            else books.VectorQuantizer2(vocabulary, z, beta=0.25)
-        )
-
-    def forward(self, image):
-        return self.quantize(self.quant_conv(self.encoder(image)))
-
-    def decode(self, quantized):
-        return self.decoder(self.post_quant_conv(quantized))
-
-
 @pytest.mark.parametrize("gumbel", [False, True])
 @torch.no_grad()
 def test_taming(tmp_path, imported, gumbel):
     torch.manual_seed(0)
-    theirs = Released(TINY, 32, 64, gumbel).eval()
+    theirs = Released(TAMING, 32, 64, gumbel).eval()
     if not gumbel:
         nn.init.normal_(theirs.quantize.embedding.weight)  # so that pictures have more than one code
     weights = {**theirs.state_dict(), "loss.discriminator.main.0.weight": torch.zeros(1)}
@@ -160,7 +132,7 @@ def test_the_public_vqgans(name):
 @pytest.mark.parametrize("gumbel", [False, True])
 def test_an_imported_vqgan_can_be_trained(tmp_path, imported, gumbel):
     torch.manual_seed(0)
-    torch.save(Released(TINY, 32, 64, gumbel).state_dict(), tmp_path / "w.pt")
+    torch.save(Released(TAMING, 32, 64, gumbel).state_dict(), tmp_path / "w.pt")
     stage, _ = load_stage(imported("vqgan", tmp_path / "w.pt", "image_size=32").path, "vqgan")
     stage.net.train().requires_grad_(True)
     made, _, pull = stage.net(pictures(32))
@@ -170,6 +142,6 @@ def test_an_imported_vqgan_can_be_trained(tmp_path, imported, gumbel):
 
 def test_the_wrong_kind(tmp_path, refused):
     torch.manual_seed(0)
-    torch.save(Released(TINY, 32, 64, False).state_dict(), tmp_path / "w.pt")
+    torch.save(Released(TAMING, 32, 64, False).state_dict(), tmp_path / "w.pt")
     assert "is no dVAE of OpenAI's: it lacks encoder.blocks.input.w" in refused("dvae", tmp_path / "w.pt")
     assert "no CLIP with a vision transformer" in refused("clip", tmp_path / "w.pt")

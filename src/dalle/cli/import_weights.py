@@ -57,13 +57,19 @@ def import_weights(kind: str, place: Path, settings: dict[str, Any]) -> None:
     if not name:
         raise UserError("name is needed: give it as name=NAME")
     check_name(name, "name")
-    own = [key for key in inspect.signature(take).parameters if key != "source"]
+    folder = Path(logs or "logs", name)
+    own = {key: p for key, p in inspect.signature(take).parameters.items() if key != "source"}
+    if "clip" in own and "clip" not in settings and Run(folder / "clip").finished:
+        settings["clip"] = str(folder / "clip")
     for key in settings:
         if key not in own:
             known = [*SHARED, *own]
             raise UserError(f"there is no setting {key} of dalle import {kind}{instead(key, known, '')}")
+    for key, parameter in own.items():
+        if parameter.default is parameter.empty and key not in settings:
+            raise UserError(f"dalle import {kind} needs {key}: give it as {key}=...")
     check_arguments(take, settings, "", partial_call=True)
-    run = Run(Path(logs or "logs", name, kind))
+    run = Run(folder / kind)
     if run.occupied:
         raise UserError(f"{run} already holds a run; give another name=, or delete it")
     source = read_weights(place, PARTS.get(kind, ()))
