@@ -252,8 +252,8 @@ def vqmodel_names(weights: Mapping[str, Tensor], levels: int) -> dict[str, Tenso
 def _of_class(run: Run, net: Any, kind: type, theirs: str) -> Any:
     if not isinstance(net, kind):
         raise UserError(
-            f"{run} has a {type(net).__name__}, which is no architecture of diffusers'; a {kind.__name__}, as "
-            f"dalle import makes it, is exported as {theirs}"
+            f"{run} has a {type(net).__name__}, which is no architecture of diffusers'; {theirs} is what a "
+            f"{kind.__name__} is exported as, which dalle import makes"
         )
     return net
 
