@@ -32,7 +32,8 @@ LISTED = {  # what runs and recipes are made of: the whole of it, a test says wh
         "dalle.stages.vae.VAEStage", "dalle.stages.vqgan.VQGANStage",
     ),
     "networks": (
-        "dalle.nets.ar_prior.ARPrior", "dalle.nets.clip.CLIP", "dalle.nets.dalle.DALLE", "dalle.nets.dit.DiT",
+        "dalle.nets.ar_prior.ARPrior", "dalle.nets.clip.CLIP", "dalle.nets.dalle.DALLE",
+        "dalle.nets.dalle_bart.DalleBart", "dalle.nets.dit.DiT",
         "dalle.nets.dvae.DVAE", "dalle.nets.gan.Discriminator", "dalle.nets.gan.Generator",
         "dalle.nets.karlo.KarloDecoder", "dalle.nets.karlo.KarloUpsampler",
         "dalle.nets.karlo.PriorTransformer", "dalle.nets.prior.Prior", "dalle.nets.small_unet.SmallUNet",

@@ -1,5 +1,7 @@
 """Karlo's stages, imported, give what diffusers' networks and its scheduler of Karlo's kind give."""
 
+import itertools
+import math
 from pathlib import Path
 
 import pytest
@@ -140,8 +142,14 @@ def karlo_upsampler(first, last) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def chain(estimate, noise, steps: int, draw, **scheduler):
-    """diffusers' scheduler of Karlo's from noise to the end."""
+    """diffusers' scheduler of Karlo's from noise to the end, its numbers in float64 as Karlo has them: in
+    float32 the last of them, divided by, are off by a thousandth.
+    """
     made = diffusers.UnCLIPScheduler(**scheduler)
+    kept = [math.cos((i / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(1001)]
+    ratios = [max(after / before, 0.001) for before, after in itertools.pairwise(kept)]
+    made.alphas = torch.tensor(ratios, dtype=torch.float64)
+    made.betas, made.alphas_cumprod = 1 - made.alphas, made.alphas.cumprod(0)
     made.set_timesteps(steps)
     x = noise
     for i, t in enumerate(made.timesteps):

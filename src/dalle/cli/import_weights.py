@@ -13,6 +13,10 @@ import yaml
 
 from dalle.errors import UserError, instead, printable
 
+UPSTREAM = {
+    "clip": ("clip",),
+    "image_tokenizer": ("vqgan", "dvae"),
+}  # settings that are runs, and their stages
 SHARED = ("name", "paths.logs", "licence")
 
 
@@ -59,8 +63,10 @@ def import_weights(kind: str, place: Path, settings: dict[str, Any]) -> None:
     check_name(name, "name")
     folder = Path(logs or "logs", name)
     own = {key: p for key, p in inspect.signature(take).parameters.items() if key != "source"}
-    if "clip" in own and "clip" not in settings and Run(folder / "clip").finished:
-        settings["clip"] = str(folder / "clip")
+    for key, stages in UPSTREAM.items():
+        there = [str(folder / stage) for stage in stages if Run(folder / stage).finished]
+        if key in own and key not in settings and there:
+            settings[key] = there[0]
     for key in settings:
         if key not in own:
             known = [*SHARED, *own]

@@ -7,6 +7,7 @@ BPE dropout (Provilkov et al. 2020, alg. 1) writes a word in other tokens every 
 with 10 % (Ramesh et al. 2021, sec. 2.2). The `tokenizers` package cannot seed its own, so it is done here.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -202,9 +203,64 @@ class ClipBPE:
         return cls(state["context_length"])
 
 
+class DalleMiniBPE:
+    """The tokenizer of DALL-E mini and mega: a BPE with its own start, padding and end, 0, 1 and 2.
+
+    Text becomes lower-case ASCII; emoji are spelled out where the package `emoji` is installed, else left out
+    with all other signs.
+    """
+
+    start_id, pad_id, end_id = 0, 1, 2
+
+    def __init__(self, bpe: Tokenizer, vocab_size: Vocabulary, context_length: Length = 64) -> None:
+        self.bpe, self.vocab_size, self.context_length = bpe, vocab_size, context_length
+
+    @classmethod
+    def of_files(
+        cls, vocab: dict[str, int], merges: Sequence[str], vocab_size: Vocabulary, context_length: Length
+    ) -> "DalleMiniBPE":
+        """Of the words of vocab.json and the lines of merges.txt. Raises ValueError where these are none."""
+        if [vocab.get(word) for word in ("<s>", "<pad>", "</s>")] != [0, 1, 2]:
+            raise ValueError("its <s>, <pad> and </s> are not 0, 1 and 2")
+        pairs = [tuple(line.split()) for line in merges if line and not line.startswith("#version")]
+        if any(len(pair) != 2 for pair in pairs):
+            raise ValueError("a line of the merges is no pair")
+        return cls(Tokenizer(models.BPE(vocab, pairs, unk_token="<unk>")), vocab_size, context_length)
+
+    def _ids(self, caption: str) -> list[int]:
+        with contextlib.suppress(ImportError):
+            from emoji import demojize
+
+            caption = demojize(caption, delimiters=("", ""))
+        words = caption.lower().encode("ascii", errors="ignore").decode().split(" ")
+        spaced = [f"\u0120{word}" for word in words if word]  # how byte-level BPEs write a space
+        return self.bpe.encode(spaced, is_pretokenized=True).ids if spaced else []
+
+    def __call__(self, captions: Sequence[str]) -> Int64[Tensor, "b t"]:
+        """Captions -> (B, context_length) ids; too long ones are cut before the end token."""
+        text = torch.full((len(captions), self.context_length), self.pad_id, dtype=torch.int64)
+        for row, caption in zip(text, captions, strict=True):
+            ids = [self.start_id, *self._ids(caption)[: self.context_length - 2], self.end_id]
+            row[: len(ids)] = torch.tensor(ids)
+        return text
+
+    def too_long(self, caption: str) -> bool:
+        """Whether the caption would be cut."""
+        return len(self._ids(caption)) + 2 > self.context_length
+
+    def to_dict(self) -> dict[str, Any]:
+        sizes = {"context_length": self.context_length, "vocab_size": self.vocab_size}
+        return {"kind": "dalle_mini", **sizes, "bpe": self.bpe.to_str()}
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> "DalleMiniBPE":
+        return cls(Tokenizer.from_str(state["bpe"]), state["vocab_size"], state["context_length"])
+
+
 def tokenizer_from_dict(state: dict[str, Any]) -> TextTokenizer:
     """The tokenizer that `to_dict` described. `kind` may be the name of a class of a trusted package."""
-    kinds, kind = {"captions": CaptionTokenizer, "clip": ClipBPE}, state.get("kind")
+    kind = state.get("kind")
+    kinds = {"captions": CaptionTokenizer, "clip": ClipBPE, "dalle_mini": DalleMiniBPE}
     if isinstance(kind, str) and "." in kind and hasattr(own := listed(kind), "from_dict"):
         return own.from_dict(state)
     if kind not in kinds:

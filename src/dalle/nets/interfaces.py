@@ -269,7 +269,8 @@ class GeneratorNet(Called, Protocol):
 
 @runtime_checkable
 class TransformerNet(Called, Protocol):
-    """Of `model=dalle`: captions (B, T), codes (B, N) -> logits of the next text token and of the next code.
+    """Of `model=dalle`: captions (B, T), codes (B, N) -> logits of the next text token (None: it learns no
+    text) and of the next code.
 
     text_vocab, image_vocab: of the ids; codes: N. Drawing reads a caption once (`prefill`) and then writes a
     code at a time (`step`), with a cache of the network's own.
@@ -286,7 +287,7 @@ class TransformerNet(Called, Protocol):
         text: Int64[Tensor, "B T"],
         codes: Int64[Tensor, "B N"],
         keep_text: Bool[Tensor, "B"] | None = None,
-    ) -> tuple[Tensor, Tensor]: ...
+    ) -> tuple[Tensor | None, Tensor]: ...
 
     def prefill(
         self,

@@ -71,7 +71,9 @@ class DalleStage(Stage):
         text, codes = batch["text"], batch["codes"]
         keep = torch.rand(len(text), device=text.device) >= self.text_dropout
         text_logits, image_logits = self.net(text, codes, keep)
-        text_loss = self.text_loss(text_logits, self.net.padded(text, keep)[:, 1:])
+        text_loss = image_logits.new_zeros(())  # of a network that learns no text
+        if text_logits is not None:
+            text_loss = self.text_loss(text_logits, self.net.padded(text, keep)[:, 1:])
         image_loss = F.cross_entropy(image_logits.float().flatten(0, 1), codes.flatten())
         return {
             "loss": self.text_weight * text_loss + self.image_weight * image_loss,  # sec. 2.2

@@ -82,7 +82,7 @@ class PriorStage(EmbeddingStage):
         nobody = torch.zeros(len(text["text_embed"]), dtype=torch.bool, device=text["text_embed"].device)
         unsaid = {**text, "keep_text": nobody}
         branches = one_scale(
-            {"cache": prefix(**text)} if prefix else text,
+            {"cache": prefix(**text)} if prefix else {**text, "keep_text": ~nobody},
             {} if scale == 1 else {"cache": prefix(**text, keep_text=nobody)} if prefix else unsaid,
             scale,
         )

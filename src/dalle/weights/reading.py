@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -33,8 +33,8 @@ WEIGHTS = (  # names of files of weights in a folder, the first that is there co
     "open_clip_pytorch_model.bin", "pytorch_model.bin", "diffusion_pytorch_model.bin",
 )  # fmt: skip
 CONFIGS = ("config.json", "open_clip_config.json")
-HALVES = ("encoder", "decoder")  # files of OpenAI's dVAE in a folder, with any of these endings
-ENDINGS = (".pkl", ".pt", ".safetensors")
+HALVES, MINI = ("encoder", "decoder"), "_mini"  # files of OpenAI's dVAE, and of min-dalle, in a folder
+ENDINGS = (".pkl", ".pt", f"{MINI}.pt", ".safetensors")
 WRAPPERS = ("state_dict", "model", "module")  # under which trainers keep the weights, beside other things
 STORAGES = {
     "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
@@ -91,8 +91,9 @@ def read_weights(path: Path, parts: tuple[str, ...] = ()) -> PublicWeights:
             if (path / name).is_file():
                 config |= read_json(path / name, dict, ADVICE)
     tensors: dict[str, Tensor] = {}
+    halves = tuple(file.stem.removesuffix(MINI) for file in files) == HALVES
     for file in files:
-        half = f"{file.stem}." if file.stem in HALVES else ""
+        half = f"{file.stem.removesuffix(MINI)}." if halves else ""
         tensors |= {half + name: value for name, value in _read(file).items()}
     if not tensors:
         raise UserError(f"{path} holds no weights; give a file of weights or a folder that holds one")
@@ -101,7 +102,7 @@ def read_weights(path: Path, parts: tuple[str, ...] = ()) -> PublicWeights:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """The files of weights in a folder: one, those that an index of its lists, or the two of a dVAE."""
+    """The files of weights in a folder: one, those that an index of its lists, or two halves."""
     for ending in ENDINGS:
         halves = [folder / f"{half}{ending}" for half in HALVES]
         if all(half.is_file() for half in halves):
@@ -213,7 +214,7 @@ KNOWN = {  # the only names in a pickle that stand for what they name
 class Inert(pickle.Unpickler):
     """An unpickler that imports nothing: see the top."""
 
-    def __init__(self, file: IO[bytes], stored: Any) -> None:
+    def __init__(self, file: Any, stored: Any) -> None:
         super().__init__(file, encoding="utf-8")
         self.stored = stored
 
@@ -247,7 +248,7 @@ def _read_inert(path: Path) -> Any:
             return made[key]
 
         with archive.open(main) as file:
-            return Inert(file, stored).load()  # type: ignore[arg-type]
+            return Inert(file, stored).load()
 
 
 def _read_before_1_6(path: Path) -> Any:

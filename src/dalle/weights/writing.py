@@ -34,7 +34,7 @@ class Imported:
         model: the settings of the stage, as in a run's config.yaml.
         tensors: of `model.net`, by its names.
         facts: what the manifest says beside what all manifests do.
-        clip: the run whose embeddings it works with.
+        clip, image_tokenizer: the runs whose embeddings or codes it works with.
     """
 
     stage: str
@@ -44,6 +44,7 @@ class Imported:
     facts: dict[str, Any] = field(default_factory=dict)
     tokenizer: TextTokenizer | None = None
     clip: Path | None = None
+    image_tokenizer: Path | None = None
     licence: str | None = None
 
 
@@ -69,6 +70,9 @@ def write_run(found: Imported, source: PublicWeights, run: Run, name: str, licen
     config: dict[str, Any] = {"name": name, "stage": found.stage, "origin": origin, "model": found.model}
     if found.clip is not None:
         config["clip"] = {"_target_": "dalle.run_dir.load_clip", "path": str(found.clip)}
+    if found.image_tokenizer is not None:
+        target = "dalle.run_dir.load_image_tokenizer"
+        config["image_tokenizer"] = {"_target_": target, "path": str(found.image_tokenizer)}
     facts = {
         "stage": found.stage,
         "parameters": sum(p.numel() for p in net.parameters()),
