@@ -29,11 +29,11 @@ LIBRARIES = {
     "optim": PURE,
     "data": PURE
     | {"lightning", "torchvision", "PIL", "numpy", "tokenizers", "tqdm", "open_clip", "safetensors"}
-    | {"datasets", "fsspec", "huggingface_hub", "pyarrow"},
+    | {"datasets", "emoji", "fsspec", "huggingface_hub", "pyarrow"},
     "metrics": PURE | {"torchmetrics", "lightning", "torch_fidelity", "open_clip", "timm"},
     "stages": PURE | {"torchmetrics", "lightning"},
     "pipelines": PURE | {"yaml", "tqdm"},
-    "weights": PURE | {"safetensors", "yaml"},
+    "weights": PURE | {"huggingface_hub", "safetensors", "yaml"},
 }
 ROOMS = {
     "nets": set(),

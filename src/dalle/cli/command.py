@@ -17,6 +17,8 @@ COMMANDS = {
     "data": ("dalle.cli.data", "check PATH: what pictures and captions are there, and the settings to use"),
     "import": ("dalle.cli.import_weights", "public weights (OpenAI's CLIP ...) as a finished run"),
     "export": ("dalle.cli.export_weights", "a run as a folder for open_clip, transformers, diffusers"),
+    "push": ("dalle.cli.push", "a run to the Hugging Face hub, with a model card"),
+    "pull": ("dalle.cli.pull", "a run from there"),
     "encode": ("dalle.cli.encode", "embeddings, codes or latents of data, as shards to train from"),
     "dashboard": ("dalle.evaluation.dashboard", "one offline page of all runs in a folder"),
     "demo": ("dalle.evaluation.demo", "the table that the demos end with"),

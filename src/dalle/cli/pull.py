@@ -1,0 +1,30 @@
+"""A run from the Hugging Face hub, where `dalle push` has put it: `dalle pull OWNER/NAME name=mine`.
+
+It lands in logs/<name>/<stage> (paths.logs=...: elsewhere); revision=... takes another than the newest.
+"""
+
+from pathlib import Path
+
+from dalle.errors import UserError, instead
+
+SETTINGS = ("name", "paths.logs", "revision")
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"{(__doc__ or '').strip()}\n\nusage: dalle pull OWNER/NAME name=NAME [SETTING=VALUE ...]")
+        raise SystemExit(0)
+    from dalle.run_lock import check_name
+    from dalle.weights.hub import pull
+
+    settings = dict(word.split("=", 1) for word in arguments if "=" in word)
+    if unknown := [key for key in settings if key not in SETTINGS]:
+        raise UserError(f"there is no setting {unknown[0]} of dalle pull{instead(unknown[0], SETTINGS, '')}")
+    places = [word for word in arguments if "=" not in word]
+    if len(places) != 1 or places[0].count("/") != 1:
+        raise UserError("dalle pull takes OWNER/NAME")
+    if not settings.get("name"):
+        raise UserError("name is needed: give it as name=NAME")
+    check_name(settings["name"], "name")
+    logs = Path(settings.get("paths.logs") or "logs")
+    print(pull(places[0], logs, settings["name"], settings.get("revision")))
