@@ -5,7 +5,7 @@ nothing
 frozen: its checkpoint, its moving average and its gradients see only what is trained.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import lightning
@@ -32,6 +32,7 @@ class Stage(lightning.LightningModule):
     least_batch = 1  # pairs, pictures ... of a step, over all ranks
     makes_images = False  # whether `sample` gives pictures
     clip: float | None = None  # trainer.gradient_clip_val of a stage that steps by itself: `manual_step`
+    adapters: Callable[[], Any] | None = None  # merges what trains beside the network: dalle.training.lora
     patience: int = PATIENCE  # steps in a row without numbers that end a run
 
     def __init__(self, optimizer: OptimizerFactory | None = None) -> None:

@@ -34,6 +34,7 @@ from dalle.ranges import (
 )
 from dalle.stages.base import Stage
 from dalle.training.defaults import fill_lengths, fill_sizes, suit
+from dalle.training.lora import Lora
 from dalle.trust import set_trusted
 
 Config = dict[str, Any]
@@ -70,6 +71,7 @@ class Settings(Needed, total=False):
     command: Text
     inpaint: bool
     init_from: Text | None
+    lora: Group
     at_most: Group
     stop_after_skipped: PositiveInt
     resumed: Any
@@ -128,6 +130,7 @@ def check_config(config: Config) -> None:
         UserError: the first setting that is wrong, by its name.
     """
     check_values(config, Settings)
+    check_values(config.get("lora") or {}, Lora, "lora.")
     set_trusted(config.get("trust"))
     check_needed(config, Settings)
     check_needed(config["trainer"], TrainerSettings, "trainer.")

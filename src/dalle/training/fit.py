@@ -30,7 +30,7 @@ from dalle.machine import fast_in_bf16, is_main_process, settle_threads
 from dalle.run_dir import Run
 from dalle.run_lock import check_ours, check_place, claimed
 from dalle.stages.base import Stage
-from dalle.training import init_from, loggers, preflight, resume, slurm
+from dalle.training import init_from, loggers, lora, preflight, resume, slurm
 from dalle.training.callbacks import Compile
 from dalle.training.checkpoints import LastCheckpoint, read_checkpoint
 from dalle.training.checks import build_stage, check_config
@@ -63,8 +63,13 @@ def train(config: Config) -> dict[str, float]:
     if line and is_main_process():
         print(line, flush=True)
     stage = build_stage(config["model"])
+    if config.get("init_from"):
+        init_from.keep_norm(datamodule, config["init_from"])
     if config.get("init_from") and not resuming:
-        init_from.load(stage, config["init_from"])
+        taken = init_from.load(stage, config["init_from"])
+        if is_main_process():
+            print(*taken, sep="\n", flush=True)
+    lora.add(stage, config.get("lora") or {}, begun=bool(config.get("init_from")))
     stage.patience = config["stop_after_skipped"]
     check_least_batch(config, stage)
     if config["preflight"]:
@@ -226,6 +231,7 @@ def may_start(config: Config) -> bool:
     """
     for group in ("callbacks", "logger"):  # none of them may be wanted
         config[group] = config.get(group) or {}
+    init_from.settings(config)
     check_config(config) if is_main_process() else set_trusted(config.get("trust"))
     run = Run(Path(config["paths"]["run"]))
     if not (config["resume"] is True and run.checkpoint.exists()):
@@ -327,8 +333,9 @@ def finish(run: Run, trainer: lightning.Trainer, stage: Stage, manifest: dict[st
     for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]  # set by a connector of Lightning's
         if isinstance(callback, Ema):
             callback.swap_in(stage)
+    lora.merge(stage)
     if trainer.is_global_zero:
-        run.save(stage.net, manifest)
+        run.save(stage.net, {**manifest, "parameters": preflight.count(stage.net)})
         loggers.end(trainer.loggers, run)
     trainer.strategy.barrier()
 
