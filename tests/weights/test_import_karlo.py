@@ -378,10 +378,17 @@ def test_a_picture_from_random_weights_of_karlos_kind(tmp_path, imported, clip, 
     }
     done = command(
         "sample.py", "prompt=a red square", f"paths.logs={clip.parents[1]}", "name=karlo", "device=cpu",
-        f"upsamplers=[{runs['upsampler'].path}]", f"out={tmp_path / 'out'}",
+        f"upsamplers=[{runs['upsampler'].path}]", f"out={tmp_path / 'out'}", "sampler=ddpm", "steps=3",
+        "pipeline.prior_sampler.method=ddpm", "pipeline.prior_sampler.steps=3",
     )  # fmt: skip
     assert done.code == 0, done.error
     from PIL import Image
 
     (picture,) = [p for p in (tmp_path / "out").rglob("*.png") if Image.open(p).size == (32, 32)]
     assert len(set(Image.open(picture).getdata())) > 50
+    measured = command(
+        "evaluate.py", "name=karlo", f"paths.logs={clip.parents[1]}", "n=2", "trainer=cpu", "data=shapes",
+        "metrics=[clip_score]", "steps=2", "pipeline.prior_sampler.steps=2", f"out={tmp_path / 'figures'}",
+    )  # fmt: skip
+    assert measured.code == 0, measured.error
+    assert "clip_score" in measured.out

@@ -58,8 +58,9 @@ def write_run(found: Imported, source: PublicWeights, run: Run, name: str, licen
         raise UserError(f"{run} already holds a run; give another name=, or delete it")
     with torch.device("meta"):  # names and shapes, no memory
         net = instantiate(found.model["net"], f"{source.path}", listed)
-    check_same(found.tensors, net.state_dict(), source.path, found.stage)
-    held = {key: value.to(net.state_dict()[key].dtype).contiguous() for key, value in found.tensors.items()}
+    own = net.state_dict()
+    check_same(found.tensors, own, source.path, found.stage)
+    held = {name: value.to(own[name].dtype).contiguous() for name, value in found.tensors.items()}
     net.load_state_dict(held, assign=True)
     origin = {
         "layout": found.layout,
