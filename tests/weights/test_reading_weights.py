@@ -82,6 +82,15 @@ def test_damaged_files_end_in_one_line(tmp_path, name):
             read_weights(place)
 
 
+def test_a_bomb_of_references_ends_in_one_line(tmp_path):
+    content: dict = {"a": torch.zeros(1)}
+    for _ in range(40):  # a few hundred bytes that stand for 2^40 tensors
+        content = {"a": content, "b": content}
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(UserError, match="stands for more"):
+        read_weights(tmp_path / "w.pt")
+
+
 @pytest.mark.parametrize("path", ["nothing", "", "text.json"])
 def test_what_holds_no_weights(tmp_path, path):
     (tmp_path / "text.json").write_text("{}")

@@ -79,7 +79,13 @@ def import_weights(kind: str, place: Path, settings: dict[str, Any]) -> None:
     if run.occupied:
         raise UserError(f"{run} already holds a run; give another name=, or delete it")
     source = read_weights(place, PARTS.get(kind, ()))
-    found = take(source, **settings)
+    try:
+        found = take(source, **settings)
+    except UserError:
+        raise
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:  # odd shapes, names
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise UserError(f"{place} is no {kind} that this version knows ({reason})") from error
     write_run(found, source, run, name, licence)
     print(printable(f"{run}: {found.stage} of {place} ({found.layout}'s layout)"))
     if not (licence or found.licence):

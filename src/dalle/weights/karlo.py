@@ -84,7 +84,7 @@ def import_prior(
         "denoiser": denoiser("x0"),
         "net": net,
     }
-    facts, more = of_clip(clip, net, path)
+    facts, more = of_clip(load_clip(clip), clip, net, path)
     facts |= {"image_embed_norm": norm.to_dict()}
     return Imported("prior", layout, model, found | more, facts, clip=Path(clip), licence=LICENCE)
 
@@ -134,7 +134,7 @@ def import_decoder(
         "denoiser": denoiser("eps", learned_variance=True),
         "net": net,
     }
-    facts, more = of_clip(clip, net, path)
+    facts, more = of_clip(frozen, clip, net, path)
     facts |= {"image_size": image_size, "image_embed_norm": EmbedNorm("none").to_dict()}
     return Imported("decoder", layout, model, found | more, facts, clip=Path(clip), licence=LICENCE)
 
@@ -194,13 +194,14 @@ def denoiser(prediction: str, learned_variance: bool = False) -> dict[str, Any]:
     }
 
 
-def of_clip(clip: Place, net: Mapping[str, Any], path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def of_clip(
+    frozen: Any, clip: Place, net: Mapping[str, Any], path: Path
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What a manifest says of the CLIP, and what this makes of the empty caption.
 
     Raises:
         UserError: the network reads what another CLIP makes.
     """
-    frozen = load_clip(clip)
     for name in ("embed_dim", "text_width", "context_length"):
         if net[name] != (has := getattr(frozen, name)):
             raise UserError(f"{path} works with a CLIP of {name}={net[name]}, but {clip} has {has}")

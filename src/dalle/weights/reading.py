@@ -44,6 +44,7 @@ STORAGES = {
 }  # fmt: skip
 MAGIC = 0x1950A86A20F9469CFC6C  # of files of torch.save before 1.6
 DEEPEST = 64  # parts in parts of a network
+MOST = 1_000_000  # parts and tensors
 
 
 @dataclass
@@ -131,17 +132,22 @@ def _read(path: Path) -> dict[str, Tensor]:
                 content = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, ValueError, AttributeError, EOFError):
             content = _read_inert(path)
+        return dict(tensors_in(content, [MOST]))
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({_line(error)}); {ADVICE}") from None
     except Exception as error:  # a damaged pickle raises whatever its halves lead to
         raise UserError(f"{path} holds no weights that can be read ({_line(error)}); {ADVICE}") from None
-    return dict(tensors_in(content))
 
 
-def tensors_in(content: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """The tensors in what a file held, by their names in the network."""
-    if depth > DEEPEST:
-        raise ValueError("it is nested deeper than any network")
+def tensors_in(content: Any, room: list[int], name: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """The tensors in what a file held, by their names in the network.
+
+    Args:
+        room: how many things may still be looked at; a few bytes can stand for any number of them.
+    """
+    room[0] -= 1
+    if depth > DEEPEST or room[0] < 0:
+        raise ValueError("it is nested deeper, or stands for more, than any network")
     if isinstance(content, Tensor):
         yield name, content.detach()
     if isinstance(content, Husk):
@@ -155,7 +161,7 @@ def tensors_in(content: Any, name: str = "", depth: int = 0) -> Iterator[tuple[s
         content = inner[0] if inner else content
         content = content.parts() if isinstance(content, Husk) else content
     for key, value in content.items():
-        yield from tensors_in(value, f"{name}.{key}" if name else str(key), depth + 1)
+        yield from tensors_in(value, room, f"{name}.{key}" if name else str(key), depth + 1)
 
 
 class Husk:

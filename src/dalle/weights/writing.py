@@ -118,9 +118,9 @@ def shape_of(tensors: Mapping[str, Tensor], name: str, dims: int, path: Path, wh
     """The shape of a weight by which the sizes of the network are known.
 
     Raises:
-        UserError: it is not there, or has other than `dims` dimensions.
+        UserError: it is not there, has other than `dims` dimensions, or no numbers.
     """
-    if name not in tensors or tensors[name].ndim != dims:
+    if name not in tensors or tensors[name].ndim != dims or not tensors[name].numel():
         raise UserError(f"{path} is no {what}: it lacks {name}")
     return tuple(tensors[name].shape)
 
