@@ -83,7 +83,7 @@ class DecoderLayer(EncoderLayer):
         x: Float[Tensor, "B N D"],
         own: Float[Tensor, "2 B H M d"],
         text: Float[Tensor, "2 B H T d"],
-        causal: Bool[Tensor, "N M"] | None,
+        causal: Bool[Tensor, "N K"] | None,
         real: Bool[Tensor, "B 1 1 T"],
         at: int,
     ) -> Float[Tensor, "B N D"]:
