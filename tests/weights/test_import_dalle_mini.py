@@ -15,8 +15,10 @@ from dalle.weights import dalle_mini
 from dalle.weights.reading import PublicWeights
 from dalle.weights.writing import check_same
 
-reason = "the package min-dalle is not installed"
-models = pytest.importorskip("min_dalle.models", reason=reason)
+threads = torch.get_num_threads()
+models = pytest.importorskip("min_dalle.models", reason="the package min-dalle is not installed")
+torch.set_grad_enabled(True)  # both of which the package changes for all that is in the process
+torch.set_num_threads(threads)
 
 MINI = {
     "layer_count": 2, "embed_count": 64, "attention_head_count": 2, "glu_embed_count": 96, "device": "cpu"
