@@ -33,7 +33,7 @@ def test_adapters_gain_on_a_few_pictures(logs, model, capsys):
     run = learn(model, logs, "lora.rank=4", "lora.alpha=8", "optimizer.lr=1e-2", "callbacks.ema.decay=0.5")
     assert "numbers beside" in capsys.readouterr().out
     still = learn(model, logs, "optimizer.lr=1e-30", steps=1, name="still")  # the same noise and times
-    assert run.manifest()["metrics"]["test/loss"] < 0.95 * still.manifest()["metrics"]["test/loss"]
+    assert run.manifest()["metrics"]["test/loss"] < 0.97 * still.manifest()["metrics"]["test/loss"]
     before, after = weights(Run(logs / "default" / model)), weights(run)
     assert before.keys() == after.keys()
     moved = {name for name in before if not torch.equal(before[name], after[name])}

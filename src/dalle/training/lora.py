@@ -66,4 +66,5 @@ def merge(stage: Stage) -> None:
     """Makes the network what it was before, with what the adapters have learned in its layers."""
     if stage.adapters is not None:
         stage.adapters()
+        stage.net.requires_grad_(True)
         stage.adapters = None
