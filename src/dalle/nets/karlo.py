@@ -29,8 +29,9 @@ def time_features(t: Float[Tensor, "B"], width: int, steps: int) -> Float[Tensor
     """Cosines and sines of the discrete level, 0 to steps - 1, that t = (level + 1) / steps means."""
     level = t.double() * steps
     level = torch.where((level - level.round()).abs() < SNAP, level.round(), level) - 1
-    exponents = torch.arange(width // 2, dtype=torch.float32, device=t.device) / (width // 2)
-    angles = level.float()[:, None] * torch.exp(-math.log(10_000) * exponents)
+    # in this order: float32 turns another into another angle of the last levels
+    exponents = -math.log(10_000) * torch.arange(width // 2, dtype=torch.float32, device=t.device)
+    angles = level.float()[:, None] * torch.exp(exponents / (width // 2))
     return torch.cat((angles.cos(), angles.sin()), dim=1)
 
 
