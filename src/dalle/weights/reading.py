@@ -44,7 +44,7 @@ STORAGES = {
 }  # fmt: skip
 MAGIC = 0x1950A86A20F9469CFC6C  # of files of torch.save before 1.6
 DEEPEST = 64  # parts in parts of a network
-MOST = 200_000  # parts and tensors
+MOST = 50_000  # parts and tensors
 
 
 @dataclass
