@@ -215,12 +215,19 @@ def test_decoder(tmp_path, imported, clip, layout):
     run = imported("decoder", place, f"clip={clip}", "image_size=16", name="karlo")
     stage, _ = load_stage(run.path, "decoder")
     text, embed = captions_of(clip), torch.randn(2, E)
-    none = load_clip(clip).embed_captions(["", ""])
-    rows = {key: torch.cat([none[key], text[key]]) for key in ("text_embed", "text_hidden", "text_mask")}
-    context, added = text_net(
-        image_embeddings=embed, prompt_embeds=rows["text_embed"],
-        text_encoder_hidden_states=rows["text_hidden"], do_classifier_free_guidance=True,
-    )  # fmt: skip
+    none = load_clip(clip).embed_captions([""])
+    rows = {
+        key: torch.cat([none[key], none[key], text[key]])
+        for key in ("text_embed", "text_hidden", "text_mask")
+    }
+
+    def projected():
+        return text_net(
+            image_embeddings=embed, prompt_embeds=rows["text_embed"],
+            text_encoder_hidden_states=rows["text_hidden"], do_classifier_free_guidance=True,
+        )  # fmt: skip
+
+    context, added = projected()
     mask = F.pad(rows["text_mask"], (4, 0), value=True)
 
     def network(x, t):
@@ -242,12 +249,16 @@ def test_decoder(tmp_path, imported, clip, layout):
     # in float64: 25 steps guided by 8 make of random weights' rounding what differences of code would make
     torch.set_default_dtype(torch.float64)
     try:
-        for net in (stage, unet):
+        for net in (stage, unet, text_net):
             net.double()
-        context, added = context.double(), added.double()
-        batch = {key: v.double() if v.is_floating_point() else v for key, v in text.items()}
+        rows, batch = (
+            {key: v.double() if v.is_floating_point() else v for key, v in some.items()}
+            for some in (rows, text)
+        )
+        embed = embed.double()
+        context, added = projected()
         draw, generator = same_draws()
-        made = stage.sample({**batch, "image_embed": embed.double()}, randn=draw)
+        made = stage.sample({**batch, "image_embed": embed}, randn=draw)
         noise = torch.randn(2, 3, 16, 16, generator=generator)
         wanted = chain(estimate, noise, 25, generator, variance_type="learned_range").clamp(-1, 1)
     finally:
