@@ -412,3 +412,9 @@ def test_a_picture_from_random_weights_of_karlos_kind(tmp_path, imported, clip, 
     )  # fmt: skip
     assert measured.code == 0, measured.error
     assert "clip_score" in measured.out
+    varied = command(
+        "sample.py", "edit=variations", f"image='{picture}'", f"paths.logs={clip.parents[1]}", "name=karlo",
+        "device=cpu", "n=1", "steps=2", f"out={tmp_path / 'varied'}",
+    )  # fmt: skip
+    assert varied.code == 0, varied.error
+    assert (tmp_path / "varied" / "edit.json").is_file()

@@ -2,13 +2,15 @@
 
 import pytest
 import yaml
+from conftest import untrained
 from public import clip_weights, make_prior
 from safetensors.torch import save_file
 from tiny import configure, weights
 
 from dalle.errors import UserError
 from dalle.run_dir import Run, load_stage
-from dalle.training import fit
+from dalle.training import fit, init_from
+from dalle.weights.hub import shared_config
 
 
 @pytest.fixture
@@ -58,3 +60,19 @@ def test_a_run_that_names_what_a_file_may_not_is_refused(tmp_path, prior):
     place.write_text(yaml.safe_dump(config))
     with pytest.raises(UserError, match=r"torch.hub.load' is not among the classes that a file may name"):
         learn(tmp_path, prior, "trainer.max_steps=1")
+
+
+def test_a_network_that_can_be_shown_masks_learns_to_inpaint(tmp_path):
+    untrained("clip", tmp_path)
+    run = untrained("decoder", tmp_path)
+    place = run.path / "config.yaml"
+    place.write_text(shared_config(run))  # as `dalle pull` writes it
+    asked = {"init_from": str(run.path), "stage": "decoder", "inpaint": True, "model": {"optimizer": None}}
+    config = dict(asked)
+    init_from.settings(config)
+    assert config["model"]["net"]["inpaint"] is True
+    known = yaml.safe_load(place.read_text())
+    del known["model"]["net"]["inpaint"]
+    place.write_text(yaml.safe_dump(known))
+    with pytest.raises(UserError, match="has a network that learns no inpainting"):
+        init_from.settings(dict(asked))

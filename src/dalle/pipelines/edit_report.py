@@ -23,7 +23,8 @@ SMALLEST = 16  # px, of what the judge can read
 def drew_shapes(run: str | Path) -> bool:
     """Whether what draws the pictures was trained on the embedded data set."""
     try:
-        return Run(Path(run)).source()["_target_"] == "dalle.data.shapes.Shapes"
+        source = Run(Path(run)).source()
+        return source is not None and source["_target_"] == "dalle.data.shapes.Shapes"
     except (UserError, KeyError):
         return False
 

@@ -33,7 +33,8 @@ def settings(config: dict[str, Any]) -> None:
     optimizer stays this run's.
 
     Raises:
-        UserError: their config.yaml, which may be anybody's, names what a file may not.
+        UserError: their config.yaml, which may be anybody's, names what a file may not, or a network that is
+            shown no masks is to learn inpainting.
     """
     path = config.get("init_from")
     if not isinstance(path, str) or not (run := Run(Path(path))).finished:
@@ -41,7 +42,14 @@ def settings(config: dict[str, Any]) -> None:
     saved = run.config("model")
     if "origin" in saved and run.manifest().get("stage") == config["stage"]:
         check_node(saved["model"], f"{run.path / 'config.yaml'}: model", trust=listed)
-        config["model"] = {**saved["model"], "optimizer": config["model"].get("optimizer")}
+        model = {**saved["model"], "optimizer": config["model"].get("optimizer")}
+        if config.get("inpaint"):
+            if "inpaint" not in model["net"]:
+                raise UserError(
+                    f"init_from={path} has a network that cannot learn inpainting; leave inpaint out"
+                )
+            model["net"] = {**model["net"], "inpaint": True}
+        config["model"] = model
 
 
 def keep_norm(datamodule: Any, path: str) -> None:
