@@ -46,7 +46,7 @@ def settings(config: dict[str, Any]) -> None:
         if config.get("inpaint"):
             if "inpaint" not in model["net"]:
                 raise UserError(
-                    f"init_from={path} has a network that cannot learn inpainting; leave inpaint out"
+                    f"init_from={path} has a network that learns no inpainting; leave inpaint=true out"
                 )
             model["net"] = {**model["net"], "inpaint": True}
         config["model"] = model

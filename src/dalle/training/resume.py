@@ -35,6 +35,8 @@ FREE = re.compile(  # what may change, and is noted
     r"deterministic|benchmark|profiler|inference_mode|barebones|plugins|model_registry|fast_dev_run)"
 )
 
+UNSAID = {"lora.rank": 0, "lora.dropout": 0.0}  # settings that came later: what runs without them had
+
 
 def keep_threads(run: Run) -> None:
     """A run goes on with as many threads as it was begun with, on which the last bits depend."""
@@ -143,7 +145,7 @@ def one_sided(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
     """Settings that only one has: of another version, or added on the command line. What is not said is what
     the signature says.
     """
-    old, new, usual = flat(before), flat(now), defaults(now)
+    old, new, usual = flat(before), flat(now), UNSAID | defaults(now)
     pairs = {
         k: (old.get(k, usual.get(k)), new.get(k, usual.get(k)))
         for k in sorted(old.keys() ^ new.keys())
