@@ -93,7 +93,7 @@ def untrained(model: str, logs: Path, *more: str, seed: int = 0) -> Run:
     (run.path / "config.yaml").write_text(yaml.safe_dump(config))
     if "tokenizer" in config["datamodule"]:
         run.tokenizer.write_text(json.dumps(datamodule.tokenizer.to_dict()))
-    run.save(stage.net, {"stage": config["stage"], **datamodule.describe(), "metrics": {}})
+    run.save(stage.net.state_dict(), {"stage": config["stage"], **datamodule.describe(), "metrics": {}})
     return run
 
 

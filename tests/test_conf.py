@@ -266,8 +266,8 @@ def test_trainers(group, tmp_path):
     for name in files_of(group):
         extra = [] if group == "trainer" else ["trainer=cpu"]
         config = config_of(f"{group}={name}", f"paths.logs='{tmp_path}'", "trainer.max_steps=7", *extra)
-        if name == "fsdp" or (name == "gpu" and not torch.cuda.is_available()):
-            with pytest.raises(UserError, match=r"PyTorch sees none|does not train rightly yet"):
+        if name == "gpu" and not torch.cuda.is_available():
+            with pytest.raises(UserError, match="PyTorch sees none"):
                 check_machine(config)
             continue
         check_machine(config)
@@ -279,14 +279,12 @@ def test_trainers(group, tmp_path):
 
 
 @pytest.mark.parametrize("model", ["prior", "decoder_paper", "dvae"])
-def test_fsdp_has_no_average_under_any_model_and_is_refused_on_gpus(monkeypatch, tmp_path, model):
-    config = config_of("trainer=fsdp", f"model={model}", f"paths.logs='{tmp_path}'")
-    assert "_target_" not in (config["callbacks"]["ema"] or {})
-    assert "_target_" in config["callbacks"]["checkpoint"]
+def test_shards_change_nothing_but_the_strategy(tmp_path, model):
+    words = (f"model={model}", f"paths.logs='{tmp_path}'")
+    config, other = config_of("trainer=fsdp", *words), config_of("trainer=ddp", *words)
     check_all(config)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(UserError, match=r"trainer=fsdp does not train rightly yet.*use trainer=ddp"):
-        check_machine(config)
+    assert (config["trainer"].pop("strategy"), other["trainer"].pop("strategy")) == ("fsdp2", "ddp")
+    assert config == other
 
 
 def test_sources_of_ones_own_pictures(tmp_path):

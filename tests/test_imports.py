@@ -11,7 +11,7 @@ SOURCE = ROOT / "src"
 # Rooms, lowest first: the libraries each may import beside Python's own, and the rooms of ours. None: any.
 FREE = {
     "dalle.compiler", "dalle.errors", "dalle.files", "dalle.finite", "dalle.graphs", "dalle.locks",
-    "dalle.machine", "dalle.ranges", "dalle.reading", "dalle.schemas", "dalle.weight_names",
+    "dalle.machine", "dalle.ranges", "dalle.reading", "dalle.schemas", "dalle.sharded", "dalle.weight_names",
 }  # fmt: skip
 RUNS = {
     "dalle.run_dir",

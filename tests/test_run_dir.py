@@ -51,7 +51,7 @@ def test_samples_and_tokenizers_alone_do_not_occupy(tmp_path):
 def test_save_and_read_back(tmp_path):
     net = nn.Sequential(nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last), nn.BatchNorm2d(4))
     run = Run(tmp_path)
-    run.save(net, {"stage": "decoder", "text": "grün"})
+    run.save(net.state_dict(), {"stage": "decoder", "text": "grün"})
     assert run.finished
     weights = run.weights()
     assert weights.keys() == net.state_dict().keys()
@@ -64,11 +64,11 @@ def fail(*args, **kwargs):
     raise OSError("No space left on device")
 
 
-@pytest.mark.parametrize("where", ["save_file", "weights_hash", "write_json"])
+@pytest.mark.parametrize("where", ["save_file", "tensors_hash", "write_json"])
 def test_a_save_that_fails_leaves_no_finished_run(tmp_path, monkeypatch, where):
     monkeypatch.setattr(run_dir, where, fail)
     with pytest.raises(OSError, match="No space"):
-        Run(tmp_path).save(nn.Linear(2, 2), {"stage": "prior"})
+        Run(tmp_path).save(nn.Linear(2, 2).state_dict(), {"stage": "prior"})
     assert not Run(tmp_path).finished
     assert not (tmp_path / "manifest.json").exists()
 

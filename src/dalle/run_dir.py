@@ -22,10 +22,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from dalle.data.embed_norm import EmbedNorm
-from dalle.data.frozen import FrozenCLIP, FrozenTokenizer, tensors_hash, weights_hash
+from dalle.data.frozen import FrozenCLIP, FrozenTokenizer, tensors_hash
 from dalle.data.tokenizers import TextTokenizer, load_tokenizer
 from dalle.errors import UserError
 from dalle.files import atomic_path, write_json
@@ -161,17 +160,17 @@ class Run:
                 columns.setdefault(name, {})[step] = float(value)
         return columns
 
-    def save(self, net: nn.Module, manifest: Mapping[str, Any]) -> None:
-        """Writes the weights and then the manifest, which makes the run a finished one.
+    def save(self, state: Mapping[str, torch.Tensor], manifest: Mapping[str, Any]) -> None:
+        """Writes a network's weights and then the manifest, which makes the run a finished one.
 
         Raises:
             UserError: the weights are no numbers; nothing is written.
         """
-        weights = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
+        weights = {k: v.detach().cpu().contiguous() for k, v in state.items()}
         check_finite(weights, self.path / "model.safetensors", "they are not saved")
         with atomic_path(self.path / "model.safetensors") as hidden:
             save_file(weights, hidden)
-        facts = {"schema": SCHEMA, "weights": weights_hash(net), **manifest}
+        facts = {"schema": SCHEMA, "weights": tensors_hash(weights), **manifest}
         write_json(self.path / "manifest.json", facts)
 
     def load_tokenizer(self) -> TextTokenizer:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import untrained
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from tiny import column, configure, train, weights
 from torch import Tensor
 from two_ranks import watch
@@ -384,7 +384,7 @@ def test_mistakes_are_one_line(logs, options, message):
     ("setting", "changes"),
     [
         ("precision=fp16", {"precision": "16-mixed"}),
-        ("trainer=fsdp", {"strategy": FSDPStrategy.__new__(FSDPStrategy)}),
+        ("trainer=fsdp", {"strategy": ModelParallelStrategy()}),
     ],
 )
 def test_what_needs_a_gpu_is_refused_too(setting, changes):

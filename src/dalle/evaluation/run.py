@@ -115,7 +115,7 @@ def noted(config: dict[str, Any], folder: Path) -> Path:
 
 def make_trainer(config: dict[str, Any]) -> lightning.Trainer:
     """Networks decide on their precision themselves: features are always float32."""
-    if config["trainer"]["strategy"] == "fsdp":
+    if str(config["trainer"]["strategy"]).startswith("fsdp"):
         raise UserError("trainer=fsdp shards what is trained; evaluate with trainer=ddp, or on one device")
     chosen = {key: config["trainer"][key] for key in TRAINER}
     off = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "barebones": False,

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import lightning
 import torch
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
@@ -19,6 +19,7 @@ from dalle.data.batch import Batch
 from dalle.errors import UserError
 from dalle.finite import not_finite
 from dalle.optim.factory import OptimizerFactory, can_skip
+from dalle.sharded import clip_sharded, gather, release
 from dalle.stages.nan_guard import PATIENCE, Diverged, Guard, kept_buffers, worth_keeping
 
 VALIDATION_SEED = 20240229  # noise, times and dropped conditions are the same in every validation
@@ -70,8 +71,10 @@ class Stage(lightning.LightningModule):
 
     def make_alike(self) -> None:
         """Before a validation or a test, after a moving average was put in: all ranks get the first one's
-        running statistics, of which a checkpoint keeps no others.
+        running statistics, of which a checkpoint keeps no others, and all weights of a sharded network. For
+        sampling and testing call more of a network than its `forward`, and not on all ranks as often.
         """
+        gather(self.net)
         if self.trainer.world_size > 1:
             for _, _, buffer in kept_buffers(self):
                 torch.distributed.broadcast(buffer, 0)
@@ -79,8 +82,14 @@ class Stage(lightning.LightningModule):
     def on_validation_start(self) -> None:
         self.make_alike()
 
+    def on_validation_end(self) -> None:
+        release(self.net)
+
     def on_test_start(self) -> None:
         self.make_alike()
+
+    def on_test_end(self) -> None:
+        release(self.net)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         return self._evaluate("val", batch, batch_idx)
@@ -120,11 +129,8 @@ class Stage(lightning.LightningModule):
         by_norm = gradient_clip_algorithm in (None, "norm")  # None: a Trainer that was not told
         limit = gradient_clip_val if gradient_clip_val and by_norm else torch.inf
         weights = list(self.net.parameters())
-        if isinstance(self.trainer.strategy, FSDPStrategy):
-            root: Any = self.trainer.strategy.model
-            norm = root.clip_grad_norm_(limit)
-        else:
-            norm = clip_grad_norm_(weights, limit)
+        sharded = isinstance(self.trainer.strategy, ModelParallelStrategy)
+        norm = (clip_sharded if sharded else clip_grad_norm_)(weights, limit)
         self.log("train/grad_norm", norm)
         if self.guard.deferred:
             self.guard.decide(norm, optimizer)
@@ -138,7 +144,7 @@ class Stage(lightning.LightningModule):
         self.guard.deferred = (
             self.device.type == "cuda"
             and trainer.precision != "16-mixed"  # whose scaler waits for the device anyway
-            and not isinstance(trainer.strategy, FSDPStrategy)
+            and not isinstance(trainer.strategy, ModelParallelStrategy)
             and all(can_skip(optimizer) for optimizer in trainer.optimizers)
         )
 
@@ -224,7 +230,7 @@ class Stage(lightning.LightningModule):
         Raises:
             UserError: naming the setting.
         """
-        sharded = isinstance(trainer.strategy, FSDPStrategy)
+        sharded = isinstance(trainer.strategy, ModelParallelStrategy)
         if sharded and any(p.ndim == 0 for p in self.net.parameters()):
             raise UserError("trainer=fsdp cannot shard a network with a scalar weight; take trainer=ddp")
         if sharded and self.recipe and self.recipe.is_muon:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle.errors import UserError
+from dalle.sharded import sum_of_squares
 
 PATIENCE = 20  # steps in a row; fp16 may need 16 to find the scale of a loss
 EXPLODED = 1e6  # times the first loss of a run: divergence, not data
@@ -153,7 +154,6 @@ def worth_keeping(stage: nn.Module) -> bool:
     Too high a learning rate can leave finite weights, and even a loss that looks harmless.
     """
     weights = [p.detach() for p in stage.parameters()]
-    squares = torch.stack([p.float().square().sum() for p in weights]).sum()
-    size = (squares / sum(p.numel() for p in weights)).sqrt()
+    size = (sum_of_squares(weights) / sum(p.numel() for p in weights)).sqrt()
     buffers = [buffer for _, _, buffer in kept_buffers(stage) if buffer.is_floating_point()]
     return bool(size < LARGEST) and all(bool(torch.isfinite(b).all()) for b in buffers)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dalle.ranges import Decay, PositiveInt
+from dalle.sharded import all_whole, local, release, sharded_as
 from dalle.stages.base import Stage
 from dalle.training.restorable import alike_tensors
 from dalle.weight_names import as_today
@@ -32,7 +33,8 @@ class Ema(lightning.Callback):
         state = _tensors(pl_module)
         old = self.average
         self.average = {
-            k: old.get(k, v).detach().to(v.device, averaged(v.dtype), copy=True) for k, v in state.items()
+            k: sharded_as(old.get(k, v), v).detach().to(v.device, averaged(v.dtype), copy=True)
+            for k, v in state.items()
         }
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
@@ -50,8 +52,8 @@ class Ema(lightning.Callback):
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         state = _tensors(pl_module)
         floating = [k for k, v in state.items() if v.is_floating_point()]
-        averages = [self.average[k] for k in floating]
-        weights = [state[k].to(averaged(state[k].dtype)) for k in floating]
+        averages = [local(self.average[k]) for k in floating]
+        weights = [local(state[k]).to(averaged(state[k].dtype)) for k in floating]
         torch._foreach_lerp_(averages, weights, 1 - decay)
         for key in state.keys() - set(floating):
             self.average[key].copy_(state[key])
@@ -60,16 +62,18 @@ class Ema(lightning.Callback):
     def swap_in(self, pl_module: Stage) -> None:
         """Puts the average into the network; the live weights wait in `self.live`."""
         if self.average and self.live is None:
+            release(pl_module.net)
             state = _tensors(pl_module)
-            self.live = {k: v.detach().clone() for k, v in state.items()}
+            self.live = {k: local(v).detach().clone() for k, v in state.items()}
             for key, value in state.items():
-                value.copy_(self.average[key])
+                local(value).copy_(local(self.average[key]))
 
     @torch.no_grad()
     def swap_out(self, pl_module: Stage) -> None:
         if self.live is not None:
+            release(pl_module.net)
             for key, value in _tensors(pl_module).items():
-                value.copy_(self.live[key])
+                local(value).copy_(self.live[key])
             self.live = None
 
     def on_validation_start(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
@@ -88,7 +92,7 @@ class Ema(lightning.Callback):
         self.swap_out(pl_module)  # stopped inside a validation: the checkpoint must hold the live weights
 
     def state_dict(self) -> dict[str, Any]:
-        return {"average": self.average, "updates": self.updates}
+        return {"average": all_whole(self.average), "updates": self.updates}
 
     def fits(self, state: dict[str, Any], pl_module: Stage) -> bool:
         """Whether a saved state is that of an average of this stage."""

@@ -29,8 +29,9 @@ from dalle.instantiate import instantiate
 from dalle.machine import fast_in_bf16, is_main_process, settle_threads
 from dalle.run_dir import Run
 from dalle.run_lock import check_ours, check_place, claimed
+from dalle.sharded import all_whole
 from dalle.stages.base import Stage
-from dalle.training import init_from, loggers, lora, preflight, resume, slurm
+from dalle.training import fsdp, init_from, loggers, lora, preflight, resume, slurm
 from dalle.training.callbacks import Compile
 from dalle.training.checkpoints import LastCheckpoint, read_checkpoint
 from dalle.training.checks import build_stage, check_config
@@ -207,18 +208,9 @@ def check_machine(config: Config) -> None:
             "a GPU was asked for (trainer.accelerator=gpu) but PyTorch sees none; "
             "use trainer=cpu, or trainer=auto"
         )
-    if trainer.get("strategy") == "fsdp" and not torch.cuda.is_available():
-        raise UserError(
-            "trainer=fsdp shards over GPUs and PyTorch sees none; "
-            "use trainer=ddp_cpu to try two processes here"
-        )
-    if trainer.get("strategy") == "fsdp":
-        raise UserError(
-            "trainer=fsdp does not train rightly yet: sharded weights are not decayed, and one shard would "
-            "be saved for the whole; use trainer=ddp, with model.net.checkpoint=true where memory is short"
-        )
     if trainer.get("precision") == "auto":
         trainer["precision"] = "bf16-mixed" if fast_in_bf16() else "32-true"
+    fsdp.check(config)
 
 
 def may_start(config: Config) -> bool:
@@ -334,8 +326,9 @@ def finish(run: Run, trainer: lightning.Trainer, stage: Stage, manifest: dict[st
         if isinstance(callback, Ema):
             callback.swap_in(stage)
     lora.merge(stage)
+    weights = all_whole(stage.net.state_dict(), trainer.is_global_zero)
     if trainer.is_global_zero:
-        run.save(stage.net, {**manifest, "parameters": preflight.count(stage.net)})
+        run.save(weights, {**manifest, "parameters": preflight.count(stage.net)})
         loggers.end(trainer.loggers, run)
     trainer.strategy.barrier()
 

@@ -88,7 +88,7 @@ def write_run(found: Imported, source: PublicWeights, run: Run, name: str, licen
         if found.tokenizer is not None:
             save_tokenizer(found.tokenizer, run.tokenizer)
         write_text(run.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-        run.save(net, facts)
+        run.save(net.state_dict(), facts)
     return run
 
 
