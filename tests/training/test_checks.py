@@ -56,7 +56,7 @@ WHOLE = "must be a whole number"
         ("clip", "callbacks.ema.decay=1.5", "callbacks.ema.decay must be a number of at least 0 and below 1"),
         ("clip", "callbacks.ema.decay=nan", "callbacks.ema.decay must be a number, got nan"),
         ("clip", "callbacks.checkpoint.every=-1", f"callbacks.checkpoint.every {WHOLE} of at least 1, got -1"),
-        ("clip", "datamodule.num_workers=-1", f"datamodule.num_workers {WHOLE} from 0 to 1024, got -1"),
+        ("clip", "datamodule.num_workers=-1", f"datamodule.num_workers {WHOLE} from 0 to 1024 or auto, got -1"),
         ("clip", "datamodule.val_items=0", f"datamodule.val_items {WHOLE} of at least 1 or null, got 0"),
         ("clip", "data.image_size=0", f"data.image_size {WHOLE} from 1 to 8192, got 0"),
         ("clip", "data.image_size=100000", f"data.image_size {WHOLE} from 1 to 8192, got 100000"),
@@ -118,7 +118,7 @@ def test_settings_that_cannot_be(model, setting, line):
         ("logger=null", "logger=null: choose one of csv, tensorboard, wandb"),
         ("paths=null", "paths=null: choose one of default"),
         ("tokenizer=", "tokenizer=: choose one of bpe, clip"),
-        ("optimizer=[adamw,sgd]", "optimizer is one of adam, adamw, muon, sgd, not several at once"),
+        ("optimizer=[adamw,sgd]", "optimizer is one of adam, adamw, adamw_8bit, muon, sgd, not several at once"),
         ("model.net={}", "model.net={} leaves model.net as it is"),
     ],
 )
