@@ -35,7 +35,7 @@ def test_it_knows_its_version(monkeypatch, capsys):
 def test_an_unknown_command(monkeypatch):
     with pytest.raises(SystemExit, match=r"^error: there is no command 'trian'; did you mean dalle train\?$"):
         dalle(monkeypatch, "trian", "model=clip")
-    with pytest.raises(SystemExit, match=r"'model=clip'; there are dashboard, .*workspace$"):
+    with pytest.raises(SystemExit, match=r"'model=clip'; there are costs, dashboard, .*workspace$"):
         dalle(monkeypatch, "model=clip")
 
 

@@ -20,6 +20,7 @@ COMMANDS = {
     "push": ("dalle.cli.push", "a run to the Hugging Face hub, with a model card"),
     "pull": ("dalle.cli.pull", "a run from there"),
     "encode": ("dalle.cli.encode", "embeddings, codes or latents of data, as shards to train from"),
+    "costs": ("dalle.cli.costs", "memory and time of a training on machines that are not here"),
     "dashboard": ("dalle.evaluation.dashboard", "one offline page of all runs in a folder"),
     "demo": ("dalle.evaluation.demo", "the table that the demos end with"),
     "gate": ("dalle.evaluation.gate", "compares the demo's figures with recorded ones"),

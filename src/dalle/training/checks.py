@@ -123,8 +123,11 @@ class TrainerSettings(TrainerNeeded, total=False):
     reload_dataloaders_every_n_epochs: NonNegativeInt
 
 
-def check_config(config: Config) -> None:
+def check_config(config: Config, here: bool = True) -> None:
     """Whether these settings can be trained with, as far as that can be said without reading any data.
+
+    Args:
+        here: on this machine.
 
     Raises:
         UserError: the first setting that is wrong, by its name.
@@ -149,7 +152,7 @@ def check_config(config: Config) -> None:
     check_time(config["trainer"].get("max_time"))
     check({"_target_": "lightning.Trainer", **config["trainer"]}, "trainer")
     check_stage(config)
-    rehearse(config)
+    rehearse(config, here)
 
 
 def check_needed(values: Config, declared: Any, place: str = "") -> None:
@@ -184,7 +187,7 @@ PLAUSIBLE = {
 }  # fmt: skip
 
 
-def rehearse(config: Config) -> None:
+def rehearse(config: Config, here: bool = True) -> None:
     """Builds the stage on the meta device, before networks that it needs are trained for hours.
 
     Raises:
@@ -209,7 +212,7 @@ def rehearse(config: Config) -> None:
         stage.recipe.check(stage.net)
     count = sum(p.numel() for p in stage.parameters())
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
-    if memory and 4 * count > memory:
+    if here and memory and 4 * count > memory:
         raise UserError(
             f"model.net has {count:,} parameters, {4 * count / 2**30:,.0f} GiB; this machine has "
             f"{memory / 2**30:,.0f} GiB of memory: make it smaller"

@@ -34,21 +34,34 @@ WORTH = 200  # trainings of fewer steps are not rehearsed
 def check(configs: Sequence[Config]) -> list[Config]:
     """Refuses what would stop one of several trainings, in the order in which they will be made.
 
-    Networks have no memory here, neither those that train nor those of earlier trainings that they need. What
-    only a public CLIP's weights could say is left for later.
-
     Returns: the configurations of those that could be built, with the numbers that follow the pictures.
 
     Raises:
         UserError: as the training itself would.
     """
-    built: list[Config] = []
+    checked = []
+    for config, stage, datamodule in built(configs):
+        datamodule.check_batch(ranks(config))
+        check_least_batch(config, stage)
+        checked.append(config)
+    return checked
+
+
+def built(configs: Sequence[Config], here: bool = True) -> Iterator[tuple[Config, Any, Any]]:
+    """The stages and DataModules of several trainings, one after the other.
+
+    Networks have no memory here, neither those that train nor those of earlier trainings that they need. What
+    only a public CLIP's weights could say is left for later.
+
+    Args:
+        here: they are to be trained on this machine.
+    """
     made: dict[Path, Frozen] = {}
     for config in map(copy.deepcopy, configs):
         run = Run(Path(config["paths"]["run"]))
         if config["resume"] is True and run.finished:
             continue
-        check_config(config)
+        check_config(config, here)
         check_machine(config)
         parts = {key: config["datamodule"].get(key) for key in FROZEN}
         places = {key: Path(part["path"]) for key, part in parts.items() if part and "path" in part}
@@ -58,14 +71,11 @@ def check(configs: Sequence[Config]) -> list[Config]:
             continue
         frozen = {key: made[place] for key, place in places.items() if place in made}
         datamodule, _ = prepare(config, run, **frozen)
-        datamodule.check_batch(ranks(config))
         with torch.device("meta"):
             stage = build_stage(config["model"])
-        check_least_batch(config, stage)
+        yield config, stage, datamodule
         if (frozen_net := as_frozen(config, stage, datamodule)) is not None:
             made[run.path] = frozen_net
-        built.append(config)
-    return built
 
 
 def as_frozen(config: Config, stage: Any, datamodule: Any) -> Frozen | None:

@@ -119,7 +119,8 @@ class Saved:
 
     def pack(self, tensor: Tensor) -> "Kept":
         storage = tensor.untyped_storage()
-        kept, place, size = Kept(tensor), storage.data_ptr(), storage.nbytes()
+        place = storage._cdata if tensor.is_meta else storage.data_ptr()
+        kept, size = Kept(tensor), storage.nbytes()
         if place not in self.weights:
             if not self.uses[place]:
                 self.now += size
