@@ -118,7 +118,10 @@ def test_settings_that_cannot_be(model, setting, line):
         ("logger=null", "logger=null: choose one of csv, tensorboard, wandb"),
         ("paths=null", "paths=null: choose one of default"),
         ("tokenizer=", "tokenizer=: choose one of bpe, clip"),
-        ("optimizer=[adamw,sgd]", "optimizer is one of adam, adamw, adamw_8bit, muon, sgd, not several at once"),
+        (
+            "optimizer=[adamw,sgd]",
+            "optimizer is one of adam, adamw, adamw_8bit, muon, sgd, not several at once",
+        ),
         ("model.net={}", "model.net={} leaves model.net as it is"),
     ],
 )
