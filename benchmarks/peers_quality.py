@@ -12,7 +12,6 @@ import importlib.metadata
 import importlib.util
 import json
 import math
-import os
 import sys
 import time
 import types
@@ -54,7 +53,6 @@ class Part:
 
 def stand_ins() -> None:
     """Modules that the peers import and newer releases of their packages no longer have. None computes anything."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
     if "pkg_resources" not in sys.modules:
         module = types.ModuleType("pkg_resources")
         module.get_distribution = importlib.metadata.distribution  # pyright: ignore[reportAttributeAccessIssue]
@@ -116,7 +114,9 @@ def fit(
         losses.append(loss.item())
         pictures += len(image)
         if len(losses) % 200 == 1:
-            print(f"{type(network).__name__} {passed:4.0%} step {len(losses)} loss {losses[-1]:.4f}", flush=True)
+            print(
+                f"{type(network).__name__} {passed:4.0%} step {len(losses)} loss {losses[-1]:.4f}", flush=True
+            )
     last = losses[-max(1, len(losses) // 10) :]
     size = sum(weight.numel() for weight in weights)
     return Part(size, len(losses), pictures, time.perf_counter() - begun, sum(last) / len(last))
@@ -128,7 +128,9 @@ class DallePytorch:
     package = "dalle-pytorch"
     rates = {"vae": 1e-3, "dalle": 1e-3}
     choices = [
-        {"cond_scale": scale, "temperature": temperature} for scale in (1.0, 3.0) for temperature in (0.5, 1.0)
+        {"cond_scale": scale, "temperature": temperature}
+        for scale in (1.0, 3.0)
+        for temperature in (0.5, 1.0)
     ]
 
     def __init__(self, tokenizer: CaptionTokenizer, clip: Path | None) -> None:
@@ -136,7 +138,12 @@ class DallePytorch:
 
         self.tokenizer = tokenizer
         self.vae = DiscreteVAE(
-            image_size=SIDE, num_layers=2, num_tokens=512, codebook_dim=128, hidden_dim=64, num_resnet_blocks=1
+            image_size=SIDE,
+            num_layers=2,
+            num_tokens=512,
+            codebook_dim=128,
+            hidden_dim=64,
+            num_resnet_blocks=1,
         )
         self.dalle = DALLE(
             dim=128,
@@ -188,7 +195,9 @@ class Dalle2Pytorch:
         net = DiffusionPriorNetwork(
             dim=width, depth=4, heads=4, dim_head=32, num_timesteps=1000, max_text_len=length
         )
-        self.prior = DiffusionPrior(net, clip=adapter, timesteps=1000, sample_timesteps=64, cond_drop_prob=0.1)
+        self.prior = DiffusionPrior(
+            net, clip=adapter, timesteps=1000, sample_timesteps=64, cond_drop_prob=0.1
+        )
         unet = Unet(
             dim=24,
             image_embed_dim=width,
@@ -265,7 +274,9 @@ def tokenizer_of_shapes() -> CaptionTokenizer:
     return CaptionTokenizer.train(captions, 2048, "auto")
 
 
-def drawn(sample: Sample, options: dict[str, Any], n: int, split: str, seed: int = 0) -> tuple[Tensor, list[str]]:
+def drawn(
+    sample: Sample, options: dict[str, Any], n: int, split: str, seed: int = 0
+) -> tuple[Tensor, list[str]]:
     """Pictures of n prompts of each of the demo's kinds, in the order `verdicts` wants, and their captions."""
     captions: list[str] = []
     for kind in KINDS.values():
@@ -276,7 +287,9 @@ def drawn(sample: Sample, options: dict[str, Any], n: int, split: str, seed: int
     return from_uint8(to_uint8(torch.cat(made).clamp(-1, 1))), captions
 
 
-def judged(sample: Sample, choices: list[dict[str, Any]], read: set[str], n: int, choose_n: int) -> dict[str, Any]:
+def judged(
+    sample: Sample, choices: list[dict[str, Any]], read: set[str], n: int, choose_n: int
+) -> dict[str, Any]:
     """What the judge says of the test split, sampled with the options that the validation split has most right of;
     of equally many the first.
     """
@@ -336,9 +349,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for weights and rows")
     parser.add_argument("--minutes", type=float, default=10.0, help="of training, on the wall's clock")
     parser.add_argument("--clip", type=Path, help="a finished run of model=clip, for dalle2-pytorch")
-    parser.add_argument("--lr", action="append", default=[], metavar="PART=RATE", help="another learning rate")
+    parser.add_argument(
+        "--lr", action="append", default=[], metavar="PART=RATE", help="another learning rate"
+    )
     parser.add_argument("--n", type=int, default=64, help="prompts of each of the four kinds")
-    parser.add_argument("--choose-n", type=int, default=16, help="the same, of the validation split, to choose by")
+    parser.add_argument(
+        "--choose-n", type=int, default=16, help="the same, of the validation split, to choose by"
+    )
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     stand_ins()
@@ -349,7 +366,9 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             row = judge(args.peer, args.out, args.clip, args.n, args.choose_n)
     except ModuleNotFoundError as error:
-        raise SystemExit(f"{args.peer} needs {error.name}; install both into an environment of their own.") from error
+        raise SystemExit(
+            f"{args.peer} needs {error.name}; install both into an environment of their own."
+        ) from error
     print(json.dumps(row))
 
 
