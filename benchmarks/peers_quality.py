@@ -1,4 +1,4 @@
-"""Quality at equal time: dalle-pytorch and DALLE2-pytorch trained on `shapes` for so many minutes, and judged as
+"""Quality at equal time: dalle-pytorch and DALLE2-pytorch trained on `shapes` for so many minutes, judged as
 `python -m dalle demo` judges this project's pipelines. One thread, fp32.
 
     python benchmarks/peers_quality.py train dalle-pytorch --minutes 10 --out logs/peers/dalle-pytorch
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -52,13 +52,13 @@ class Part:
 
 
 def stand_ins() -> None:
-    """Modules that the peers import and newer releases of their packages no longer have. None computes anything."""
+    """Modules that the peers import and newer releases no longer have. None computes anything."""
     if "pkg_resources" not in sys.modules:
         module = types.ModuleType("pkg_resources")
         module.get_distribution = importlib.metadata.distribution  # pyright: ignore[reportAttributeAccessIssue]
         sys.modules["pkg_resources"] = module
     if importlib.util.find_spec("pytorch_lightning"):
-        from pytorch_lightning.utilities.rank_zero import rank_zero_only
+        from pytorch_lightning.utilities.rank_zero import rank_zero_only  # pyright: ignore[reportMissingImports]
 
         module = types.ModuleType("pytorch_lightning.utilities.distributed")
         module.rank_zero_only = rank_zero_only  # pyright: ignore[reportAttributeAccessIssue]
@@ -73,7 +73,7 @@ class Pictures:
         self.read: set[str] = set()
 
     def batches(self, size: int, stream: int) -> Iterator[Batch]:
-        """Pictures (size, 3, 32, 32) in [-1, 1] with their captions, shuffled; another stream, another order."""
+        """Pictures (size, 3, 32, 32) in [-1, 1] and captions, shuffled; another stream, another order."""
         n = len(self.source)
         sampler = EpochSampler(n, size, shuffle=True, drop_last=True, seed=self.seed + stream)
         for epoch in count():
@@ -92,7 +92,7 @@ def fit(
     weight_decay: float = 0.0,
     clip: float = 0.5,
 ) -> Part:
-    """Trains with AdamW until the time is over, drawing pictures included; the rate falls linearly to zero with it.
+    """Trains with AdamW until the time is over, drawing included; the rate falls linearly to zero with it.
 
     `loss_of` gets pictures, captions and the share of the time that has passed.
     """
@@ -126,15 +126,15 @@ class DallePytorch:
     """Its DiscreteVAE, then its DALLE: four and six tenths of the time."""
 
     package = "dalle-pytorch"
-    rates = {"vae": 1e-3, "dalle": 1e-3}
-    choices = [
+    rates: ClassVar = {"vae": 1e-3, "dalle": 1e-3}
+    choices: ClassVar = [
         {"cond_scale": scale, "temperature": temperature}
         for scale in (1.0, 3.0)
         for temperature in (0.5, 1.0)
     ]
 
     def __init__(self, tokenizer: CaptionTokenizer, clip: Path | None) -> None:
-        from dalle_pytorch import DALLE, DiscreteVAE
+        from dalle_pytorch import DALLE, DiscreteVAE  # pyright: ignore[reportMissingImports]
 
         self.tokenizer = tokenizer
         self.vae = DiscreteVAE(
@@ -182,11 +182,11 @@ class Dalle2Pytorch:
     """A CLIP of ours, its DiffusionPrior for a tenth of the time, and its Decoder."""
 
     package = "dalle2-pytorch"
-    rates = {"prior": 1e-3, "decoder": 1e-3}
-    choices = [{"cond_scale": scale} for scale in (1.0, 2.0, 4.0)]
+    rates: ClassVar = {"prior": 1e-3, "decoder": 1e-3}
+    choices: ClassVar = [{"cond_scale": scale} for scale in (1.0, 2.0, 4.0)]
 
     def __init__(self, tokenizer: CaptionTokenizer, clip: Path | None) -> None:
-        from dalle2_pytorch import Decoder, DiffusionPrior, DiffusionPriorNetwork, Unet
+        from dalle2_pytorch import Decoder, DiffusionPrior, DiffusionPriorNetwork, Unet  # pyright: ignore[reportMissingImports]
 
         if clip is None:
             raise SystemExit("DALLE2-pytorch needs --clip, a finished run of model=clip.")
@@ -246,8 +246,8 @@ PEERS = {peer.package: peer for peer in (DallePytorch, Dalle2Pytorch)}
 
 
 def adapted(run: Path) -> Any:
-    """A CLIP of ours behind the interface that DALLE2-pytorch has for the CLIPs of others: pictures in [-1, 1]."""
-    from dalle2_pytorch.dalle2_pytorch import BaseClipAdapter, EmbeddedImage, EmbeddedText
+    """A CLIP of ours behind DALLE2-pytorch's interface for the CLIPs of others: pictures in [-1, 1]."""
+    from dalle2_pytorch.dalle2_pytorch import BaseClipAdapter, EmbeddedImage, EmbeddedText  # pyright: ignore[reportMissingImports]
 
     class Adapter(BaseClipAdapter):
         dim_latent = property(lambda self: self.clip.embed_dim)
@@ -277,7 +277,7 @@ def tokenizer_of_shapes() -> CaptionTokenizer:
 def drawn(
     sample: Sample, options: dict[str, Any], n: int, split: str, seed: int = 0
 ) -> tuple[Tensor, list[str]]:
-    """Pictures of n prompts of each of the demo's kinds, in the order `verdicts` wants, and their captions."""
+    """Pictures of n prompts of each of the demo's kinds, in the order of `verdicts`, and their captions."""
     captions: list[str] = []
     for kind in KINDS.values():
         for seen in (True, False):
@@ -290,8 +290,8 @@ def drawn(
 def judged(
     sample: Sample, choices: list[dict[str, Any]], read: set[str], n: int, choose_n: int
 ) -> dict[str, Any]:
-    """What the judge says of the test split, sampled with the options that the validation split has most right of;
-    of equally many the first.
+    """What the judge says of the test split, sampled with the options that have most right on the
+    validation split; of equally many the first.
     """
     tried = []
     for options in choices:
@@ -359,7 +359,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     stand_ins()
-    rates = {part: float(rate) for part, _, rate in (given.partition("=") for given in args.lr)}
+    rates: ClassVar = {part: float(rate) for part, _, rate in (given.partition("=") for given in args.lr)}
     try:
         if args.what == "train":
             row = train(args.peer, args.minutes, args.out, args.clip, rates)

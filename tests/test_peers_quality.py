@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 sys.path.append(str(ROOT / "benchmarks"))
 
-import peers_quality  # noqa: E402
+import peers_quality
 
-from dalle.data.scenes import draw  # noqa: E402
-from dalle.data.shapes import prompts  # noqa: E402
-from dalle.evaluation.demo import KINDS  # noqa: E402
+from dalle.data.scenes import draw
+from dalle.data.shapes import prompts
+from dalle.evaluation.demo import KINDS
 
 
 def test_training_ends_with_its_time_and_counts_what_it_saw():
@@ -20,13 +20,17 @@ def test_training_ends_with_its_time_and_counts_what_it_saw():
     start = network.weight.detach().clone()
 
     def loss_of(image: Tensor, captions: list[str], passed: float) -> Tensor:
-        assert len(captions) == len(image) == 4 and 0 <= passed < 1
+        assert len(captions) == len(image) == 4
+        assert 0 <= passed < 1
         data.read.update(captions)
         return network(image).square().mean()
 
     part = peers_quality.fit(network, loss_of, data.batches(4, 0), 0.3, 1e-2)
-    assert part.parameters == 4 and part.pictures == 4 * part.steps > 0 and part.seconds >= 0.3
-    assert 0 < len(data.read) <= part.pictures and not torch.equal(network.weight, start)
+    assert part.parameters == 4
+    assert part.pictures == 4 * part.steps > 0
+    assert part.seconds >= 0.3
+    assert 0 < len(data.read) <= part.pictures
+    assert not torch.equal(network.weight, start)
 
 
 def test_options_are_chosen_on_the_validation_split_and_judged_on_the_test_split():
@@ -43,6 +47,7 @@ def test_options_are_chosen_on_the_validation_split_and_judged_on_the_test_split
         return pictures if options["right"] else torch.zeros_like(pictures)
 
     row = peers_quality.judged(sample, [{"right": False}, {"right": True}], set(), n=4, choose_n=4)
-    assert asked == set(scenes) and row["options"] == {"right": True}
-    assert [tried["right"] for tried in row["tried"]][0] < row["judge/all"] == 1
+    assert asked == set(scenes)
+    assert row["options"] == {"right": True}
+    assert row["tried"][0]["right"] < row["judge/all"] == 1
     assert row["judge/two objects, relation, unseen/low"] < row["judge/two objects, relation, unseen/all"]
