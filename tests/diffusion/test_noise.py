@@ -45,6 +45,13 @@ def test_drawn_ahead_it_is_the_same(shape, room, monkeypatch):
     assert list(ahead.ahead(shape, 0)) == []
 
 
+def test_threads_draw_ahead_also_while_gradients_are_off():
+    with torch.inference_mode():
+        many = list(per_sample([3, 4]).ahead((5,), 3))
+    usual = per_sample([3, 4])
+    assert all(torch.equal(one, usual.initial((5,))) for one in many)
+
+
 def test_noise_is_like_x():
     x = torch.empty(2, 3, dtype=torch.float64)
     assert per_sample([1, 2])(x).dtype == torch.float64

@@ -225,3 +225,9 @@ def test_shift_multiplies_the_ratio_of_noise_to_signal(name):
     (a, s), (b, r) = plain.alpha_sigma(on_levels), shifted.alpha_sigma(on_levels)
     torch.testing.assert_close(r / b, 3.0 * s / a)
     torch.testing.assert_close(shifted.t_at((b / r).log()), on_levels)
+
+
+def test_tables_are_the_hosts_whatever_device_a_network_is_made_on():
+    with torch.device("meta"):
+        made = Schedule("cosine", 50)
+    torch.testing.assert_close(made.levels(5).alpha, Schedule("cosine", 50).levels(5).alpha, rtol=0, atol=0)

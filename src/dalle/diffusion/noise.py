@@ -61,8 +61,12 @@ class PerSample:
                 yield from noise.unbind(1)
 
     def room(self, shape: Sequence[int]) -> Tensor:
-        """Of the host; pinned for a GPU, so that the host goes on while it is copied."""
-        return torch.empty(len(self.generators), *shape, pin_memory=self.device.type == "cuda")
+        """Of the host; pinned for a GPU, so that the host goes on while it is copied.
+
+        Threads may write to it, which are in no inference mode.
+        """
+        with torch.inference_mode(False):
+            return torch.empty(len(self.generators), *shape, pin_memory=self.device.type == "cuda")
 
     def moved(self, rows: Tensor) -> Tensor:
         return rows.to(self.device, non_blocking=self.device.type == "cuda")

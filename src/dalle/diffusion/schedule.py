@@ -101,13 +101,15 @@ class Schedule:
         self.ends_in_pure_noise = zero_terminal_snr or name == "flow"
         self._tables: dict[torch.device, Tensor] = {}
         if self.variance_preserving:
-            log_alpha = 0.5 * torch.log1p(-betas(name, steps)).cumsum(0)
-            log_alpha -= 0.5 * torch.log1p((shift**2 - 1) * -torch.expm1(2 * log_alpha))
-            if zero_terminal_snr:
-                first, last = log_alpha[0].exp(), log_alpha[-1].exp()
-                log_alpha = ((log_alpha.exp() - last) * first / (first - last)).log().clamp(min=ZERO)
-            # ln alpha at t = 0, 1/T, ..., 1
-            self._tables[torch.device("cpu")] = torch.cat([log_alpha.new_zeros(1), log_alpha])
+            cpu = torch.device("cpu")
+            with cpu:  # whatever device a network around it is being made on
+                log_alpha = 0.5 * torch.log1p(-betas(name, steps)).cumsum(0)
+                log_alpha -= 0.5 * torch.log1p((shift**2 - 1) * -torch.expm1(2 * log_alpha))
+                if zero_terminal_snr:
+                    first, last = log_alpha[0].exp(), log_alpha[-1].exp()
+                    log_alpha = ((log_alpha.exp() - last) * first / (first - last)).log().clamp(min=ZERO)
+                # ln alpha at t = 0, 1/T, ..., 1
+                self._tables[cpu] = torch.cat([log_alpha.new_zeros(1), log_alpha])
 
     def __repr__(self) -> str:
         end = self.ends_in_pure_noise
