@@ -21,8 +21,8 @@ def main(arguments: list[str]) -> None:
     from dalle.weights.exporting import EXPORTERS
 
     if kind not in EXPORTERS:
-        known = f"give one of {', '.join(EXPORTERS)}{instead(kind, EXPORTERS, '')}"
-        raise UserError(f"dalle export {kind}: {known}")
+        given = f"there is no dalle export {kind}" if kind else "dalle export needs a kind"
+        raise UserError(f"{given}{instead(kind, EXPORTERS, '')}")
     write = EXPORTERS[kind]
     own = [name for name in inspect.signature(write).parameters if name not in ("run", "out")]
     settings = dict(setting(word) for word in words if "=" in word and word.split("=")[0] in own)

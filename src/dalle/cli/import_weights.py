@@ -29,8 +29,8 @@ def main(arguments: list[str]) -> None:
     from dalle.weights.importers import IMPORTERS
 
     if kind not in IMPORTERS:
-        known = f"give one of {', '.join(IMPORTERS)}{instead(kind, IMPORTERS, '')}"
-        raise UserError(f"dalle import {kind}: {known}")
+        given = f"there is no dalle import {kind}" if kind else "dalle import needs a kind"
+        raise UserError(f"{given}{instead(kind, IMPORTERS, '')}")
     places = [word for word in words if "=" not in word or Path(word).exists()]
     if len(places) != 1:
         raise UserError(f"dalle import {kind} takes one file or folder, and settings as SETTING=VALUE")
