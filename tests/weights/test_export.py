@@ -23,6 +23,7 @@ def normalised(image: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def clip(tmp_path, imported):
+    pytest.importorskip("open_clip", reason="CLIP's own tokenizer needs the package open_clip_torch")
     save_file(clip_weights(), tmp_path / "clip.safetensors")
     return imported("clip", tmp_path / "clip.safetensors", "activation=quick_gelu")
 

@@ -16,6 +16,7 @@ from dalle.weights.hub import shared_config
 @pytest.fixture
 def prior(tmp_path, imported) -> Run:
     """A prior of Karlo's kind with random weights, and its CLIP."""
+    pytest.importorskip("open_clip", reason="CLIP's own tokenizer needs the package open_clip_torch")
     save_file(clip_weights(), tmp_path / "clip.safetensors")
     imported("clip", tmp_path / "clip.safetensors", "activation=quick_gelu")
     make_prior().save_pretrained(tmp_path / "prior")
