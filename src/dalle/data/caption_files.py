@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from dalle.data.caption_tables import SUFFIXES, Columns, NotATable, Table, read_table
 from dalle.data.splits import folder_splits, split_folder, split_names
@@ -58,6 +59,8 @@ class Found:
         default_factory=list
     )  # files that may hold captions, and why they were not read
     sure_splits: bool = False  # they count before those of folders
+    values: dict[str, Mapping[str, Any]] = field(default_factory=dict)  # what tables say beside
+    columns: list[str] = field(default_factory=list)  # all names of theirs
 
 
 @dataclass(frozen=True)
@@ -192,6 +195,8 @@ class _Reader:
         self.read_from: dict[str, list[str]] = {}  # table -> columns
         self.left_out: dict[str, list[str]] = defaultdict(list)
         self.unread: list[str] = []
+        self.values: dict[str, Mapping[str, Any]] = {}
+        self.names_there: list[str] = []
 
     def try_all(self, tables: Sequence[str]) -> None:
         for name in tables:
@@ -209,6 +214,8 @@ class _Reader:
             found = self.names.find(row.picture, folder, shift)
             if len(found) == 1:
                 new[found[0]] += row.captions
+                if row.values:
+                    self.values[found[0]] = {**self.values.get(found[0], {}), **row.values}
                 if split := row.split or next(iter(split_names([path.stem])), None):
                     self.splits[found[0]] = split
             elif found:
@@ -221,6 +228,7 @@ class _Reader:
             known += [text for text in some if text not in known] if known else some
         if new:
             self.read_from[path.name] = table.columns
+            self.names_there += [name for name in table.names if name not in self.names_there]
             self._broken(path, table)
 
     def _broken(self, path: Path | Member, table: Table) -> None:
@@ -239,7 +247,10 @@ class _Reader:
             splits = {}
         missing = dict.fromkeys(self.left_out.pop("listed but not there", ()))
         left_out = {**self.left_out, **({"listed but not there": list(missing)} if missing else {})}
-        return Found({k: v for k, v in self.captions.items() if v}, origin, splits, left_out, self.unread)
+        captions = {k: v for k, v in self.captions.items() if v}
+        return Found(
+            captions, origin, splits, left_out, self.unread, values=self.values, columns=self.names_there
+        )
 
 
 class Names:

@@ -12,8 +12,8 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ class Columns:
 
     picture: str | None = None
     captions: tuple[str, ...] = ()
+    values: tuple[str, ...] = field(default=(), repr=False)  # read beside: what filters ask for
 
     def of_picture(self, names: Sequence[str]) -> list[str]:
         """Columns that may hold the picture's name, the likeliest first."""
@@ -75,21 +76,30 @@ class Columns:
         groups = ([n for n in others if re.fullmatch(group, plain(n))] for group in CAPTION_COLUMNS)
         return next((group for group in groups if group), [])
 
+    def of_values(self, names: Sequence[str]) -> dict[str, str]:
+        """What is read beside, by its name here -> by its name there."""
+        there = {plain(name): name for name in reversed(names)}
+        return {name: there[plain(name)] for name in self.values if plain(name) in there}
+
 
 @dataclass(frozen=True)
 class Row:
     picture: str
     captions: list[str]
     split: str | None = None
+    values: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class Table:
-    """What a file says: its rows, the caption columns they are from, numbers of lines that say nothing."""
+    """What a file says: its rows, the caption columns they are from, numbers of lines that say nothing, and
+    the names of all columns.
+    """
 
     rows: list[Row] = field(default_factory=list)
     columns: list[str] = field(default_factory=list)
     broken: list[int] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
 
 
 def read_table(path: Path | Member, columns: Columns, is_picture: Callable[[str], bool]) -> Table:
@@ -102,7 +112,9 @@ def read_table(path: Path | Member, columns: Columns, is_picture: Callable[[str]
         NotATable: no text, empty, another kind of file, or without columns that are known.
     """
     if path.suffix.lower() in PARQUET:
-        return _from_objects(enumerate(_parquet(path, columns), 1), columns)
+        table = _from_objects(enumerate(_parquet(path, columns), 1), columns)
+        table.names = _parquet_file(path).schema_arrow.names
+        return table
     odd: list[int] = []
     try:
         text = read_text(path)
@@ -145,6 +157,7 @@ def _parquet(path: Path | Member, columns: Columns) -> Iterator[dict[str, Any]]:
         if used <= set(pictures):
             raise NotATable(_unknown(names))
         used |= {name for name in names if plain(name) in SPLIT_COLUMNS}
+        used |= set(columns.of_values(names).values())
         for batch in file.iter_batches(columns=sorted(used)):
             yield from batch.to_pylist()
     except (ArrowException, OSError) as error:
@@ -201,6 +214,7 @@ def _from_objects(objects: Iterator[tuple[int, Any]], columns: Columns) -> Table
             seen |= dict.fromkeys(item) if isinstance(item, dict) else {}
             continue
         table.rows.append(row[0])
+        table.names += [name for name in item if name not in table.names]
         table.columns += [name for name in row[1] if name not in table.columns]
     if not table.rows:
         raise NotATable(_unknown(list(seen)) if seen else "broken: no line of it is a JSON object")
@@ -218,7 +232,8 @@ def _row(item: dict[str, Any], columns: Columns) -> tuple[Row, list[str]] | None
         if len(names) == 1 and captions:
             found = [text for name in captions for text in texts(item[name])]
             split = next((item[name] for name in item if plain(name) in SPLIT_COLUMNS), None)
-            return Row(names[0], found, split if isinstance(split, str) else None), captions
+            values = {name: item[there] for name, there in columns.of_values(list(item)).items()}
+            return Row(names[0], found, split if isinstance(split, str) else None, values), captions
     return None
 
 
@@ -280,7 +295,7 @@ def _from_records(text: str, columns: Columns, is_picture: Callable[[str], bool]
     if re.match(r"\s*'[^'\"]*'[^\w\s]'|\s*'[^'\"]*'\t'", text):  # quoted by the other kind of quotes
         table = _from_records(text.translate(OTHER_QUOTES), columns, is_picture)
         table.rows = [
-            Row(row.picture, [caption.translate(OTHER_QUOTES) for caption in row.captions], row.split)
+            replace(row, captions=[caption.translate(OTHER_QUOTES) for caption in row.captions])
             for row in table.rows
         ]
         return table
@@ -293,9 +308,9 @@ def _from_records(text: str, columns: Columns, is_picture: Callable[[str], bool]
     separator = max(separators, key=lambda separator: len(known[separator][1]) + bool(known[separator][0]))
     picture, captions = known[separator]
     if picture and captions:
-        return _with_header(text, separator, heads[separator], picture, captions)
-    if columns == Columns() and (separator := _without_header(text, is_picture)):
-        return _with_header(text, separator, ["file_name", "text"], "file_name", ["text"], header=False)
+        return _with_header(text, separator, heads[separator], picture, captions, columns)
+    if columns.picture is None and not columns.captions and (separator := _without_header(text, is_picture)):
+        return _with_header(text, separator, ["file_name", "text"], "file_name", ["text"], None)
     raise NotATable(_unknown(max(heads.values(), key=len)))
 
 
@@ -317,12 +332,20 @@ def _without_header(text: str, is_picture: Callable[[str], bool]) -> str | None:
 
 
 def _with_header(
-    text: str, separator: str, names: list[str], picture: str, captions: list[str], header: bool = True
+    text: str,
+    separator: str,
+    names: list[str],
+    picture: str,
+    captions: list[str],
+    columns: Columns | None,
 ) -> Table:
-    table, places = Table(columns=captions), [k for k, name in enumerate(names) if name in captions]
+    """`columns`: None where the first line is a row like the others."""
+    table = Table(columns=captions, names=names)
+    places = [k for k, name in enumerate(names) if name in captions]
+    beside = {name: names.index(there) for name, there in columns.of_values(names).items()} if columns else {}
     split = next((k for k, name in enumerate(names) if plain(name) in SPLIT_COLUMNS), None)
     for number, raw, fields in _records(text, separator):
-        if header and [tidy(name) for name in fields] == names:  # also where files were put together
+        if columns and [tidy(name) for name in fields] == names:  # also where files were put together
             continue
         if len(fields) > len(names):
             fields = _rejoined(raw, fields, separator, len(names), places)
@@ -331,7 +354,8 @@ def _with_header(
             continue
         found = [part for place in places if place < len(fields) for part in _listed(fields[place])]
         where = fields[split].strip() if split is not None and split < len(fields) else None
-        table.rows.append(Row(name, found, where))
+        values = {column: fields[place] for column, place in beside.items() if place < len(fields)}
+        table.rows.append(Row(name, found, where, values))
     return table
 
 

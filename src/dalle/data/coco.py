@@ -17,6 +17,7 @@ from typing import Any, Literal
 from dalle.data.caption_files import Found, Names, Root
 from dalle.data.caption_tables import Columns, texts
 from dalle.data.file_listing import Listing
+from dalle.data.filters import Filters
 from dalle.data.folder import Captioner, Folder
 from dalle.data.image_files import MAX_PIXELS, Fit
 from dalle.data.splits import Split, split_names
@@ -52,10 +53,20 @@ class Coco(Folder):
         seed: Seed = 0,
         max_pixels: PositiveInt = MAX_PIXELS,
         fit: Fit = "crop",
+        filters: Filters | None = None,
     ):
         self.annotations = (annotations,) if isinstance(annotations, str) else tuple(annotations or ())
         super().__init__(
-            split, root, image_size, crop, val_fraction, test_fraction, seed, max_pixels, fit=fit
+            split,
+            root,
+            image_size,
+            crop,
+            val_fraction,
+            test_fraction,
+            seed,
+            max_pixels,
+            fit=fit,
+            filters=filters,
         )
 
     def captioner(

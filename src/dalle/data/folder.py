@@ -11,6 +11,7 @@ from typing import Literal
 from dalle.data.caption_files import CaptionFiles, Found, Root
 from dalle.data.caption_tables import Columns
 from dalle.data.file_listing import ELSEWHERE, Listing, list_files
+from dalle.data.filters import Filters
 from dalle.data.image_files import MAX_PIXELS, SUFFIXES, UNREADABLE, Fit
 from dalle.data.pictures import Catalogue, Pictures
 from dalle.data.splits import Split, folder_splits
@@ -39,6 +40,7 @@ class Folder(Pictures):
             None: those of the usual names.
         lines: of a .txt beside a picture, `first` or `all` are its captions.
         fit: how a picture becomes a square: `crop`, or `pad` with white, or `squash`.
+        filters: which pictures are used; None: all.
 
     Raises:
         UserError: nothing usable; says what was looked for and what was found.
@@ -59,6 +61,7 @@ class Folder(Pictures):
         caption_column: Text | Sequence[Text] | None = None,
         lines: Literal["first", "all"] = "all",
         fit: Fit = "crop",
+        filters: Filters | None = None,
     ):
         self.root = Path(root).expanduser()
         packed = is_zip(self.root)
@@ -66,10 +69,11 @@ class Folder(Pictures):
             what = "is not a folder, nor a zip file of one" if self.root.exists() else "does not exist"
             raise UserError(f"data.root={root} {what}; give a folder of pictures with captions")
         listing = Archive(self.root).listing() if packed else list_files(self.root)
-        captioner = self.captioner(listing, captions, columns(image_column, caption_column), lines == "first")
+        wanted = columns(image_column, caption_column, filters)
+        captioner = self.captioner(listing, captions, wanted, lines == "first")
         files = (ZipFiles if packed else Files)(self.root, listing, captioner)
         super().__init__(
-            split, files, image_size, crop, val_fraction, test_fraction, seed, max_pixels, fit
+            split, files, image_size, crop, val_fraction, test_fraction, seed, max_pixels, fit, filters
         )  # fmt: skip
 
     def captioner(
@@ -86,10 +90,12 @@ class Folder(Pictures):
         return CaptionFiles(str(captions) if within else str(table), stamp, columns, first_line)
 
 
-def columns(image_column: str | None, caption_column: str | Sequence[str] | None) -> Columns:
+def columns(
+    image_column: str | None, caption_column: str | Sequence[str] | None, filters: Filters | None
+) -> Columns:
     """Of tables, as settings name them."""
     several = (caption_column,) if isinstance(caption_column, str) else tuple(caption_column or ())
-    return Columns(image_column, several)
+    return Columns(image_column, several, filters.columns if filters else ())
 
 
 @dataclass(frozen=True)
@@ -137,6 +143,8 @@ class Files:
             found.unread,
             f"{', '.join(SUFFIXES)} with {getattr(self.captioner, 'wanted', 'captions')}",
             f" among {len(sizes)} files",
+            found.values,
+            found.columns,
         )
 
 

@@ -19,6 +19,7 @@ from annotated_types import MinLen
 
 from dalle.data.caption_files import label_caption
 from dalle.data.caption_tables import Columns, texts
+from dalle.data.filters import Filters
 from dalle.data.folder import columns
 from dalle.data.image_files import MAX_PIXELS, BadPicture, Fit
 from dalle.data.imagefolder import sentences
@@ -67,10 +68,13 @@ class HuggingFace(Pictures):
         seed: Seed = 0,
         max_pixels: PositiveInt = MAX_PIXELS,
         fit: Fit = "crop",
+        filters: Filters | None = None,
     ):
         self.templates = sentences(template)
-        rows = rows_of(path, subset, columns(image_column, caption_column), self.templates)
-        super().__init__(split, rows, image_size, crop, val_fraction, test_fraction, seed, max_pixels, fit)
+        rows = rows_of(path, subset, columns(image_column, caption_column, filters), self.templates)
+        super().__init__(
+            split, rows, image_size, crop, val_fraction, test_fraction, seed, max_pixels, fit, filters
+        )
         self.has_classes = all(table.labels for table in rows.splits.values())
 
 
@@ -160,7 +164,10 @@ class Rows:
         tables = self.splits
         pictures: dict[str, Stamp] = {}
         captions: dict[str, list[str]] = {}
+        values: dict[str, Mapping[str, Any]] = {}
         for split, table in tables.items():
+            for row, said in enumerate(table.values()):
+                values[f"{split}/{row}"] = said
             for row, some in enumerate(table.captions(self.templates)):
                 name = f"{split}/{row}"
                 pictures[name] = table.stamp[0], table.stamp[1] ^ row
@@ -172,7 +179,15 @@ class Rows:
         table = next(iter(tables.values()))
         used = ", ".join(map(shown, table.caption_columns))
         origin = f"column {used} (pictures from {shown(table.image_column)})"
-        return Catalogue(pictures, captions, origin, given, wanted="rows with a picture and a caption")
+        return Catalogue(
+            pictures,
+            captions,
+            origin,
+            given,
+            wanted="rows with a picture and a caption",
+            values=values,
+            columns=table.names,
+        )
 
 
 class SplitRows:
@@ -189,6 +204,9 @@ class SplitRows:
             images = images.cast_column(self.image_column, datasets.Image(decode=False))
         self.images = images
         self.texts = data.select_columns(self.caption_columns)
+        self.names = list(features)
+        self.beside = columns.of_values(self.names)
+        self.numbers = data.select_columns(list(self.beside.values())) if self.beside else None
         self.readers = {name: _reader(features[name]) for name in self.caption_columns}
         self.labels = all(isinstance(features[name], datasets.ClassLabel) for name in self.caption_columns)
         files = [_stamp(held["filename"]) for held in data.cache_files]
@@ -199,6 +217,12 @@ class SplitRows:
             for row in zip(*(batch[name] for name in self.caption_columns), strict=True):
                 cells = zip(self.readers.values(), row, strict=True)
                 yield [text for read, cell in cells for text in read(cell, templates)]
+
+    def values(self) -> Iterator[dict[str, Any]]:
+        """What each row says in the columns that filters ask for."""
+        for batch in self.numbers.iter(BATCH) if self.numbers else ():
+            for row in zip(*(batch[there] for there in self.beside.values()), strict=True):
+                yield dict(zip(self.beside, row, strict=True))
 
     def picture(self, row: int, beside: Path) -> Path | bytes:
         held = self.images[row][self.image_column]

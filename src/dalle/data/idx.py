@@ -21,6 +21,7 @@ from annotated_types import MinLen
 
 from dalle.data.caption_files import label_caption
 from dalle.data.file_listing import list_files
+from dalle.data.filters import Filters
 from dalle.data.image_files import MAX_PIXELS, Fit
 from dalle.data.imagefolder import sentences
 from dalle.data.picture_index import Stamp
@@ -61,13 +62,14 @@ class Idx(Pictures):
         seed: Seed = 0,
         max_pixels: PositiveInt = MAX_PIXELS,
         fit: Fit = "crop",
+        filters: Filters | None = None,
     ):
         self.templates = sentences(template)
         files = idx_files(Path(root).expanduser())
         names = None if classes is None else tuple(classes)
         pictures = IdxPictures(Path(root).expanduser(), files, names, self.templates)
         super().__init__(
-            split, pictures, image_size, crop, val_fraction, test_fraction, seed, max_pixels, fit
+            split, pictures, image_size, crop, val_fraction, test_fraction, seed, max_pixels, fit, filters
         )  # fmt: skip
 
 

@@ -91,6 +91,12 @@ def inspect(where: Path | bytes, max_pixels: int) -> Look:
         return Look(hashlib.sha256(content).hexdigest()[:32], *image.size, odd)
 
 
+def size_of(where: Path | bytes, max_pixels: int) -> tuple[int, int]:
+    """Width and height as a file's head says. Raises BadPicture."""
+    with _open(_content(where, max_pixels), max_pixels) as image:
+        return image.size
+
+
 def read(where: Path | bytes, size: int, aspect: int, max_pixels: int, fit: Fit = "crop") -> np.ndarray:
     """Reads a picture, turned as its EXIF says, in sRGB, over white where it is transparent.
 

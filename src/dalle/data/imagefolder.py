@@ -10,6 +10,7 @@ from annotated_types import MinLen
 from dalle.data.caption_files import ClassNames
 from dalle.data.caption_tables import Columns
 from dalle.data.file_listing import Listing
+from dalle.data.filters import Filters
 from dalle.data.folder import Captioner, Folder
 from dalle.data.image_files import MAX_PIXELS, Fit
 from dalle.data.splits import Split
@@ -39,10 +40,20 @@ class ImageFolder(Folder):
         seed: Seed = 0,
         max_pixels: PositiveInt = MAX_PIXELS,
         fit: Fit = "crop",
+        filters: Filters | None = None,
     ):
         self.templates = sentences(template)
         super().__init__(
-            split, root, image_size, crop, val_fraction, test_fraction, seed, max_pixels, fit=fit
+            split,
+            root,
+            image_size,
+            crop,
+            val_fraction,
+            test_fraction,
+            seed,
+            max_pixels,
+            fit=fit,
+            filters=filters,
         )
 
     def captioner(

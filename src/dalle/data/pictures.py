@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from tqdm import tqdm
 
+from dalle.data.filters import Filters
 from dalle.data.image_files import BadPicture, Fit, Look, inspect
 from dalle.data.picture_index import PictureIndex, Stamp
 from dalle.data.picture_reader import NAMED, PictureReader
@@ -43,6 +44,8 @@ class Catalogue:
     unread: Sequence[str] = ()  # files that may hold captions, and why they were not read
     wanted: str = ""  # what was looked for, where nothing is found
     among: str = ""  # and among what
+    values: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # of pictures, for filters
+    columns: Sequence[str] = ()  # all that are there
 
 
 @runtime_checkable
@@ -105,6 +108,7 @@ class Pictures(PictureReader):
         seed: of the splits and crops.
         max_pixels: larger pictures are left out, as their size may be a lie that eats the memory.
         fit: how a picture becomes a square: `crop`, or `pad` with white, or `squash`.
+        filters: which pictures are used; None: all.
 
     Raises:
         UserError: nothing usable; says what was looked for and what was found.
@@ -123,11 +127,12 @@ class Pictures(PictureReader):
         seed: int,
         max_pixels: int,
         fit: Fit,
+        filters: Filters | None = None,
     ):
         check_options(image_size, crop, val_fraction, test_fraction, fit)
         super().__init__(split, image_size, crop, seed, max_pixels, fit)
         self.collection = collection
-        self.scan = scanned = scan(collection, max_pixels)
+        self.scan = scanned = scan(collection, max_pixels, filters or None)
         splits = scanned.divided(val_fraction, test_fraction, seed)
         introduce(collection, scanned, {split: len(names) for split, names in splits.items()}, fit, crop)
         self.names = splits[split]
@@ -183,9 +188,12 @@ def _memory_bytes() -> int:
 
 
 @lru_cache(maxsize=4)
-def scan(collection: Collection, max_pixels: int) -> Scan:
+def scan(collection: Collection, max_pixels: int, filters: Filters | None = None) -> Scan:
     """Looks through a collection, once as long as nothing in it changes; warns once about what is odd."""
     found = collection.find()
+    keep = filters or Filters()
+    keep.check(chain.from_iterable(found.values.values()), found.columns, collection.place)
+    captions: dict[str, list[str]] = {}
     given = dict(found.splits)
     out: dict[str, list[str]] = defaultdict(list, {why: list(some) for why, some in found.left_out.items()})
     named = set(chain(*found.left_out.values()))
@@ -199,7 +207,11 @@ def scan(collection: Collection, max_pixels: int) -> Scan:
             if name not in named:
                 out["without a readable caption"].append(name)
         else:
-            wanted.append(name)
+            captions[name], why = keep.captions(found.captions[name])
+            if why := why or keep.values(found.values.get(name, {})):
+                out[why].append(name)
+            else:
+                wanted.append(name)
     with PictureIndex(f"{type(collection).__name__} {collection.place} {max_pixels}", len(wanted)) as index:
         for name in tqdm(wanted, desc="Looking at pictures", delay=PATIENCE, unit=""):
             look = index.get(name, found.pictures[name])
@@ -210,6 +222,9 @@ def scan(collection: Collection, max_pixels: int) -> Scan:
                     out[str(error)].append(name)
                     continue
                 index.put(name, found.pictures[name], look)
+            if why := keep.size(look.width, look.height):
+                out[why].append(name)
+                continue
             looks[name] = look
             if look.odd_profile:
                 notes["with a broken colour profile, read without it"].append(name)
@@ -225,7 +240,7 @@ def scan(collection: Collection, max_pixels: int) -> Scan:
         raise UserError(_nothing(collection, found, out))
     _warn(collection.place, len(digests), out, notes, found.unread)
     return Scan(
-        {name: found.captions[name] for name in digests},
+        {name: captions[name] for name in digests},
         digests,
         given,
         found.origin,

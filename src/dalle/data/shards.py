@@ -21,7 +21,7 @@ from glob import glob, has_magic
 from io import FileIO
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from tqdm import tqdm
@@ -33,7 +33,7 @@ from dalle.errors import UserError
 from dalle.files import atomic_path, clean
 from dalle.locks import locked
 
-FORMAT = 1  # raise it when the kept files or `index_tar` change
+FORMAT = 2  # raise it when the kept files or `index_tar` change
 MOST = 1_000_000  # shards that a pattern may stand for
 READERS = 8  # shards that are indexed at a time
 LONG = 20  # shards from which a progress bar is shown
@@ -266,25 +266,39 @@ def _key(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:24]
 
 
-def index(shards: Sequence[Shard], max_bytes: int, texts: bool = True) -> list[TarIndex | str]:
+class Sieve(Protocol):
+    """Leaves samples of an index out; `repr` says all that this depends on."""
+
+    def __call__(self, shard: Shard, made: TarIndex) -> TarIndex: ...
+
+
+def index(
+    shards: Sequence[Shard], max_bytes: int, texts: bool = True, sieve: Sieve | None = None
+) -> list[TarIndex | str]:
     """The index of each shard, or why it has none; arguments as of `index_tar`."""
     with ThreadPoolExecutor(READERS) as pool:
-        work = pool.map(lambda shard: _indexed(shard, max_bytes, texts), shards)
+        work = pool.map(lambda shard: _indexed(shard, max_bytes, texts, sieve), shards)
         return list(tqdm(work, "Indexing shards", len(shards), disable=len(shards) < LONG, unit=""))
 
 
-def _indexed(shard: Shard, max_bytes: int, texts: bool) -> TarIndex | str:
+def _indexed(shard: Shard, max_bytes: int, texts: bool, sieve: Sieve | None) -> TarIndex | str:
     try:
         stamp = shard.stamp()
     except FileNotFoundError:
         return "not there"
     except OSError as error:
         return f"not readable ({error.strerror})"
-    place = cache_home() / "index" / f"{_key(f'{FORMAT} {shard.address} {stamp} {max_bytes} {texts}')}.npz"
+    facts = f"{FORMAT} {shard.address} {stamp} {max_bytes} {texts}" + (f" {sieve}" if sieve else "")
+    place = cache_home() / "index" / f"{_key(facts)}.npz"
     with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return _load(place)
     try:
-        made = index_tar(shard.local(), max_bytes, texts)
+        made = (
+            _indexed(shard, max_bytes, texts, None) if sieve else index_tar(shard.local(), max_bytes, texts)
+        )
+        if isinstance(made, str):
+            return made
+        made = sieve(shard, made) if sieve else made
     except BadShard as error:
         return str(error)
     except OSError as error:
@@ -295,17 +309,20 @@ def _indexed(shard: Shard, max_bytes: int, texts: bool) -> TarIndex | str:
 
 
 def _save(place: Path, made: TarIndex) -> None:
-    facts = json.dumps([made.digest, made.out], ensure_ascii=True).encode()
+    facts = json.dumps([made.digest, made.out, made.columns], ensure_ascii=True).encode()
     with atomic_path(place, sync=False) as hidden, hidden.open("wb") as file:
-        np.savez(file, rows=made.rows, facts=np.frombuffer(facts, np.uint8))
+        np.savez(file, rows=made.rows, beside=made.beside, facts=np.frombuffer(facts, np.uint8))
 
 
 def _load(place: Path) -> TarIndex:
     with np.load(place, allow_pickle=False) as held:
-        rows, (digest, out) = held["rows"], json.loads(held["facts"].tobytes())
-    if rows.dtype != ROW:
+        rows, beside, (digest, out, columns) = (
+            held["rows"], held["beside"], json.loads(held["facts"].tobytes())
+        )  # fmt: skip
+    if rows.dtype != ROW or beside.shape != (len(rows), 2):
         raise ValueError
-    return TarIndex(rows, digest, {why: (count, names) for why, (count, names) in out.items()})
+    out = {why: (count, names) for why, (count, names) in out.items()}
+    return TarIndex(rows, digest, out, beside, columns)
 
 
 def told(shards: Sequence[Shard], indices: Iterable[TarIndex | str]) -> str:

@@ -8,16 +8,17 @@ import os
 import re
 import stat
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import unquote
 
 from dalle.data.caption_files import TABLES, Names
 from dalle.data.caption_tables import PARQUET, SUFFIXES, Columns, NotATable, Row, holds_pictures, read_table
 from dalle.data.file_listing import list_files
+from dalle.data.filters import Filters
 from dalle.data.folder import columns
 from dalle.data.hf import files_of, rows_of, split_of
 from dalle.data.image_files import MAX_PIXELS, Fit
@@ -59,8 +60,9 @@ class Table(Pictures):
         seed: Seed = 0,
         max_pixels: PositiveInt = MAX_PIXELS,
         fit: Fit = "crop",
+        filters: Filters | None = None,
     ):
-        wanted = columns(image_column, caption_column)
+        wanted = columns(image_column, caption_column, filters)
         files = tables_of(path)
         packed = [file for file in files if file.suffix.lower() in PARQUET and holds_pictures(file, wanted)]
         if packed and len(packed) < len(files):
@@ -72,7 +74,9 @@ class Table(Pictures):
             table = rows_of([str(file) for file in files], None, wanted, ("a photo of a {}",))
         else:
             table = table_pictures(files, root, wanted)
-        super().__init__(split, table, image_size, crop, val_fraction, test_fraction, seed, max_pixels, fit)
+        super().__init__(
+            split, table, image_size, crop, val_fraction, test_fraction, seed, max_pixels, fit, filters
+        )
 
 
 def tables_of(path: str | Path | Sequence[str]) -> list[Path]:
@@ -134,6 +138,8 @@ class TablePictures:
             given,
             {why: list(dict.fromkeys(some)) for why, some in found.left_out.items()},
             unread=found.unread,
+            values=found.values,
+            columns=found.columns,
             wanted="rows with a picture's path and a caption",
         )
 
@@ -149,6 +155,8 @@ class _Found:
         self.read_from: dict[str, list[str]] = {}
         self.left_out: dict[str, list[str]] = defaultdict(list)
         self.unread: list[str] = []
+        self.values: dict[str, Mapping[str, Any]] = {}
+        self.columns: list[str] = []
         self._prefixes: dict[Path, tuple[str, str]] = {}
         self.at: dict[str, tuple[str, Stamp] | None] = {}  # as written -> name and stamp
 
@@ -170,6 +178,7 @@ class _Found:
                 gone.append(row)
         self.search(gone, folder, split)
         self.read_from[file.name] = table.columns
+        self.columns += [name for name in table.names if name not in self.columns]
         if table.broken:
             why = f"lines of {shown(file.name)} without a picture's name and a caption column"
             self.left_out[why] += [f"line {number}" for number in table.broken]
@@ -178,6 +187,8 @@ class _Found:
         self.pictures[name] = stamp
         known = self.captions.setdefault(name, [])
         known += [caption for caption in row.captions if caption not in known]
+        if row.values:
+            self.values[name] = {**self.values.get(name, {}), **row.values}
         if row.split or split:
             self.splits[name] = row.split or split or ""
 

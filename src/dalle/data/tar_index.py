@@ -11,7 +11,7 @@ import os
 import re
 import tarfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,9 @@ class TarIndex:
     rows: np.ndarray  # (n,) of ROW: offsets and lengths in bytes; `place` in [0, 1) by the key alone
     digest: str  # of all headers: names, sizes, times
     out: dict[str, tuple[int, list[str]]] = field(default_factory=dict)  # why -> how many, some of them
+    beside: np.ndarray = field(default_factory=lambda: np.empty((0, 2), np.int64))
+    """(n, 2) offset and length of each sample's json; 0 and 0 where it has none."""
+    columns: list[str] = field(default_factory=list)  # in these, where filters have looked at them
 
 
 def index_tar(path: Path, max_bytes: int, texts: bool = True) -> TarIndex:
@@ -77,13 +80,21 @@ def index_tar(path: Path, max_bytes: int, texts: bool = True) -> TarIndex:
                     out["there twice, of which the first is read"].append(name)
                 else:
                     parts[kind] = offset, size
-    rows = [
-        row
-        for key, parts in members.items()
-        if (row := _row(key, parts, (*TEXTS, *METADATA) if texts else METADATA, max_bytes, out))
-    ]
-    kept = {why: (len(some), some[:NAMED]) for why, some in out.items()}
-    return TarIndex(np.array(rows, ROW), digest.hexdigest()[:32], kept)
+    kinds = (*TEXTS, *METADATA) if texts else METADATA
+    made = [(_row(key, parts, kinds, max_bytes, out), _beside(parts)) for key, parts in members.items()]
+    rows = [row for row, _ in made if row]
+    beside = np.array([place for row, place in made if row], np.int64).reshape(-1, 2)
+    return TarIndex(np.array(rows, ROW), digest.hexdigest()[:32], counted(out), beside)
+
+
+def counted(out: Mapping[str, list[str]]) -> dict[str, tuple[int, list[str]]]:
+    """How many there are of each kind that is left out, and some of them."""
+    return {why: (len(some), some[:NAMED]) for why, some in out.items()}
+
+
+def _beside(parts: Mapping[str, tuple[int, int]]) -> tuple[int, int]:
+    offset, size = parts.get(METADATA[0], (0, 0))
+    return (offset, size) if size <= LARGEST_TEXT else (0, 0)
 
 
 def _row(

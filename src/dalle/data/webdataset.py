@@ -5,29 +5,33 @@ works as with folders: splits, caches of what frozen networks make, and a resume
 uninterrupted run would. What is read when follows `shuffling`: shards one after another, mixed in windows.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 
-from dalle.data.caption_tables import texts
+from dalle.data.caption_tables import Columns, texts
+from dalle.data.filters import Filters
 from dalle.data.folder import columns
-from dalle.data.image_files import BYTES_PER_PIXEL, MAX_PIXELS, BadPicture, Fit
+from dalle.data.image_files import BYTES_PER_PIXEL, MAX_PIXELS, BadPicture, Fit, size_of
 from dalle.data.picture_reader import PictureReader
 from dalle.data.pictures import check_options, say
 from dalle.data.shards import Shard, addresses, index, told
 from dalle.data.shuffling import ShardOrder
 from dalle.data.splits import FEWEST, Split, folder_splits
-from dalle.data.tar_index import ROW, TarIndex
+from dalle.data.tar_index import ROW, TarIndex, counted
 from dalle.data.text import lines as lines_of
 from dalle.data.text import shown, tidy
 from dalle.errors import UserError
 from dalle.ranges import Fraction, NonNegative, Place, PositiveInt, Seed, Side, Text
 
+HEAD = 2**16  # bytes of a picture that usually tell its size
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 Lines = Literal["whole", "all", "first"]
 Shards = Place | Sequence[Text]
@@ -75,10 +79,12 @@ class WebDataset(PictureReader):
         seed: Seed = 0,
         max_pixels: PositiveInt = MAX_PIXELS,
         fit: Fit = "crop",
+        filters: Filters | None = None,
     ):
         check_options(image_size, crop, val_fraction, test_fraction, fit)
         super().__init__(split, image_size, crop, seed, max_pixels, fit)
-        self.columns, self.lines = columns(None, caption_column), lines
+        self.texts = Texts(columns(None, caption_column, None), lines, filters or None)
+        self.columns, self.lines = self.texts.columns, lines
         self.shuffle_window, self.resample = shuffle_window, resample
         named = {"train": shards, "val": val_shards, "test": test_shards}
         lists = {
@@ -90,7 +96,7 @@ class WebDataset(PictureReader):
         self._place = str(
             shards if isinstance(shards, str) or not isinstance(shards, Sequence) else shards[0]
         )
-        options = (int(copies_gb * 2**30), largest, not self.columns.captions)
+        options = (int(copies_gb * 2**30), largest, self.texts, max_pixels)
         found = opened(self._place, tuple(lists.items()), *options, val_fraction, test_fraction, seed)
         self.shards, self.rows, self.first, self._digest = found[split]
         self.remember(len(self.rows))
@@ -124,6 +130,8 @@ class WebDataset(PictureReader):
             f"{self.image_size} {self.random_crop and self.seed} {self.fit} {self.lines} {self.columns} "
             f"{self.shuffle_window} {self.resample}"
         )
+        if self.texts.filters:
+            facts += f" {self.texts.filters}"
         return hashlib.sha256(f"{facts}\n{self._digest}".encode()).hexdigest()[:16]
 
     def called(self, item: int) -> str:
@@ -139,8 +147,20 @@ class WebDataset(PictureReader):
 
     def _captions(self, item: int) -> list[str]:
         """Raises BadPicture where there are none that can be read."""
-        row = self.rows[item]
-        content = self._shard(item).read(int(row["caption"]), int(row["caption_bytes"]))
+        return self.texts.captions(self._shard(item), self.rows[item])
+
+
+@dataclass(frozen=True)
+class Texts:
+    """How captions are read from samples, and which samples they and their json let pass."""
+
+    columns: Columns
+    lines: Lines
+    filters: Filters | None
+
+    def captions(self, shard: Shard, row: np.void) -> list[str]:
+        """Raises BadPicture where there are none that can be used."""
+        content = shard.read(int(row["caption"]), int(row["caption_bytes"]))
         try:
             text = content.decode("utf-8-sig")
             found = self._of_json(text) if row["json"] else self._of_text(text)
@@ -148,6 +168,10 @@ class WebDataset(PictureReader):
             found = []
         if not found:
             raise BadPicture("without a readable caption")
+        if self.filters:
+            found, why = self.filters.captions(found)
+            if why:
+                raise BadPicture(why)
         return found
 
     def _of_text(self, text: str) -> list[str]:
@@ -163,6 +187,56 @@ class WebDataset(PictureReader):
         return [caption for name in names for caption in texts(held[name])]
 
 
+@dataclass(frozen=True)
+class Sieve:
+    """Reads the texts of each sample, and as much of its picture as tells the size, where filters ask."""
+
+    texts: Texts
+    filters: Filters
+    max_pixels: int
+
+    def __call__(self, shard: Shard, made: TarIndex) -> TarIndex:
+        out: dict[str, list[str]] = {why: list(names) for why, (_, names) in made.out.items()}
+        before = {why: count - len(names) for why, (count, names) in made.out.items()}
+        columns: dict[str, None] = {}
+        kept = np.zeros(len(made.rows), bool)
+        for k, (row, place) in enumerate(zip(made.rows, made.beside, strict=True)):
+            try:
+                why = self._why(shard, row, place, columns)
+            except BadPicture as error:
+                why = str(error)
+            kept[k] = not why
+            if why:
+                out.setdefault(why, []).append(f"sample {k}")
+        counts = {why: (n + before.get(why, 0), names) for why, (n, names) in counted(out).items()}
+        return TarIndex(made.rows[kept], made.digest, counts, made.beside[kept], list(columns))
+
+    def _why(self, shard: Shard, row: np.void, place: np.ndarray, columns: dict[str, None]) -> str:
+        """Why a sample is left out; empty where it is used. Adds to the names of `columns`."""
+        self.texts.captions(shard, row)
+        if self.filters.columns:
+            said = self._beside(shard, place)
+            columns |= dict.fromkeys(said)
+            there = Columns(values=self.filters.columns).of_values(list(said))
+            if why := self.filters.values({name: said[known] for name, known in there.items()}):
+                return why
+        return self.filters.size(*self._size(shard, row)) if self.filters.sizes else ""
+
+    def _beside(self, shard: Shard, place: np.ndarray) -> dict[str, Any]:
+        try:
+            said = json.loads(shard.read(*map(int, place)).decode("utf-8-sig")) if place[1] else {}
+        except (ValueError, RecursionError):
+            return {}
+        return said if isinstance(said, dict) else {}
+
+    def _size(self, shard: Shard, row: np.void) -> tuple[int, int]:
+        start, whole = int(row["picture"]), int(row["bytes"])
+        if whole > HEAD:
+            with contextlib.suppress(BadPicture):  # a long head
+                return size_of(shard.read(start, HEAD), self.max_pixels)
+        return size_of(shard.read(start, whole), self.max_pixels)
+
+
 Part = tuple[list[Shard], np.ndarray, np.ndarray, str]  # shards, rows, first item of each, digest
 
 
@@ -172,7 +246,8 @@ def opened(
     lists: tuple[tuple[str, tuple[str, ...]], ...],
     copies: int,
     largest: int,
-    texts: bool,
+    texts: Texts,
+    max_pixels: int,
     val_fraction: float,
     test_fraction: float,
     seed: int,
@@ -184,7 +259,13 @@ def opened(
         raise UserError(
             "data.shards, data.val_shards and data.test_shards share a shard; give each to one split"
         )
-    indices = index(shards, largest, texts)
+    filters = texts.filters
+    sieve = Sieve(texts, filters, max_pixels) if filters else None
+    indices = index(shards, largest, not texts.columns.captions, sieve)
+    there = [made for made in indices if isinstance(made, TarIndex)]
+    if filters and there:
+        known = list(dict.fromkeys(name for made in there for name in made.columns))
+        filters.check(known, known, place)
     usable = [(s, made) for s, made in zip(shards, indices, strict=True) if isinstance(made, TarIndex)]
     usable = [(shard, made) for shard, made in usable if len(made.rows)]
     out = told(shards, indices)
