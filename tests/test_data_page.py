@@ -19,7 +19,7 @@ BLOCKS = [
     for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     if "python " in block
 ]
-SAMPLES = {"COCO", "Hugging Face", "Tables", "Zip files", "MNIST and its like"}
+SAMPLES = {"COCO", "Hugging Face", "Tables", "Zip files", "MNIST and its like", "Filters", "Mixtures"}
 
 
 @pytest.fixture
@@ -34,6 +34,8 @@ def samples(tmp_path, monkeypatch):
     datasets.Dataset.from_dict(held, features=features).save_to_disk("SAVED")
     rows = "".join(f"images/{k}.png\tthing {k}\n" for k in range(12))
     write(tmp_path / "TABLE.tsv", f"filepath\ttitle\n{rows}")
+    scored = "".join(f"images/{k}.png\tthing {k}\t{0.25 + k / 100}\t{k % 4 / 20}\n" for k in range(12))
+    write(tmp_path / "SCORED.tsv", f"filepath\ttitle\tsimilarity\tpunsafe\n{scored}")
     parquet(tmp_path / "PACKED.parquet", packed(tmp_path / "loose", 12))
     zipped(tmp_path / "PICTURES.zip", 12)
     idx(tmp_path / "MNIST")

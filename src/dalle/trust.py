@@ -54,9 +54,11 @@ LISTED = {  # what runs and recipes are made of: the whole of it, a test says wh
     "sources": (
         "dalle.data.coco.Coco", "dalle.data.encoded.Encoded", "dalle.data.folder.Folder",
         "dalle.data.hf.HuggingFace", "dalle.data.idx.Idx", "dalle.data.imagefolder.ImageFolder",
+        "dalle.data.mixture.Mixture",
         "dalle.data.shapes.Shapes", "dalle.data.table.Table",
         "dalle.data.webdataset.WebDataset",
     ),
+    "parts of sources": ("dalle.data.filters.Filters",),
 }  # fmt: skip
 SOURCE = ("images", "captions", "fingerprint", "__len__")  # what tells a source: see dalle.data.sources
 TOKENIZER = ("__call__", "too_long", "to_dict", "from_dict")  # and a tokenizer: see dalle.data.tokenizers
