@@ -21,7 +21,7 @@ from glob import glob, has_magic
 from io import FileIO
 from itertools import product
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from tqdm import tqdm
@@ -266,6 +266,7 @@ def _key(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:24]
 
 
+@runtime_checkable
 class Sieve(Protocol):
     """Leaves samples of an index out; `repr` says all that this depends on."""
 
