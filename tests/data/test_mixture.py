@@ -1,5 +1,6 @@
 """Mixtures: shares are exact in every epoch; what a place stands for depends on nothing but its number."""
 
+import math
 from collections import Counter
 
 import numpy as np
@@ -189,6 +190,10 @@ def test_the_fingerprint_follows_weights_and_sources():
     [
         ({"weights": {"a": 1, "b": 1, "d": 1}}, "no weight of c; give one for each of a, b, c"),
         ({"weights": {"a": 1, "b": 1, "c": 1, "d": 1}}, "no source d; give"),
+        ({"weights": {"a": 0, "b": 1, "c": 1}}, "data.weights.a must be a positive number, got 0"),
+        ({"weights": {"a": 1, "b": -1, "c": 1}}, "data.weights.b must be a positive number, got -1"),
+        ({"weights": {"a": 1, "b": 1, "c": math.inf}}, "data.weights.c must be a positive number"),
+        ({"weights": {"a": "x", "b": 1, "c": 1}}, "data.weights.a must be a positive number, got x"),
         ({"a": 0, "b": 3}, "data.sources.a has nothing to train on"),
     ],
 )
@@ -206,3 +211,8 @@ def test_a_weight_that_is_next_to_nothing_is_refused():
 def test_no_sources():
     with pytest.raises(UserError, match="data=mixture has no sources"):
         Mixture("train", {}, 64)
+
+
+def test_a_name_of_a_kind_is_no_source():
+    with pytest.raises(UserError, match=r"data.sources.a is no source; \+data@data.sources.a=folder"):
+        Mixture("train", {"a": "folder"}, 64)  # pyright: ignore[reportArgumentType]

@@ -9,6 +9,7 @@ anew, in a new order. Validation and test go through the splits of all sources, 
 
 import hashlib
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -40,7 +41,8 @@ class Mixture:
         window: places in which the shares are as the weights say.
 
     Raises:
-        UserError: weights of other names than the sources'; a source without an item to train on.
+        UserError: weights of other names than the sources', or that are not positive; a source without an
+            item to train on.
     """
 
     def __init__(
@@ -55,6 +57,11 @@ class Mixture:
             raise UserError(
                 "data=mixture has no sources; +data@data.sources.NAME=folder data.sources.NAME.root=PICTURES "
                 "adds one, of any kind"
+            )
+        if odd := [name for name, make in sources.items() if not callable(make)]:
+            raise UserError(
+                f"data.sources.{odd[0]} is no source; +data@data.sources.{odd[0]}=folder "
+                f"data.sources.{odd[0]}.root=PICTURES makes it one"
             )
         self.split, self.image_size, self.window = split, image_size, window
         self.names = list(sources)
@@ -206,6 +213,14 @@ def _checked(names: Sequence[str], weights: Mapping[str, float] | None) -> dict[
         what = "no source" if odd[0] in weights else "no weight of"
         known = ", ".join(map(shown, names))
         raise UserError(f"data.weights: there is {what} {shown(odd[0])}; give one for each of {known}")
+    for name in names:
+        weight = weights[name]
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not (number and 0 < weight < math.inf):
+            raise UserError(
+                f"data.weights.{name} must be a positive number, got {weight}; to leave a source "
+                f"out: ~data.sources.{name}"
+            )
     return {name: float(weights[name]) for name in names}
 
 
