@@ -215,4 +215,4 @@ def test_no_sources():
 
 def test_a_name_of_a_kind_is_no_source():
     with pytest.raises(UserError, match=r"data.sources.a is no source; \+data@data.sources.a=folder"):
-        Mixture("train", {"a": "folder"}, 64)  # pyright: ignore[reportArgumentType]
+        Mixture("train", {"a": "folder"}, 64)

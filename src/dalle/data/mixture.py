@@ -20,11 +20,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dalle.data.pictures import say
-from dalle.data.sources import Order, Source, SourceFactory, mix
+from dalle.data.sources import Order, Source, mix
 from dalle.data.splits import Split
 from dalle.data.text import shown
 from dalle.errors import UserError
-from dalle.ranges import Positive, PositiveInt, Side
+from dalle.ranges import PositiveInt, Side
 
 FINE = 2**40  # parts into which shares are rounded
 PASSES = 16  # orders of passes through sources that are kept
@@ -35,9 +35,10 @@ class Mixture:
     every source by its size.
 
     Args:
-        sources: by names of one's own.
+        sources: factories of sources by names of one's own.
         image_size: S, of all of them.
-        weights: of sources, by their names; None: by their sizes, which is each item once in an epoch.
+        weights: positive numbers, by the names of sources; None: by their sizes, which is each item once in
+            an epoch.
         window: places in which the shares are as the weights say.
 
     Raises:
@@ -48,9 +49,9 @@ class Mixture:
     def __init__(
         self,
         split: Split,
-        sources: Mapping[str, SourceFactory],
+        sources: Mapping[str, Any],  # as values in a mapping are not checked before they come here
         image_size: Side,
-        weights: Mapping[str, Positive] | None = None,
+        weights: Mapping[str, Any] | None = None,
         window: PositiveInt = 100_000,
     ) -> None:
         if not sources:
@@ -206,7 +207,7 @@ class MixedOrder:
         return self.mixture._number[self.mixture._starts[source] + items]
 
 
-def _checked(names: Sequence[str], weights: Mapping[str, float] | None) -> dict[str, float]:
+def _checked(names: Sequence[str], weights: Mapping[str, Any] | None) -> dict[str, float]:
     if not weights:
         return {}
     if odd := sorted({*names} ^ {*weights}):
