@@ -55,7 +55,7 @@ class DecoderStage(Stage):
         optimizer: OptimizerFactory | None = None,
         image_dropout: Fraction = 0.1,
         text_dropout: Fraction = 0.1,
-        guidance: Guidance = 2.0,
+        guidance: Guidance = 1.5,
         text_guidance: Guidance | None = None,
         rescale: Fraction = 0.0,
         thresholding: Literal["none", "static", "dynamic"] = "static",
