@@ -78,7 +78,7 @@ def test_jobs(children, mine, given):
 def test_upstream_stages(children, mine, given, monkeypatch):
     """They are put together twice: to be checked here, and by the child that trains them."""
     checked: list[dict] = []
-    monkeypatch.setattr("dalle.training.ladder.check", checked.extend)
+    monkeypatch.setattr("dalle.training.ladder.check", lambda configs: checked.extend(configs) or [])
     monkeypatch.setattr(fit, "train", lambda config: None)
     train.main(["model=prior", *given, "experiment=mine"])
     assert [(config["stage"], config["seed"]) for config in checked] == [("clip", 77), ("prior", 77)]

@@ -2,6 +2,7 @@
 
 import pickle
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 import numpy as np
@@ -333,3 +334,13 @@ def test_ranks_share_what_one_process_would_see(tmp_path):
     resumed.set_epoch(0, 2)
     assert list(resumed) == one[2:]
     assert addresses(str(tmp_path / "a"), "data.shards")[0].endswith("00000.tar")
+
+
+def test_threads_read_one_shard_at_once(tmp_path):
+    content = bytes(range(256)) * 400
+    (tmp_path / "a.tar").write_bytes(content)
+    shard = access.Shard(str(tmp_path / "a.tar"), 0)
+    with ThreadPoolExecutor(8) as threads:
+        places = [37 * i % 100_000 for i in range(4000)]
+        read = list(threads.map(lambda at: shard.read(at, 64), places))
+    assert read == [content[at : at + 64] for at in places]

@@ -26,6 +26,8 @@ def node(file: str, size: int, part: str = "net", **given) -> dict:
     config = yaml.safe_load((ROOT / "conf" / f"{file}.yaml").read_text())
     model = config.get("model", {"net": config})
     model["net"] |= given
+    if "inpaint" in model["net"]:  # said once for a network and its stage
+        model["net"]["inpaint"] = False
     text = {key: value for key, value in TEXT.items() if model["net"].get(key) == "auto"}
     if file in ("model/dvae", "model/vqgan"):
         text = {}

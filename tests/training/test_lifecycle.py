@@ -23,7 +23,7 @@ from dalle.machine import is_main_process
 from dalle.run_dir import Run
 from dalle.run_lock import MARKER, claimed, locked, only_one
 from dalle.stages.base import Stage
-from dalle.training import checkpoints
+from dalle.training import checkpoint_files, checkpoints
 from dalle.training import fit as training
 from dalle.training.checkpoints import read_checkpoint
 
@@ -299,14 +299,14 @@ def fit(tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_keeps_the_checkpoint(fit, tmp_path, monkeypatch):
-    real = checkpoints.atomic_path
+    real = checkpoint_files.atomic_path
 
     def full(path, **options):
         if Path(path).exists():
             monkeypatch.setattr(os, "fsync", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
         return real(path, **options)
 
-    monkeypatch.setattr(checkpoints, "atomic_path", full)
+    monkeypatch.setattr(checkpoint_files, "atomic_path", full)
     with pytest.raises(UserError, match=r"last.ckpt cannot .*: the disk is full; the one of step 2 is"):
         fit("callbacks.checkpoint.every=2")
     monkeypatch.undo()

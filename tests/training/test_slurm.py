@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from tiny import ENVIRONMENT, ROOT, SECONDS, column, configure, overrides
 
 from dalle.errors import UserError
@@ -69,9 +70,10 @@ def test_a_queue_that_does_not_take_it_back(scontrol):
     assert slurm.requeue("7").startswith("careful: scontrol requeue 7 failed (")
 
 
-def test_processes_are_numbered_by_slurm(task, tmp_path):
+def test_processes_are_numbered_by_slurm(task, tmp_path, monkeypatch):
     assert slurm.environment() is None
     assert not started_by_others()
+    monkeypatch.setattr(rank_zero_only, "rank", rank_zero_only.rank)  # a Trainer sets it for the process
     task(SLURM_PROCID="1", SLURM_LOCALID="1", SLURM_JOB_ID="7")
     assert started_by_others()
     assert not is_main_process()

@@ -21,6 +21,7 @@ from glob import glob, has_magic
 from io import FileIO
 from itertools import product
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -205,9 +206,7 @@ class Shard:
     def read(self, offset: int, size: int) -> bytes:
         """Bytes of a member. Raises BadPicture where they cannot be had any more."""
         try:
-            file = _opened(os.getpid(), str(self.local())).file
-            file.seek(offset)
-            content = file.read(size)
+            content = _opened(os.getpid(), str(self.local())).read(offset, size)
         except FileNotFoundError:  # one that stays out would change what a run sees
             raise UserError(
                 f"{shown(self.address)} is no longer there; with it, resume=true goes on"
@@ -220,10 +219,15 @@ class Shard:
 
 
 class Reader:
-    """An open file, closed when it is used no more."""
+    """An open file, closed when it is used no more; several threads may read it."""
 
     def __init__(self, path: str) -> None:
-        self.file = FileIO(path)
+        self.file, self.lock = FileIO(path), Lock()
+
+    def read(self, offset: int, size: int) -> bytes:
+        with self.lock:
+            self.file.seek(offset)
+            return self.file.read(size)
 
     def __del__(self) -> None:
         if hasattr(self, "file"):

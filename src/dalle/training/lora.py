@@ -11,8 +11,11 @@ from typing import Any, TypedDict
 from torch import nn
 
 from dalle.errors import UserError
+from dalle.nets.blocks import StepLinear
 from dalle.ranges import Dropout, NonNegativeInt, Positive, Text
 from dalle.stages.base import Stage
+
+LINEAR = (nn.Linear, StepLinear)  # not a table of logits, which is one, too
 
 
 class Lora(TypedDict):
@@ -42,7 +45,7 @@ def add(stage: Stage, settings: Mapping[str, Any], begun: bool) -> None:
     except ImportError as error:
         raise UserError("lora.rank needs the package peft: pip install 'dalle[lora]'") from error
     wanted, net = settings["layers"], stage.net
-    parts = {name: name.split(".") for name, module in net.named_modules() if type(module) is nn.Linear}
+    parts = {name: name.split(".") for name, module in net.named_modules() if type(module) in LINEAR}
     linear = [name for name, part in parts.items() if any(map(str.isdigit, part))]
     names = [name for name in linear if wanted is None or {*wanted} & {*parts[name]}]
     if not names:
