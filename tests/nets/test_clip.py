@@ -19,7 +19,10 @@ TINY = {
 
 
 CONV = {"vision": "conv", "patch_size": 2, "vision_width": 8, "vision_layers": 3, "vision_heads": None}
-towers = pytest.mark.parametrize("tower", [{}, CONV], ids=["vit", "conv"])
+RESNET = {
+    "vision": "resnet", "patch_size": 32, "vision_width": 8, "vision_layers": [1, 1, 1, 1], "vision_heads": None
+}  # fmt: skip
+towers = pytest.mark.parametrize("tower", [{}, CONV, RESNET], ids=["vit", "conv", "resnet"])
 
 
 def tiny(seed: int = 0, **changes) -> CLIP:
@@ -220,7 +223,12 @@ def test_autocast_keeps_the_meaning(tower):
         ({"patch_size": 50}, "image_size=32 cannot be folded by patch 50"),
         ({"text_heads": 5}, "text_heads"),
         ({"activation": "relu"}, "relu"),
-        ({"vision": "resnet"}, "vision is vit or conv"),
+        ({"vision": "rnn"}, "vision is vit, conv or resnet, not 'rnn'"),
+        ({"vision": "resnet"}, "a list of vision_layers, not 2"),
+        ({"vision_layers": [1, 1, 1, 1]}, "for vision=resnet with patch_size=32"),
+        (RESNET | {"vision_layers": [1, 1, 1]}, "four numbers of layers"),
+        (RESNET | {"image_size": 48}, "a multiple of 32 px"),
+        (RESNET | {"vision_heads": 5}, "5 heads do not divide 256; set vision_heads"),
         (CONV | {"vision_layers": 0}, "at least one of vision_layers"),
         (CONV | {"vision_layers": 6}, "image_size=32 cannot be folded by patch 2 and then halved 5 times"),
     ],

@@ -5,12 +5,12 @@ import json
 import pytest
 import torch
 from conftest import untrained
-from public import CLOSE, TAMING, Released, clip_weights, make_decoder, make_prior, make_upsampler
+from public import CLOSE, TAMING, E, Released, clip_weights, make_decoder, make_prior, make_upsampler
 from safetensors.torch import save_file
 
 from dalle.cli.export_weights import main
 from dalle.errors import UserError
-from dalle.nets.clip import PIXEL_MEAN, PIXEL_STD
+from dalle.nets.clip import CLIP, PIXEL_MEAN, PIXEL_STD
 from dalle.run_dir import load_clip, load_image_tokenizer
 
 CAPTIONS = ["a red square", "two small blue circles"]
@@ -57,13 +57,25 @@ def test_a_clip_of_ones_own_for_transformers(tmp_path):
     torch.testing.assert_close(unit(ours.embed_image(image), dim=-1), there.image_embeds, **CLOSE)
 
 
+@pytest.fixture
+def resnet(tmp_path, imported):
+    """A CLIP with a ResNet, whose heads are not 64 wide."""
+    pytest.importorskip("open_clip", reason="CLIP's own tokenizer needs the package open_clip_torch")
+    torch.manual_seed(0)
+    net = CLIP(64, 32, 8, [1, 2, 1, 1], E, 1, 77, 49408, E, 1, 8, "quick_gelu", vision="resnet")
+    save_file(net.state_dict(), tmp_path / "resnet.safetensors")
+    place = tmp_path / "resnet.safetensors"
+    return imported("clip", place, "activation=quick_gelu", "vision_heads=8", name="resnet")
+
+
+@pytest.mark.parametrize("kind", ["clip", "resnet"])
 @torch.no_grad()
-def test_clip_for_open_clip(tmp_path, clip):
-    open_clip = pytest.importorskip("open_clip")
+def test_clip_for_open_clip(tmp_path, request, kind):
+    open_clip, clip = pytest.importorskip("open_clip"), request.getfixturevalue(kind)
     main(["clip", str(clip.path), str(tmp_path / "out"), "layout=open_clip"])
     theirs = open_clip.create_model(f"local-dir:{tmp_path / 'out'}").eval()
-    ours, image = load_clip(clip.path), torch.rand(2, 3, 32, 32) * 2 - 1
-    made = ours.embed_captions(CAPTIONS)
+    ours = load_clip(clip.path)
+    image, made = torch.rand(2, 3, *[ours.net.image_size] * 2) * 2 - 1, ours.embed_captions(CAPTIONS)
     assert torch.equal(open_clip.get_tokenizer(f"local-dir:{tmp_path / 'out'}")(CAPTIONS), made["text"])
     torch.testing.assert_close(theirs.encode_text(made["text"]), made["text_embed"], **CLOSE)
     torch.testing.assert_close(theirs.encode_image(normalised(image)), ours.embed_image(image), **CLOSE)

@@ -96,3 +96,5 @@ def test_the_card_can_be_read_first(untrained_stages, capsys):
     said = capsys.readouterr().out
     assert "The decoder of a DALL-E pipeline" in said
     assert "Works with the clip whose weights have the hash" in said
+    push.main([str(untrained_stages / "default" / "decoder"), "me/decoder", "card=true"])
+    assert "## Licence\n\nnot said yet: dalle push needs licence=..." in capsys.readouterr().out

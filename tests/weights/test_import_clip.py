@@ -9,13 +9,14 @@ from safetensors.torch import load_file, save_file
 
 from dalle.errors import UserError
 from dalle.nets.clip import CLIP, PIXEL_MEAN, PIXEL_STD
-from dalle.run_dir import load_clip
+from dalle.run_dir import load_clip, load_stage
 from dalle.weights.clip import import_clip
 from dalle.weights.reading import PublicWeights
 
 open_clip = pytest.importorskip("open_clip")
 transformers = pytest.importorskip("transformers")
 VISION = {"layers": 2, "width": 128, "patch_size": 8, "image_size": 32}
+RESNET = {"layers": (1, 2, 1, 1), "width": 16, "image_size": 32}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}
 CAPTIONS = ["a red square", "", "two small blue circles on a green field"]
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -46,8 +47,8 @@ def of_transformers(seed: int = 0, act: str = "quick_gelu"):
     return transformers.CLIPModel(config).eval()
 
 
-def pictures() -> torch.Tensor:
-    return torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+def pictures(size: int = 32) -> torch.Tensor:
+    return torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
 def normalised(image: torch.Tensor) -> torch.Tensor:
@@ -65,14 +66,25 @@ def as_openai(model) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def assert_equals_open_clip(run, model) -> None:
+def assert_equals_open_clip(run, model, image_size: int = 32) -> None:
     ours = load_clip(run.path)
     text = open_clip.tokenize(CAPTIONS)
     made = ours.embed_captions(CAPTIONS)
     assert torch.equal(made["text"], text)  # 77 tokens of CLIP's own BPE
     torch.testing.assert_close(made["text_embed"], model.encode_text(text), **CLOSE)
-    image = pictures()
+    image = pictures(image_size)
     torch.testing.assert_close(ours.embed_image(image), model.encode_image(normalised(image)), **CLOSE)
+
+
+def of_open_clip_with_resnet(seed: int = 0, **vision):
+    """No weight or statistic of a norm is left at 0 or 1, so that none could be missed."""
+    model = of_open_clip(seed, **RESNET | vision)
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in model.visual.state_dict().items():
+        if value.is_floating_point() and value.ndim == 1:
+            shake = torch.rand(value.shape, generator=generator)
+            value.copy_(shake + 0.5 if name.endswith(("weight", "var")) else shake - 0.5)
+    return model
 
 
 @pytest.mark.parametrize("quick_gelu", [True, False])
@@ -112,9 +124,44 @@ class Program(torch.nn.Module):
         return image * self.logit_scale
 
 
-@pytest.mark.parametrize("kind", ["state dict", "before 1.6", "TorchScript"])
+@pytest.mark.parametrize("image_size", [32, 64])
+def test_a_resnet(tmp_path, imported, image_size):
+    """Its activation is ReLU; QuickGELU is in the tower of captions alone."""
+    model = of_open_clip_with_resnet(image_size=image_size)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    run = imported("clip", tmp_path / "w.safetensors", "activation=quick_gelu")
+    assert_equals_open_clip(run, model, image_size)
+    gelu = imported("clip", tmp_path / "w.safetensors", "activation=gelu", name="gelu")
+    image, (a, b) = pictures(image_size), (load_clip(r.path) for r in (run, gelu))
+    assert torch.equal(a.embed_image(image), b.embed_image(image))
+    assert not torch.allclose(
+        a.embed_captions(CAPTIONS)["text_embed"], b.embed_captions(CAPTIONS)["text_embed"]
+    )
+
+
+def test_a_folder_of_open_clip_says_the_heads_of_a_resnet(tmp_path, imported):
+    model = of_open_clip_with_resnet(head_width=32)
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
+    cfg = {"embed_dim": 32, "quick_gelu": True, "vision_cfg": RESNET | {"head_width": 32}, "text_cfg": TEXT}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": cfg}))
+    assert_equals_open_clip(imported("clip", tmp_path), model)
+
+
+def test_a_resnet_learns_further(tmp_path, imported):
+    save_file(of_open_clip_with_resnet().state_dict(), tmp_path / "w.safetensors")
+    run = imported("clip", tmp_path / "w.safetensors", "activation=quick_gelu")
+    stage, _ = load_stage(run.path, "clip")
+    stage.train().requires_grad_(True)
+    text = open_clip.tokenize(CAPTIONS[:2])
+    stage.step({"image": pictures(), "text": text})["loss"].backward()
+    assert [name for name, p in stage.net.visual.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("kind", ["state dict", "before 1.6", "TorchScript", "ResNet"])
 def test_openai(tmp_path, imported, kind, capsys):
     model, place = of_open_clip(seed=3), tmp_path / "ViT-T-8.pt"
+    if kind == "ResNet":
+        model, kind = of_open_clip_with_resnet(seed=3), "TorchScript"
     model.load_state_dict({name: value.half().float() for name, value in model.state_dict().items()})
     if kind == "TorchScript":
         torch.jit.save(torch.jit.trace(Program(model).eval(), pictures()), place)
@@ -147,7 +194,10 @@ def test_transformers(tmp_path, imported, act):
     )
 
 
-@pytest.mark.parametrize("name", ["ViT-B-32-quickgelu", "ViT-B-16", "ViT-L-14", "ViT-L-14-336"])
+RESNETS = ["RN50-quickgelu", "RN101-quickgelu", "RN50x4-quickgelu", "RN50x16-quickgelu", "RN50x64-quickgelu"]
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32-quickgelu", "ViT-B-16", "ViT-L-14", "ViT-L-14-336", *RESNETS])
 def test_the_public_shapes(name):
     """Without memory: names, shapes and the sizes that are read off them."""
     with torch.device("meta"):
@@ -160,6 +210,9 @@ def test_the_public_shapes(name):
     wanted = {key: value.shape for key, value in ours.state_dict().items()}
     assert {key: value.shape for key, value in found.tensors.items()} == wanted
     assert ours.text_width // 64 == model.transformer.resblocks[0].attn.num_heads
+    assert ours.image_size == config["vision_cfg"]["image_size"]
+    if name in RESNETS:
+        assert ours.visual.attnpool.heads == model.visual.attnpool.num_heads
 
 
 # What is refused, each in one line
@@ -180,9 +233,9 @@ def test_what_cannot_be_known_is_asked_for(tmp_path, refused):
         (lambda w: w.update(extra=torch.zeros(1)), "it also holds extra"),
         (lambda w: w.update({"ln_final.bias": torch.zeros(3)}), "ln_final.bias is (3,), not (64,)"),
         (lambda w: w.update({"ln_final.bias": torch.full((64,), torch.nan)}), "no numbers (ln_final.bias)"),
-        (lambda w: w.pop("visual.conv1.weight"), "no CLIP with a vision transformer"),
+        (lambda w: w.pop("visual.conv1.weight"), "is no CLIP: it lacks visual.conv1.weight"),
         (lambda w: w.update({"token_embedding.weight": torch.zeros(99, 64)}), "another vocabulary (99"),
-        (lambda w: w.update({"visual.layer1.0.conv1.weight": torch.zeros(1)}), "CLIP with a ResNet"),
+        (lambda w: w.update({"visual.layer1.0.conv1.weight": torch.zeros(2)}), "lacks visual.attnpool"),
         (lambda w: w.update({"visual.positional_embedding": torch.zeros(19, 128)}), "not square"),
     ],
 )

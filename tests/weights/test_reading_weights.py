@@ -82,6 +82,13 @@ def test_damaged_files_end_in_one_line(tmp_path, name):
             read_weights(place)
 
 
+def test_a_bare_number_is_no_reason(tmp_path):
+    """A pickle that asks for what was never stored: all that its error says is the number."""
+    (tmp_path / "w.pt").write_bytes(b"\x80\x02h\x65.")
+    with pytest.raises(UserError, match=r"can be read \(KeyError 101\)"):
+        read_weights(tmp_path / "w.pt")
+
+
 def test_a_bomb_of_references_ends_in_one_line(tmp_path):
     content: dict = {"a": torch.zeros(1)}
     for _ in range(40):  # a few hundred bytes that stand for 2^40 tensors

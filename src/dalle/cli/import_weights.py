@@ -87,6 +87,6 @@ def import_weights(kind: str, place: Path, settings: dict[str, Any]) -> None:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         raise UserError(f"{place} is no {kind} that this version knows ({reason})") from error
     write_run(found, source, run, name, licence)
-    print(printable(f"{run}: {found.stage} of {place} ({found.layout}'s layout)"))
+    print(printable(f"{run}: {found.stage} of {place} (layout: {found.layout})"))
     if not (licence or found.licence):
         print("careful: what licence these weights have is not known from the file; licence=... notes it")

@@ -30,6 +30,6 @@ def main(arguments: list[str]) -> None:
         raise UserError("dalle push takes a run and OWNER/NAME")
     run, repository = Run(Path(places[0]).expanduser()), places[1]
     if settings["card"]:
-        print(card(run, repository, settings.get("licence") or "?"))
+        print(card(run, repository, settings.get("licence")))
         return
     print(push(run, repository, settings.get("licence"), settings["private"]))

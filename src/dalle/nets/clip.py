@@ -5,7 +5,7 @@ load unchanged. What differs: images come in [-1, 1] at any size; they are resiz
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dalle.errors import UserError
 from dalle.nets.blocks import GroupNorm
+from dalle.nets.clip_resnet import FACTOR, ResNetTower
 from dalle.nets.recompute import Checkpoint, recomputed
 from dalle.nets.sizes import levels_for, map_sides, padded, patch_for
 from dalle.ranges import Depth, Length, PositiveInt, Side, Vocabulary, Width
@@ -183,8 +184,9 @@ class ConvTower(nn.Module):
 class CLIP(nn.Module):
     """The two towers and the learned temperature.
 
-    `vision` is vit, the paper's transformer on patches, or conv, the `ConvTower`, whose `vision_layers` are
-    levels. `vision_heads` and `text_heads` are width / 64 where None, as in the paper's models.
+    `vision` is vit, the paper's transformer on patches; conv, the `ConvTower`, whose `vision_layers` are
+    levels; or resnet, the paper's `ResNetTower`, whose `vision_layers` are four numbers of blocks and whose
+    `patch_size` is 32. `vision_heads` and `text_heads` are width / 64 where None, as in the paper's models.
 
     Raises:
         UserError: the heads do not divide the width, or there is no such tower or activation.
@@ -198,7 +200,7 @@ class CLIP(nn.Module):
         image_size: Side,
         patch_size: Side,
         vision_width: Width,
-        vision_layers: Depth,
+        vision_layers: Depth | Sequence[Depth],
         text_width: Width,
         text_layers: Depth,
         context_length: Length,
@@ -213,15 +215,23 @@ class CLIP(nn.Module):
         super().__init__()
         self.image_size, self.embed_dim = image_size, embed_dim
         self.text_width, self.context_length, self.vocab_size = text_width, context_length, vocab_size
-        if vision not in ("vit", "conv"):
-            raise UserError(f"CLIP: vision is vit or conv, not {vision!r}.")
-        if vision == "conv" and vision_layers < 1:
-            raise UserError(f"CLIP: a conv tower has at least one of vision_layers, not {vision_layers}.")
+        if vision not in ("vit", "conv", "resnet"):
+            raise UserError(f"CLIP: vision is vit, conv or resnet, not {vision!r}.")
         if activation not in ("gelu", "quick_gelu"):
             raise UserError(f"CLIP: activation is gelu or quick_gelu, not {activation!r}.")
         text_heads = _heads("text", text_width, text_heads)
 
-        if vision == "conv":
+        if not isinstance(vision_layers, int):
+            if vision != "resnet" or patch_size != FACTOR:
+                raise UserError(
+                    f"CLIP: a list of vision_layers is for vision=resnet with patch_size={FACTOR}."
+                )
+            self.visual = ResNetTower(image_size, vision_width, vision_layers, vision_heads, embed_dim)
+        elif vision == "resnet":
+            raise UserError(f"CLIP: vision=resnet has a list of vision_layers, not {vision_layers}.")
+        elif vision == "conv":
+            if vision_layers < 1:
+                raise UserError(f"CLIP: a conv tower has at least one of vision_layers, not {vision_layers}.")
             self.visual = ConvTower(
                 image_size, patch_size, vision_width, vision_layers, embed_dim, checkpoint
             )
@@ -242,6 +252,8 @@ class CLIP(nn.Module):
     @staticmethod
     def suited(image_size: int, given: Mapping[str, Any]) -> dict[str, Any]:
         """What `auto` is for pictures of this size, beside the settings that are `given`."""
+        if given.get("vision") == "resnet":
+            return {"patch_size": FACTOR, "vision_layers": [3, 4, 6, 3]}  # ResNet-50
         if given.get("vision") == "vit":
             return {"patch_size": patch_for(image_size, most=16), "vision_layers": 3}
         patch = given.get("patch_size") or patch_for(image_size, most=32)

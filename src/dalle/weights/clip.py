@@ -16,13 +16,14 @@ from dalle.data.datamodules import tokenizer_facts
 from dalle.data.tokenizers import ClipBPE
 from dalle.errors import UserError
 from dalle.nets.clip import PIXEL_MEAN, PIXEL_STD
+from dalle.nets.clip_resnet import EXPANSION, FACTOR
 from dalle.ranges import PositiveInt
 from dalle.reading import read_json
 from dalle.weights.reading import ADVICE, PublicWeights
 from dalle.weights.writing import Imported, count, shape_of
 
 Activation = Literal["quick_gelu", "gelu"]
-WHAT = "CLIP with a vision transformer"
+WHAT = "CLIP"
 TOLD = ("input_resolution", "context_length", "vocab_size")  # numbers among OpenAI's weights
 HEAD = 64  # width of a head, where nothing else is said
 
@@ -53,27 +54,21 @@ TURNED = ("visual.proj", "text_projection")  # x @ w here, a linear layer there
 def import_clip(
     source: PublicWeights, activation: Activation | None = None, vision_heads: PositiveInt | None = None
 ) -> Imported:
-    """CLIP with a vision transformer.
+    """CLIP with a vision transformer, or with a ResNet as OpenAI's.
 
     Args:
         activation: of the MLPs. None: what the configuration beside the weights says, or OpenAI's.
-        vision_heads: None: as the configuration says, or width / 64.
+        vision_heads: None: as the configuration says, or 64 wide each.
 
     Raises:
         UserError: not such a CLIP, or one of which this cannot be known.
     """
     found, layout, openai = named(source)
     path = source.path
-    if "visual.layer1.0.conv1.weight" in found:
-        raise UserError(f"{path} is a CLIP with a ResNet; only those with a vision transformer are imported")
-    width, _, patch, _ = shape_of(found, "visual.conv1.weight", 4, path, WHAT)
-    tokens, _ = shape_of(found, "visual.positional_embedding", 2, path, WHAT)
     vocabulary, text_width = shape_of(found, "token_embedding.weight", 2, path, WHAT)
     length, _ = shape_of(found, "positional_embedding", 2, path, WHAT)
     _, embed_dim = shape_of(found, "text_projection", 2, path, WHAT)
-    side = round((tokens - 1) ** 0.5)
-    if side**2 != tokens - 1:
-        raise UserError(f"{path} reads pictures that are not square; only square ones are supported")
+    vision = vision_sizes(found, path)
     told = _told(source)
     check_pixels(source)
     activation = activation or told.get("activation") or ("quick_gelu" if openai else None)
@@ -82,19 +77,17 @@ def import_clip(
             f"{path} does not say its activation: give activation=quick_gelu for OpenAI's weights and those "
             "whose name ends in -quickgelu, activation=gelu for others"
         )
-    vision_heads = vision_heads or told.get("vision_heads")
-    if vision_heads is None and width > 1024:
-        raise UserError(
-            f"{path} does not say how many heads its vision tower of width {width} has; give vision_heads="
-        )
+    vision_heads, width = vision_heads or told.get("vision_heads"), vision["vision_width"]
+    if vision_heads is None and vision["vision"] == "vit":
+        if width > 1024:
+            raise UserError(
+                f"{path} does not say how many heads its vision tower of width {width} has; give vision_heads="
+            )
+        vision_heads = max(1, width // HEAD)
     net = {
         "_target_": "dalle.nets.clip.CLIP",
-        "image_size": side * patch,
-        "vision": "vit",
-        "patch_size": patch,
-        "vision_width": width,
-        "vision_layers": count(found, "visual.transformer.resblocks.{}.ln_1.weight"),
-        "vision_heads": vision_heads or max(1, width // HEAD),
+        **vision,
+        "vision_heads": vision_heads,
         "text_width": text_width,
         "text_layers": count(found, "transformer.resblocks.{}.ln_1.weight"),
         "text_heads": told.get("text_heads") or max(1, text_width // HEAD),
@@ -113,6 +106,26 @@ def import_clip(
     return Imported(
         "clip", layout, model, found, facts, tokenizer, licence="MIT" if layout == "openai" else None
     )
+
+
+def vision_sizes(found: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
+    """What the weights of the tower of pictures say of its sizes."""
+    width, _, patch, _ = shape_of(found, "visual.conv1.weight", 4, path, WHAT)
+    kind, pool, layers = "vit", "", count(found, "visual.transformer.resblocks.{}.ln_1.weight")
+    if (first := "visual.layer1.0.conv1.weight") in found:
+        kind, pool, width, patch = "resnet", "attnpool.", len(found[first]), FACTOR
+        layers = [count(found, f"visual.layer{level}.{{}}.conv1.weight") for level in range(1, 5)]
+    positions, _ = shape_of(found, f"visual.{pool}positional_embedding", 2, path, WHAT)
+    side = round((positions - 1) ** 0.5)
+    if side**2 != positions - 1:
+        raise UserError(f"{path} reads pictures that are not square; only square ones are supported")
+    return {
+        "image_size": side * patch,
+        "vision": kind,
+        "patch_size": patch,
+        "vision_width": width,
+        "vision_layers": layers,
+    }
 
 
 def named(source: PublicWeights) -> tuple[dict[str, Tensor], str, bool]:
@@ -171,10 +184,10 @@ def _told(source: PublicWeights) -> dict[str, Any]:
         if "model_cfg" in config:
             cfg, quick = config["model_cfg"], config["model_cfg"].get("quick_gelu", False)
             vision, text = cfg["vision_cfg"], cfg["text_cfg"]
-            head = vision.get("head_width", HEAD)
+            width = vision["width"] * (1 if isinstance(vision["layers"], int) else 8 * EXPANSION)
             return {
                 "activation": "quick_gelu" if quick else "gelu",
-                "vision_heads": vision["width"] // head,
+                "vision_heads": width // vision.get("head_width", HEAD),
                 "text_heads": text.get("heads"),
             }
         if "vision_config" in config:

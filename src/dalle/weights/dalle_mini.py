@@ -11,7 +11,7 @@ from dalle.errors import UserError
 from dalle.ranges import NonNegativeInt, Place, PositiveInt
 from dalle.reading import read_json, read_text
 from dalle.run_dir import load_image_tokenizer
-from dalle.weights.reading import ADVICE, PublicWeights
+from dalle.weights.reading import ADVICE, PublicWeights, reason
 from dalle.weights.writing import Imported, count, shape_of
 
 WHAT = "transformer of min-dalle's"
@@ -93,6 +93,5 @@ def read_tokenizer(folder: Path, vocab_size: int, length: int) -> DalleMiniBPE:
             try:
                 return DalleMiniBPE.of_files(read_json(words, dict, ADVICE), lines, vocab_size, length)
             except Exception as error:  # the package raises bare ones, of whatever it cannot read
-                reason = " ".join(str(error).split())[:160]
-                raise UserError(f"{words} or {merges.name} is damaged ({reason}); {ADVICE}") from None
+                raise UserError(f"{words} or {merges.name} is damaged ({reason(error)}); {ADVICE}") from None
     raise UserError(f"{folder} lacks vocab.json and merges.txt, the tokenizer of its captions")

@@ -12,6 +12,7 @@ from dalle.data.tokenizers import ClipBPE
 from dalle.errors import UserError
 from dalle.files import atomic_folder, write_json
 from dalle.nets.clip import CLIP, PIXEL_MEAN, PIXEL_STD, ConvTower
+from dalle.nets.clip_resnet import ResNetTower
 from dalle.nets.karlo import KarloDecoder, KarloUNet, KarloUpsampler, PriorTransformer
 from dalle.nets.taming import TamingVQGAN
 from dalle.run_dir import IMAGE_TOKENIZERS, Run, load_stage
@@ -23,8 +24,8 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def export_clip(run: Run, out: Path, layout: Layout = "transformers") -> None:
-    """A CLIP with a vision transformer. `layout`: for transformers' `CLIPModel`, or for open_clip's
-    ``local-dir:``.
+    """A CLIP with a vision transformer or CLIP's ResNet. `layout`: for transformers' `CLIPModel`, which has
+    no ResNets, or for open_clip's ``local-dir:``.
     """
     stage, _ = load_stage(run.path, "clip")
     net = stage.net
@@ -33,6 +34,8 @@ def export_clip(run: Run, out: Path, layout: Layout = "transformers") -> None:
             f"{run} is a CLIP with a tower of convolutions, which {layout} does not have; those with "
             "model.net.vision=vit can be exported"
         )
+    if isinstance(net.visual, ResNetTower) and layout != "open_clip":
+        raise UserError(f"{run} is a CLIP with a ResNet, which {layout} does not have; give layout=open_clip")
     tokenizer = run.load_tokenizer_of("CLIP", net.context_length, net.vocab_size)
     if layout == "open_clip" and not isinstance(tokenizer, ClipBPE):
         raise UserError(
@@ -40,28 +43,29 @@ def export_clip(run: Run, out: Path, layout: Layout = "transformers") -> None:
         )
     weights = {name: value.contiguous() for name, value in net.state_dict().items()}
     sizes: Any = net.visual
-    vision = {
-        "image_size": net.image_size,
-        "patch_size": sizes.patch,
-        "width": sizes.proj.shape[0],
-        "layers": len(sizes.transformer.resblocks),
-        "heads": sizes.transformer.resblocks[0].attn.heads,
-    }
+    if isinstance(sizes, ResNetTower):
+        vision = {"patch_size": None, "width": sizes.width, "layers": sizes.layers}
+        width, heads = sizes.attnpool.k_proj.in_features, sizes.attnpool.heads
+    else:
+        vision = {"patch_size": sizes.patch, "width": sizes.proj.shape[0]}
+        vision["layers"] = len(sizes.transformer.resblocks)
+        width, heads = vision["width"], sizes.transformer.resblocks[0].attn.heads
+    vision["image_size"] = net.image_size
+    first: Any = net.transformer.resblocks[0]
+    quick = type(first.mlp.gelu).__name__ == "QuickGELU"
     text: dict[str, Any] = {
         "context_length": net.context_length,
         "vocab_size": net.vocab_size,
         "width": net.text_width,
         "layers": len(net.transformer.resblocks),
-        "heads": net.transformer.resblocks[0].attn.heads,  # pyright: ignore[reportAttributeAccessIssue]  # of a Block
+        "heads": first.attn.heads,
     }
-    quick = type(sizes.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
     with atomic_folder(out) as folder:
         if layout == "open_clip":
-            heads = vision.pop("heads")
             model = {
                 "embed_dim": net.embed_dim,
                 "quick_gelu": quick,
-                "vision_cfg": vision | {"head_width": vision["width"] // heads},
+                "vision_cfg": vision | {"head_width": width // heads},
                 "text_cfg": text,
             }
             pixels = {"mean": PIXEL_MEAN, "std": PIXEL_STD, "interpolation": "bicubic"}
@@ -73,7 +77,7 @@ def export_clip(run: Run, out: Path, layout: Layout = "transformers") -> None:
             "architectures": ["CLIPModel"],
             "model_type": "clip",
             "projection_dim": net.embed_dim,
-            "vision_config": _tower(vision, quick)
+            "vision_config": _tower(vision | {"heads": heads}, quick)
             | {"image_size": net.image_size, "patch_size": sizes.patch, "projection_dim": net.embed_dim},
             "text_config": _tower(text, quick)
             | {"max_position_embeddings": net.context_length, "vocab_size": net.vocab_size}

@@ -5,7 +5,7 @@ machine on which it was trained stay out of it.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def push(run: Run, repository: str, licence: str | None = None, private: bool = 
         UserError: no token, no licence, no finished run, or the hub refuses.
     """
     manifest, hub = run.manifest("stage"), _hub()
-    licence = licence or (manifest.get("origin") or {}).get("licence")
+    licence = licence or known_licence(manifest)
     if not licence:
         raise UserError(f"{run}: under which licence? Give it as licence=..., as apache-2.0")
     if not (token := hub.get_token()):
@@ -91,9 +91,15 @@ def shared_config(run: Run) -> str:
     return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
 
 
-def card(run: Run, repository: str, licence: str) -> str:
-    """The model card: data, figures and how they were measured, licence."""
+def known_licence(manifest: Mapping[str, Any]) -> str | None:
+    """What an import noted."""
+    return (manifest.get("origin") or {}).get("licence")
+
+
+def card(run: Run, repository: str, licence: str | None) -> str:
+    """The model card: data, figures and how they were measured, licence (None: the one an import noted)."""
     facts = run.manifest()
+    licence = licence or known_licence(facts) or "not said yet: dalle push needs licence=..."
     stage, data, origin = facts.get("stage", "?"), facts.get("data"), facts.get("origin")
     known = {"licence": licence.lower()} if " " not in licence else {"licence": "other", "name": licence}
     head = {"license": known["licence"], "library_name": "dalle", "tags": ["dalle", str(stage)]}

@@ -134,9 +134,9 @@ def _read(path: Path) -> dict[str, Tensor]:
             content = _read_inert(path)
         return dict(tensors_in(content, [MOST]))
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read ({_line(error)}); {ADVICE}") from None
+        raise UserError(f"{path} cannot be read ({reason(error)}); {ADVICE}") from None
     except Exception as error:  # a damaged pickle raises whatever its halves lead to
-        raise UserError(f"{path} holds no weights that can be read ({_line(error)}); {ADVICE}") from None
+        raise UserError(f"{path} holds no weights that can be read ({reason(error)}); {ADVICE}") from None
 
 
 def tensors_in(content: Any, room: list[int], name: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
@@ -292,6 +292,9 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _line(error: Exception) -> str:
-    said = " ".join(str(error).split()) or type(error).__name__
+def reason(error: Exception) -> str:
+    """What went wrong, in one line; a bare number or name has the error's kind before it."""
+    said = " ".join(str(error).split())
+    if isinstance(error, LookupError) or not said:
+        said = f"{type(error).__name__} {said}".strip()
     return said if len(said) <= 160 else f"{said[:150]} ..."
