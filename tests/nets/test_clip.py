@@ -20,7 +20,8 @@ TINY = {
 
 CONV = {"vision": "conv", "patch_size": 2, "vision_width": 8, "vision_layers": 3, "vision_heads": None}
 RESNET = {
-    "vision": "resnet", "patch_size": 32, "vision_width": 8, "vision_layers": [1, 1, 1, 1], "vision_heads": None
+    "vision": "resnet", "patch_size": 32, "vision_width": 8, "vision_layers": [1, 1, 1, 1],
+    "vision_heads": None,
 }  # fmt: skip
 towers = pytest.mark.parametrize("tower", [{}, CONV, RESNET], ids=["vit", "conv", "resnet"])
 

@@ -81,7 +81,8 @@ def import_clip(
     if vision_heads is None and vision["vision"] == "vit":
         if width > 1024:
             raise UserError(
-                f"{path} does not say how many heads its vision tower of width {width} has; give vision_heads="
+                f"{path} does not say how many heads its tower of pictures has, which is {width} wide; "
+                "give vision_heads="
             )
         vision_heads = max(1, width // HEAD)
     net = {
