@@ -193,6 +193,19 @@ def test_a_tokenizer_of_another_network_is_refused(untrained_stages, tmp_path, s
         load(logs / stage)
 
 
+@pytest.mark.parametrize(("stage", "load"), [("clip", load_clip), ("dalle", load_dalle)])
+def test_another_tokenizer_of_the_same_sizes_is_refused(untrained_stages, tmp_path, stage, load):
+    logs = Path(shutil.copytree(untrained_stages / "default", tmp_path / "default"))
+    tokenizer = logs / stage / "tokenizer.json"
+    facts = json.loads(tokenizer.read_text())
+    bpe = json.loads(facts["bpe"])
+    words = bpe["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    tokenizer.write_text(json.dumps({**facts, "bpe": json.dumps(bpe)}))
+    with pytest.raises(UserError, match=r"\A\S+tokenizer\.json is another one than the \S+ was trained with"):
+        load(logs / stage)
+
+
 def test_a_tokenizer_whose_ids_are_not_its_own_is_refused(untrained_stages, tmp_path):
     run = Run(shutil.copytree(untrained_stages / "default" / "clip", tmp_path / "clip"))
     facts = json.loads(run.tokenizer.read_text())

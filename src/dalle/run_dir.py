@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from dalle.data.embed_norm import EmbedNorm
 from dalle.data.frozen import FrozenCLIP, FrozenTokenizer, tensors_hash
-from dalle.data.tokenizers import TextTokenizer, load_tokenizer
+from dalle.data.tokenizers import TextTokenizer, load_tokenizer, state_hash
 from dalle.errors import UserError
 from dalle.files import atomic_path, write_json
 from dalle.finite import check_finite
@@ -185,6 +185,9 @@ class Run:
                 f"{self.tokenizer} does not fit the {network} beside it, which reads {length} tokens of "
                 f"{vocab_size}; {ADVICE}"
             )
+        known = (self.manifest().get("tokenizer") or {}).get("hash")
+        if known and state_hash(read_json(self.tokenizer, dict, ADVICE)) != known:
+            raise UserError(f"{self.tokenizer} is another one than the {network} was trained with; {ADVICE}")
         return tokenizer
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -216,7 +219,8 @@ def load_stage(path: str | Path, *expected: str) -> tuple[Stage, dict[str, Any]]
     run = Run(Path(path))
     manifest = run.manifest()
     if expected and (found := manifest.get("stage")) not in expected:
-        raise UserError(f"{path} holds a {found}, but a {' or '.join(expected)} is needed here")
+        article = "an" if expected[0][0] in "aeiou" else "a"
+        raise UserError(f"{path} holds a {found}, but {article} {' or '.join(expected)} is needed here")
     run.manifest(*NEEDS.get(manifest.get("stage", ""), ()))
     stage = build_stage(run)
     try:

@@ -19,12 +19,11 @@ from dalle.data.datamodules import (
     ImageEmbeddingDataModule,
     SourceDataModule,
     TextImageDataModule,
-    tokenizer_facts,
 )
 from dalle.data.frozen import FrozenCLIP, FrozenTokenizer
 from dalle.data.shapes import Shapes
 from dalle.data.sources import SourceDataset
-from dalle.data.tokenizers import CaptionTokenizer, ClipBPE
+from dalle.data.tokenizers import CaptionTokenizer, ClipBPE, tokenizer_facts
 from dalle.errors import UserError
 from dalle.nets.ar_prior import EmbeddingCodes, dims_for, principal_components
 

@@ -26,7 +26,7 @@ from tiny import (
 )
 from torch import Tensor
 
-from dalle.data.datamodules import tokenizer_facts
+from dalle.data.tokenizers import tokenizer_facts
 from dalle.errors import UserError
 from dalle.run_dir import Run, load_stage
 from dalle.training import fit

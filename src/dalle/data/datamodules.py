@@ -5,8 +5,6 @@ DDP hold only what is trained. What they make of a fixed, small enough split is 
 `codes.py`); the rest is computed on the device after the batch has arrived there.
 """
 
-import hashlib
-import json
 import signal
 from collections.abc import Callable
 from functools import cached_property, partial
@@ -33,7 +31,7 @@ from dalle.data.sources import (
     captions_of,
     identity_collate,
 )
-from dalle.data.tokenizers import ClipBPE, TextTokenizer
+from dalle.data.tokenizers import ClipBPE, TextTokenizer, tokenizer_facts
 from dalle.errors import UserError
 from dalle.images import from_uint8
 from dalle.machine import cores
@@ -663,13 +661,3 @@ class CodeDataModule(TextImageDataModule):
 def datamodule_of(trainer: L.Trainer) -> SourceDataModule:
     """The one that a trainer runs with."""
     return trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]  # Lightning sets it where it begins
-
-
-def tokenizer_facts(tokenizer: TextTokenizer) -> dict[str, Any]:
-    """What tells two tokenizers apart, in a few words: stages with other ids do not fit together."""
-    state = json.dumps(tokenizer.to_dict(), sort_keys=True)
-    return {
-        "vocab_size": tokenizer.vocab_size,
-        "context_length": tokenizer.context_length,
-        "hash": hashlib.sha256(state.encode()).hexdigest()[:16],
-    }

@@ -8,10 +8,11 @@ with 10 % (Ramesh et al. 2021, sec. 2.2). The `tokenizers` package cannot seed i
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -266,6 +267,20 @@ def tokenizer_from_dict(state: dict[str, Any]) -> TextTokenizer:
     if kind not in kinds:
         raise UserError(f"unknown tokenizer {shown(kind)}; this version knows {', '.join(kinds)}.")
     return kinds[kind].from_dict(state)
+
+
+def tokenizer_facts(tokenizer: TextTokenizer) -> dict[str, Any]:
+    """What tells two tokenizers apart, in a few words: stages with other ids do not fit together."""
+    return {
+        "vocab_size": tokenizer.vocab_size,
+        "context_length": tokenizer.context_length,
+        "hash": state_hash(tokenizer.to_dict()),
+    }
+
+
+def state_hash(state: Mapping[str, Any]) -> str:
+    """Short hash of what a tokenizer's file says."""
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def save_tokenizer(tokenizer: TextTokenizer, path: Path) -> None:

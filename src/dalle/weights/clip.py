@@ -12,8 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from dalle.data.datamodules import tokenizer_facts
-from dalle.data.tokenizers import ClipBPE
+from dalle.data.tokenizers import ClipBPE, tokenizer_facts
 from dalle.errors import UserError
 from dalle.nets.clip import PIXEL_MEAN, PIXEL_STD
 from dalle.nets.clip_resnet import EXPANSION, FACTOR

@@ -5,8 +5,7 @@ The image tokenizer is the VQGAN f16-16384 of taming-transformers, imported by i
 
 from pathlib import Path
 
-from dalle.data.datamodules import tokenizer_facts
-from dalle.data.tokenizers import DalleMiniBPE
+from dalle.data.tokenizers import DalleMiniBPE, tokenizer_facts
 from dalle.errors import UserError
 from dalle.ranges import NonNegativeInt, Place, PositiveInt
 from dalle.reading import read_json, read_text

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dalle.data.datamodules import tokenizer_facts
 from dalle.data.embed_norm import EmbedNorm
+from dalle.data.tokenizers import tokenizer_facts
 from dalle.errors import UserError
 from dalle.ranges import Place, Positive, PositiveInt, Side, Width
 from dalle.run_dir import load_clip
