@@ -116,7 +116,7 @@ def test_a_folder_of_pictures_of_any_size(logs, folder, command, tmp_path):
                                   "draws 16 px; give an upsampler trained with data.image_size=32"),
         (["upsamplers=[upsampler,upsampler]"], "upsampler_2 enlarges pictures of 16 px"),
         (["upsamplers=[nobody]"], "nobody holds no finished run"),
-        (["upsamplers=[decoder]"], "holds a decoder, but a upsampler is needed here"),
+        (["upsamplers=[decoder]"], "holds a decoder, but an upsampler is needed here"),
         (["upsamplers=upsampler"], "upsamplers must be a list"),
         (["upsamplers=[upsampler]", "upsampling.steps=0"], "upsampling.steps must be a whole number from 1"),
         (["upsamplers=[upsampler]", "upsampling.noise_level=2"], "upsampling.noise_level must be"),

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from dalle.data.tokenizers import ClipBPE, tokenizer_facts
 from dalle.errors import UserError
-from dalle.nets.clip import PIXEL_MEAN, PIXEL_STD
-from dalle.nets.clip_resnet import EXPANSION, FACTOR
+from dalle.nets.clip import EXPANSION, FACTOR, PIXEL_MEAN, PIXEL_STD
 from dalle.ranges import PositiveInt
 from dalle.reading import read_json
 from dalle.weights.reading import ADVICE, PublicWeights

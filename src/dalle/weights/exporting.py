@@ -11,8 +11,7 @@ from dalle.data.embed_norm import EmbedNorm
 from dalle.data.tokenizers import ClipBPE
 from dalle.errors import UserError
 from dalle.files import atomic_folder, write_json
-from dalle.nets.clip import CLIP, PIXEL_MEAN, PIXEL_STD, ConvTower
-from dalle.nets.clip_resnet import ResNetTower
+from dalle.nets.clip import CLIP, PIXEL_MEAN, PIXEL_STD, ConvTower, ResNetTower
 from dalle.nets.karlo import KarloDecoder, KarloUNet, KarloUpsampler, PriorTransformer
 from dalle.nets.taming import TamingVQGAN
 from dalle.run_dir import IMAGE_TOKENIZERS, Run, load_stage
