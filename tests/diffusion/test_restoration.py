@@ -5,7 +5,16 @@ import torch
 import torch.nn.functional as F
 
 from dalle.data.degradations import blurred, gaussian_kernel, shrunk
-from dalle.diffusion.restoration import Hidden, Separable, blur, estimated_noise, given, nothing, shrinking
+from dalle.diffusion.restoration import (
+    Hidden,
+    Separable,
+    blur,
+    estimated_noise,
+    given,
+    misfit,
+    nothing,
+    shrinking,
+)
 from dalle.diffusion.samplers import Sampler
 from dalle.diffusion.schedule import Schedule
 from dalle.errors import UserError
@@ -127,3 +136,25 @@ def test_noise_is_told_by_a_picture_that_is_smooth_elsewhere():
 def test_pictures_that_no_factor_divides():
     with pytest.raises(UserError, match="pictures of 8 px cannot be made 3 times smaller"):
         shrinking(8, 3)
+
+
+@pytest.mark.parametrize("name", ["flow", "cosine"])
+def test_a_misfit_is_the_mean_error_of_what_is_kept(name):
+    schedule, seen = Schedule(name), []
+    image, told = pictures(1)[0].float(), pictures(2, seed=1).float()
+
+    def denoise(x, t):
+        alpha, sigma = schedule.alpha_sigma(t)
+        seen.append((x, sigma / alpha))
+        return told
+
+    noise = list(pictures(6, seed=2).float().unflatten(0, (3, 2)))
+    found = misfit(denoise, image, MASK, noise, schedule)
+    exact = (told - image).square()[..., ~MASK].mean((1, 2))
+    torch.testing.assert_close(found, exact)
+    torch.testing.assert_close(
+        torch.stack([ratio[0] for _, ratio in seen]), torch.tensor([8.0, 4.0, 2.0]), rtol=0.02, atol=0
+    )
+    hidden = misfit(denoise, image.masked_fill(MASK, 9.0), MASK, noise, schedule)
+    assert torch.equal(hidden, found)
+    assert torch.equal(seen[0][0], seen[3][0])

@@ -49,7 +49,8 @@ def pictures(tmp_path):
     mask = Image.new("RGB", (16, 16))
     mask.paste(PAPER, (4, 4, 8, 12))  # two cells of 4 px
     mask.save(tmp_path / "mask.png")
-    Image.new("RGB", (16, 16)).save(tmp_path / "black.png")
+    for name, colour in {"black": (0, 0, 0), "dark": (90, 90, 90), "white": PAPER}.items():
+        Image.new("RGB", (16, 16), colour).save(tmp_path / f"{name}.png")
     (tmp_path / "none.png").write_bytes(b"no picture")
 
 
@@ -194,6 +195,13 @@ def test_damaged_recipes_are_one_line(make, name):
         ),
         ("dalle edit=outpaint image=picture.png editing.left=-1 prompt=a", "editing.left must be"),
         (
+            "unclip edit=outpaint image=picture.png editing.left=1000000000 prompt=a",
+            "editing.left must be a whole number from 0 to 4096, got 1000000000",
+        ),
+        ("dalle edit=inpaint image=picture.png mask=black.png prompt=a", "the mask is black all over, or"),
+        ("unclip edit=inpaint image=picture.png mask=dark.png prompt=a", "or darker than middle gray"),
+        ("unclip edit=restore image=picture.png mask=white.png", "the mask is white all over"),
+        (
             "dalle edit=inpaint image=picture.png mask=mask.png prompt=a editing.blur=2",
             "editing.blur is no setting of edit=inpaint; its settings are editing.paste",
         ),
@@ -260,9 +268,7 @@ def test_mistakes_are_one_line_before_anything_is_loaded(make, monkeypatch, word
     assert not Path("out").exists()
 
 
-def test_a_mask_without_white_and_a_picture_that_is_not_small(make):
-    with pytest.raises(UserError, match="the mask is black all over"):
-        make("out", "dalle", "edit=inpaint", "image=picture.png", "mask=black.png", PROMPT)
+def test_a_picture_that_is_not_small(make):
     with pytest.raises(UserError, match="enhance makes pictures of 8, 4, 2 px ones of 16 px"):
         make("out", "unclip", "edit=enhance", "image=picture.png")
     assert not Path("out").exists()

@@ -5,6 +5,7 @@ import torch
 from pipelines.test_unclip import UNIT, E, FakeCLIP, FakePrior
 from torch import nn
 
+from dalle.data.embed_norm import EmbedNorm
 from dalle.data.shapes import Shapes
 from dalle.diffusion.denoiser import Denoiser
 from dalle.diffusion.restoration import blur, shrinking
@@ -13,11 +14,13 @@ from dalle.diffusion.schedule import Schedule
 from dalle.errors import UserError
 from dalle.images import from_uint8, to_uint8
 from dalle.metrics.reconstruction import likeness
+from dalle.pipelines.repair import GUESSES, NOISES
 from dalle.pipelines.unclip import UnCLIP
 from dalle.stages.decoder import DecoderStage
 
 SIZE = 16
 SCHEDULE = Schedule("flow")
+CHOICE = GUESSES * NOISES  # calls of the network that choose an image embedding
 
 
 class Album(nn.Module):
@@ -113,11 +116,44 @@ def test_inpainting_keeps_what_is_not_white_and_draws_the_rest_to_fit(pipeline):
     made = pipeline.inpaint(torn, HOLE, said, decoder={"guidance": 1.0})
     assert psnr(made, wanted) > 30
     assert torch.equal(made[0][..., ~HOLE], torn[..., ~HOLE])
-    assert len(net.calls) == 10 * 4
+    assert len(net.calls) == CHOICE + 10 * 4
     assert net.calls[-1][2].all()  # the prior's embedding is seen
     plain = pipeline.inpaint(torn, HOLE, said, paste=False, resamplings=1, decoder={"guidance": 1.0})
-    assert len(net.calls) == 10 * 5
+    assert len(net.calls) == 2 * CHOICE + 10 * 5
     assert not torch.equal(plain[0][..., ~HOLE], torn[..., ~HOLE])
+
+
+class Named(Album):
+    """Draws the picture whose number its image embedding names, whatever the caption."""
+
+    def forward(self, x, t, *, image_embed, keep_image, **_):
+        number = image_embed[:, 0].round().long().clamp(0, len(self.pictures) - 1)
+        return self.pictures[number].where(keep_image[:, None, None, None], 0.0)
+
+
+class Guessing(FakePrior):
+    """Guesses any of a few numbers."""
+
+    def sample(self, batch, randn=torch.randn_like):
+        noise = randn(torch.empty_like(batch["text_embed"]))
+        return torch.distributions.Normal(0.0, 1.0).cdf(noise) * 5.99 - 0.5
+
+
+def test_of_the_priors_embeddings_inpainting_takes_the_one_that_fits_what_is_kept():
+    stage = DecoderStage(Named(6), lambda net: Denoiser(net, SCHEDULE, "x0"), Sampler("ddim", steps=2))
+    pipeline = UnCLIP(FakeCLIP(), Guessing(UNIT), stage, EmbedNorm("none"), EmbedNorm("none"))
+    pictures = stage.net.pictures.data
+    image = pictures[4].masked_fill(HOLE, 0.3)
+
+    def named(made):
+        return [(one - pictures).square().flatten(1).mean(1).argmin().item() for one in made]
+
+    chosen = named(pipeline.inpaint(image, HOLE, "a ring", n=40, paste=False, decoder={"guidance": 1.0}))
+    guessed = named(pipeline.sample(["a ring"], n=40, decoder={"guidance": 1.0}))
+    assert guessed.count(4) < 16
+    assert chosen.count(4) > guessed.count(4) + 8  # one of four guesses is right: 1 - (5/6)^4 of all
+    few = pipeline.inpaint(image, HOLE, "a ring", n=3, batch_size=2, paste=False, decoder={"guidance": 1.0})
+    assert named(few) == chosen[:3]
 
 
 def test_outpainting_keeps_the_picture(pipeline):
@@ -184,13 +220,13 @@ def test_a_decoder_that_was_trained_with_masks_is_told_what_is_known_and_draws_o
     pipeline, net = UnCLIP(FakeCLIP(), FakePrior(UNIT), stage, UNIT, UNIT), stage.net
     image = net.pictures.data[10]
     made = pipeline.inpaint(image.masked_fill(HOLE, 0.3), HOLE, "a red ring", n=2)
-    assert len(net.calls) == 10  # each step once, where another decoder does it four times
+    assert len(net.calls) == CHOICE + 10  # each step once, where another decoder does it four times
     kept = (~HOLE).float()
     assert torch.equal(net.known[0], torch.cat((image * kept, kept[None])))
     assert len(net.known) == 2 * 2  # under both conditions of the guidance, for each picture
     assert torch.equal(made[0][..., ~HOLE], image[..., ~HOLE])
     pipeline.inpaint(image, HOLE, "a red ring", resamplings=3)
-    assert len(net.calls) == 10 * (1 + 3)
+    assert len(net.calls) == 2 * CHOICE + 10 * (1 + 3)
     net.known = None
     pipeline.fill(image.masked_fill(HOLE, 0), HOLE)
     assert net.known is not None

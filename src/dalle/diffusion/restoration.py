@@ -12,6 +12,8 @@ al. 2022, DDRM) the estimate is
 which without noise puts in all that y says, as DDNM does (Wang et al. 2023, eq. 13): x_0 + H^+ (y - H x_0).
 """
 
+import math
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -23,6 +25,7 @@ from dalle.diffusion.samplers import Denoise
 from dalle.diffusion.schedule import Schedule, expand
 from dalle.errors import UserError
 
+NOISIEST = 8.0  # sigma/alpha at which a denoiser tells where things are, by its conditions more than by x_t
 NOTHING = 1e-4  # singular values below it are rounding
 
 
@@ -124,6 +127,27 @@ def given(
         return x0 if rest is None else (x0, *rest)
 
     return told
+
+
+def misfit(
+    denoise: Denoise,
+    image: Float[Tensor, "3 H W"],
+    mask: Bool[Tensor, "H W"],
+    noise: Sequence[Float[Tensor, "B 3 H W"]],
+    schedule: Schedule,
+) -> Float[Tensor, "B"]:
+    """How badly a denoiser tells what is not hidden of a picture of which noise leaves little: mean squares
+    of its errors, at as many noise levels as there are noises, up to `NOISIEST`.
+    """
+    mask = mask.to(image.device)
+    kept, errors = image.masked_fill(mask, 0.0), []
+    for number, eps in enumerate(noise):
+        t = schedule.t_at(torch.tensor([-math.log(NOISIEST / 2**number)])).to(eps)
+        alpha, sigma = schedule.alpha_sigma(t)
+        out = denoise(alpha * kept + sigma * eps, t.expand(len(eps)))
+        x0 = out[0] if isinstance(out, tuple) else out
+        errors.append((x0 - image)[..., ~mask].square().mean((1, 2)))
+    return torch.stack(errors).mean(0)
 
 
 def nothing(size: int) -> Separable:

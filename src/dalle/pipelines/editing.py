@@ -17,10 +17,11 @@ from dalle.data.image_files import MAX_PIXELS, BadPicture, Look, inspect, read
 from dalle.diffusion.samplers import DETERMINISTIC, METHODS, Resamplings
 from dalle.errors import UserError, instead
 from dalle.images import from_uint8
-from dalle.pipelines.masks import kept_psnr, pasted
+from dalle.pipelines.masks import MAX_SIDE, check_any, kept_psnr, pasted
 from dalle.ranges import Fraction, NonNegativeInt, Positive, Share, Text, check_value, shown
 
 Frames = Annotated[int, Ge(2), Le(1000)]
+Pixels = Annotated[int, Ge(0), Le(MAX_SIDE)]
 Dims = Annotated[Sequence[NonNegativeInt], Len(1, 1000)]
 Figures = dict[str, float]
 LINES = {  # what is said of figures
@@ -34,10 +35,10 @@ class Settings(TypedDict):
     """The settings `editing` of conf/sample.yaml."""
 
     paste: bool
-    left: NonNegativeInt
-    right: NonNegativeInt
-    top: NonNegativeInt
-    bottom: NonNegativeInt
+    left: Pixels
+    right: Pixels
+    top: Pixels
+    bottom: Pixels
     noise: Positive
     blur: Positive
     strength: Share
@@ -221,7 +222,7 @@ class Edit:
 
         Raises:
             UserError: one that the pipeline does not know; what it takes is wrong, missing or not for it;
-                pictures that are missing or unreadable; a mask of another size.
+                pictures that are missing or unreadable; a mask of another size, or of one colour.
         """
         name, settings = config["edit"], {k: v for k, v in config["editing"].items() if v is not None}
         paths = {key: config[key] for key in ("image", "mask", "other") if config[key] is not None}
@@ -245,6 +246,8 @@ class Edit:
         looks = {key: look(path, key) for key, path in paths.items()}
         check_alike(looks, paths)
         files = {key: {"path": paths[key], "digest": found.digest} for key, found in looks.items()}
+        if "mask" in files:
+            check_both(read_mask(**files["mask"], size=None))
         return cls(name, files, settings)
 
     @classmethod
@@ -288,7 +291,7 @@ class Edit:
         image = read_picture("image", **self.files["image"], size=None if small else size)
         mask = other = None
         if found := self.files.get("mask"):
-            mask = read_picture("mask", **found, size=size).mean(0) > 0
+            mask = read_mask(**found, size=size)
         if found := self.files.get("other"):
             other = read_picture("other", **found, size=size)
         return image, mask, other
@@ -352,6 +355,21 @@ def check_alike(looks: Mapping[str, Look], paths: Mapping[str, str]) -> None:
                 f"mask={paths['mask']} has {sizes['mask']} px, but the picture {sizes['image']}; give one of "
                 "its size"
             )
+
+
+def check_both(mask: Bool[Tensor, "h w"]) -> None:
+    """Raises UserError for a mask by which nothing would change, or nothing stay."""
+    check_any(mask)
+    if mask.all():
+        raise UserError(
+            "the mask is white all over: nothing of the picture would stay; paint black what is to, or draw "
+            "without edit="
+        )
+
+
+def read_mask(path: str, digest: str, size: int | None) -> Bool[Tensor, "h w"]:
+    """True where it is lighter than middle gray; otherwise as `read_picture`."""
+    return read_picture("mask", path, digest, size).mean(0) > 0
 
 
 def read_picture(name: str, path: str, digest: str, size: int | None) -> Float[Tensor, "3 H W"]:

@@ -12,6 +12,8 @@ from dalle.data.sources import mix
 from dalle.errors import UserError
 from dalle.images import to_uint8
 
+MAX_SIDE = 4096  # px that outpainting adds at a side: with windows of 32 px, four of them take days
+
 
 class Sides(NamedTuple):
     """Pixels beside a picture."""
@@ -35,8 +37,16 @@ def check_mask(image: Float[Tensor, "3 H W"], mask: Bool[Tensor, "h w"], size: i
         raise UserError(
             f"the mask has {columns} x {rows} px, but the picture {width} x {height}; give one of its size"
         )
+    check_any(mask)
+
+
+def check_any(mask: Bool[Tensor, "h w"]) -> None:
+    """Raises UserError where there is nothing to draw."""
     if not mask.any():
-        raise UserError("the mask is black all over: nothing would be drawn; paint white what is to change")
+        raise UserError(
+            "the mask is black all over, or darker than middle gray: nothing would be drawn; paint white "
+            "what is to change"
+        )
 
 
 def pasted(

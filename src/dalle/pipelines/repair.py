@@ -4,7 +4,7 @@
 Copy j is drawn from noise of its own, seeded by (seed, 0, j), as picture j of a pipeline's first caption is.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from dalle.data.batch import Batch
 from dalle.data.sources import mix
 from dalle.diffusion.inpainting import known_of
 from dalle.diffusion.noise import per_sample
@@ -21,16 +22,19 @@ from dalle.diffusion.restoration import (
     blur,
     estimated_noise,
     given,
+    misfit,
     nothing,
     shrinking,
 )
 from dalle.errors import UserError
 from dalle.pipelines.masks import Sides, check_mask, outpainted, pasted
-from dalle.pipelines.upsampling import DECODER
+from dalle.pipelines.upsampling import DECODER, FIT
 
 ROUNDING = 0.01  # standard deviation of what is not known of 8-bit pictures, with some room for a wrong H
 STRENGTH = 0.6
 RESAMPLINGS = 4
+GUESSES = 4  # embeddings that the prior draws for a picture that is inpainted
+NOISES = 3  # at which they are compared
 
 
 class Repairing:
@@ -162,7 +166,9 @@ class Repairing:
     ) -> Float[Tensor, "N 3 H W"]:
         """As the prompt says where the mask is true: unlike `fill`, with guidance and the prior. What is kept
         is put into every estimate, and every step done `resamplings` times (RePaint, Lugmayr et al. 2022): a
-        decoder that was trained with masks sees what is kept and does them once, others 4 times.
+        decoder that was trained with masks sees what is kept and does them once, others 4 times. The prior
+        knows nothing of the picture: it draws 4 embeddings, and the one by which the decoder tells best what
+        is kept is taken.
 
         Args:
             paste: put what is kept back pixel by pixel.
@@ -179,7 +185,7 @@ class Repairing:
         told |= known
         schedule, seen = self.decoder.denoiser.schedule, image[None].to(self.device)
         told["wrap"] = partial(given, degradation=Hidden(mask), y=seen, noise=ROUNDING, schedule=schedule)
-        drawn = self._drawn(prompt, told, prior or {}, **options)
+        drawn = self._drawn(prompt, told, prior or {}, (seen[0], mask), **options)
         return pasted(drawn, image.cpu(), mask) if paste else drawn
 
     def outpaint(
@@ -240,24 +246,55 @@ class Repairing:
         prompt: str,
         decoder: Mapping[str, Any],
         prior: Mapping[str, Any] | None = None,
+        kept: tuple[Float[Tensor, "3 H W"], Bool[Tensor, "H W"]] | None = None,
         n: int = 1,
         seed: int = 0,
         batch_size: int = 16,
         precision: Literal["fp32", "bf16"] = "fp32",
         truncate: bool = False,
     ) -> Float[Tensor, "N 3 H W"]:
-        """With an image embedding where the prior is told something."""
+        """With an image embedding where the prior is told something; that which fits a picture and its mask,
+        where these are given.
+        """
         self.check([prompt], n, batch_size, truncate)
         made = []
         for first in range(0, n, batch_size):
             keys = [(seed, 0, j) for j in range(first, min(first + batch_size, n))]
             batch = self.embed([prompt] * len(keys))
             with torch.autocast(self.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                batch = batch if prior is None else self.imagine(batch, keys, prior)
+                if prior is not None:
+                    batch = (
+                        self.fitting(batch, keys, prior, *kept) if kept else self.imagine(batch, keys, prior)
+                    )
                 randn = per_sample([mix(*key, DECODER) for key in keys], self.device)
                 drawn = self.decoder.sample(batch, randn=randn, **decoder)
             made.append(drawn.float().clamp(-1, 1).cpu())
         return torch.cat(made)
+
+    def fitting(
+        self,
+        batch: Batch,
+        keys: Sequence[tuple[int, int, int]],
+        prior: Mapping[str, Any],
+        image: Float[Tensor, "3 H W"],
+        mask: Bool[Tensor, "H W"],
+    ) -> Batch:
+        """Of `GUESSES` image embeddings of the prior for each row, the one that says best what is kept of the
+        image. Without a prior there is none to choose.
+        """
+        guesses = [self.imagine(batch, keys, prior)]
+        if "image_embed" not in guesses[0]:
+            return batch
+        for number in range(1, GUESSES):
+            other = [(mix(seed, number), i, j) for seed, i, j in keys]
+            guesses.append(self.imagine(batch, other, prior))
+        randn = per_sample([mix(*key, FIT) for key in keys], self.device)
+        noise = [randn.initial(image.shape) for _ in range(NOISES)]
+        schedule = self.decoder.denoiser.schedule
+        off = [misfit(self.decoder.guided(one, 1.0, 1.0), image, mask, noise, schedule) for one in guesses]
+        best = torch.stack(off).argmin(0)
+        embeds = torch.stack([one["image_embed"] for one in guesses])
+        return {**batch, "image_embed": embeds[best, torch.arange(len(best), device=best.device)]}
 
     def _known(self, image: Float[Tensor, "3 H W"], mask: Bool[Tensor, "H W"]) -> dict[str, Any]:
         """What a decoder that was trained with masks is told of the picture; nothing for another one."""

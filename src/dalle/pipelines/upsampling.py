@@ -17,8 +17,9 @@ from dalle.errors import UserError
 from dalle.nets.half import to_bf16
 from dalle.stages.base import Stage
 
-# Each stage has its own noise: another prior sampler leaves the decoder's noise as it was.
-PRIOR, DECODER, FIRST = 1, 2, 16  # the last of these is the first upsampler
+# Each stage has noise of its own: another prior sampler leaves the decoder's as it was. FIT is that of what
+# inpainting keeps, FIRST the first upsampler's.
+PRIOR, DECODER, FIT, FIRST = 1, 2, 3, 16
 LARGEST, TILE = 2048**2, 1024  # larger pictures (in pixels) are looked at in tiles of this side
 
 
