@@ -96,6 +96,13 @@ def test_cut_captions_keep_their_start_and_an_end(tokenizer):
     assert torch.equal(tokenizer([long]), tokenizer([longer]))
 
 
+def test_a_caption_that_is_a_book_is_learned_from_its_beginning():
+    """Time grows with the square of the longest word: 200,000 letters without a space took minutes."""
+    beginning = "x" * 10_000
+    short, long = (CaptionTokenizer.train([c], 400, 16) for c in (beginning, beginning + " zebra" * 1000))
+    assert short.bpe.get_vocab() == long.bpe.get_vocab()
+
+
 def test_no_text_spells_a_special_token(tokenizer):
     for text in ("<pad>", "<end_of_text>", "<|endoftext|>"):
         row = tokenizer([text])[0]

@@ -35,6 +35,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 SPECIAL = 3  # pad, start, end
 AUTO_CONTEXT_CAP = 80  # one caption of a thousand words must not set the length of all
+LEARNED_FROM = 10_000  # letters of a caption; time grows with the square of a word's length
 
 
 @runtime_checkable
@@ -100,7 +101,7 @@ class CaptionTokenizer:
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size - SPECIAL, initial_alphabet=sorted(alphabet), show_progress=False
         )
-        bpe.train_from_iterator(captions, trainer)
+        bpe.train_from_iterator((caption[:LEARNED_FROM] for caption in captions), trainer)
         if context_length == "auto":
             longest = max(len(encoding.ids) for encoding in bpe.encode_batch(captions)) + 2
             context_length = min(AUTO_CONTEXT_CAP, 8 * -(-longest // 8))
