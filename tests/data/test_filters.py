@@ -8,7 +8,7 @@ import pytest
 from made_tars import picture, tar
 from PIL import Image
 
-from dalle.data.filters import Filters, script_of
+from dalle.data.filters import Filters, number_of, script_of
 from dalle.data.folder import Folder
 from dalle.data.table import Table
 from dalle.data.webdataset import WebDataset
@@ -183,6 +183,14 @@ def test_where_there_are_no_columns(tmp_path):
 def test_bounds_that_make_no_sense(options, error):
     with pytest.raises(UserError, match=error):
         Filters(**options)
+
+
+def test_columns_and_cells_that_are_odd():
+    with pytest.raises(UserError, match=r"at_least\.x must be a number"):
+        Filters(at_least={"x": 10**400})
+    for cell in (10**400, "1e400", "nan", None, [1], "x"):
+        assert number_of(cell) is None
+    assert number_of("1e3") == 1000
 
 
 def test_nothing_left_says_what_took_it(tmp_path):

@@ -4,10 +4,13 @@ import json
 import sys
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from formats import WHOLE, captions, packed, parquet, picture, write
 
 from dalle.data.folder import Folder
+from dalle.data.hf import HuggingFace
 from dalle.data.sources import Source
 from dalle.data.table import Table
 from dalle.errors import UserError
@@ -229,6 +232,22 @@ def test_one_line_that_is_not_utf_8_is_named(root):
     path.write_bytes(path.read_bytes() + b"images/0.png\tth\xefng\n" + b"images/0.png\tmore\n")
     with pytest.warns(UserWarning, match=r"1 lines of a.tsv without .*\(line 4\)"):
         assert captions(read(path)) == EXPECTED | {"images/0.png": ["thing 0", "more"]}
+
+
+def test_a_row_of_parquet_that_is_not_utf_8_is_named(root):
+    """Arrow takes any bytes for text, and looks at them only when they are asked for."""
+    some = pa.array([b"thing 0", b"th\xefng"])
+    text = pa.Array.from_buffers(pa.string(), 2, some.buffers())
+    pq.write_table(pa.table({"image": list(EXPECTED), "caption": text}), root / "a.parquet")
+    with pytest.warns(UserWarning, match=r"1 lines of a.parquet without .*\(line 2\)"):
+        assert captions(read(root / "a.parquet")) == {"images/0.png": ["thing 0"]}
+    with pytest.raises(UserError, match="a text in caption is not UTF-8"):
+        HuggingFace("train", root / "a.parquet", 8, **WHOLE)
+
+
+def test_numbers_of_hundreds_of_digits_are_text(root):
+    write(root / "a.jsonl", json.dumps({"image": "images/0.png", "caption": 10**400}))
+    assert read(root / "a.jsonl").captions(0) == [str(10**400)]
 
 
 def test_metadata_in_parquet_beside_pictures(root):

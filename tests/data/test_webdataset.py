@@ -1,5 +1,6 @@
 """Shards: what is read, how it is divided, in which order it comes, and what cannot harm."""
 
+import os
 import pickle
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
@@ -235,6 +236,7 @@ def test_a_broken_sample_is_replaced_with_its_caption_and_named_once(tmp_path):
         ("{folder}", "there are no tar files"),
         ("pipe:cat {folder}/a.tar", "would run a program"),
         ("foo://bucket/a.tar", "foo"),
+        ("reference://bucket/*.tar", "reference://bucket/.* cannot be read"),
         ("{folder}/{{0..9999999}}.tar", "more than 1,000,000 shards"),
         ("{folder}/a.tar::{folder}/a.tar", "more than once"),
     ],
@@ -243,6 +245,13 @@ def test_mistakes_are_one_line(tmp_path, given, error):
     with pytest.raises(UserError, match=error) as raised:
         read(given.format(folder=tmp_path))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system knows no pipes")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.tar")
+    with pytest.raises(UserError, match="no regular file"):
+        read(tmp_path / "a.tar")
 
 
 # The index, and copies of what lies elsewhere

@@ -141,7 +141,7 @@ def _mostly_text(path: Path | Member) -> tuple[str, list[int]]:
     return "\n".join("" if SURROGATE.search(row) else row for row in rows), odd
 
 
-def _parquet(path: Path | Member, columns: Columns) -> Iterator[dict[str, Any]]:
+def _parquet(path: Path | Member, columns: Columns) -> Iterator[dict[str, Any] | None]:
     """The rows of a parquet file, as far as their columns may be read; no pictures that are in it."""
     try:
         from pyarrow import ArrowException
@@ -159,9 +159,19 @@ def _parquet(path: Path | Member, columns: Columns) -> Iterator[dict[str, Any]]:
         used |= {name for name in names if plain(name) in SPLIT_COLUMNS}
         used |= set(columns.of_values(names).values())
         for batch in file.iter_batches(columns=sorted(used)):
-            yield from batch.to_pylist()
+            yield from _batch_rows(batch)
     except (ArrowException, OSError) as error:
         raise NotATable(f"no whole parquet file ({' '.join(str(error).split())[:100]})") from None
+
+
+def _batch_rows(batch: Any) -> list[dict[str, Any] | None]:
+    """None for a row with text that is not UTF-8, which Arrow does not look at."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        if len(batch) == 1:
+            return [None]
+        return [row for k in range(len(batch)) for row in _batch_rows(batch.slice(k, 1))]
 
 
 def holds_pictures(path: Path, columns: Columns) -> bool:
@@ -280,7 +290,9 @@ def texts(value: Any, depth: int = 0) -> list[str]:
     """The texts in a value: one or a list, numbers as text, of {"raw": ...} what its usual names hold."""
     if isinstance(value, str):
         return [text] if (text := tidy(value)) else []
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, int) and not isinstance(value, bool):  # of any number of digits
+        return [str(value)]
+    if isinstance(value, float) and math.isfinite(value):
         return [str(value)]
     if isinstance(value, dict) and depth < 3:
         return [text for name in Columns().of_captions(list(value)) for text in texts(value[name], depth + 1)]

@@ -63,8 +63,7 @@ class Filters:
         for name in ("at_least", "at_most"):
             bounds = getattr(self, name) or {}
             for column, bound in bounds.items():
-                number = isinstance(bound, int | float) and not isinstance(bound, bool)
-                if not number or not math.isfinite(bound):
+                if isinstance(bound, bool | str) or number_of(bound) is None:
                     raise UserError(f"data.filters.{name}.{column} must be a number, got {bound}")
             object.__setattr__(self, name, Bounds(bounds))
         for column, low in self.lowest.items():
@@ -170,9 +169,13 @@ def number_of(value: Any) -> float | None:
             value = float(text)
         except ValueError:
             return None
-    if isinstance(value, bool):
-        return float(value)
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    if not isinstance(value, bool | int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return None
+    return number if math.isfinite(number) else None
 
 
 def script_of(text: str) -> str:

@@ -213,14 +213,14 @@ class SplitRows:
         self.stamp = sum(size for size, _ in files), max((time for _, time in files), default=0)
 
     def captions(self, templates: Sequence[str]) -> Iterator[list[str]]:
-        for batch in self.texts.iter(BATCH):
+        for batch in _batches(self.texts):
             for row in zip(*(batch[name] for name in self.caption_columns), strict=True):
                 cells = zip(self.readers.values(), row, strict=True)
                 yield [text for read, cell in cells for text in read(cell, templates)]
 
     def values(self) -> Iterator[dict[str, Any]]:
         """What each row says in the columns that filters ask for."""
-        for batch in self.numbers.iter(BATCH) if self.numbers else ():
+        for batch in _batches(self.numbers) if self.numbers else ():
             for row in zip(*(batch[there] for there in self.beside.values()), strict=True):
                 yield dict(zip(self.beside, row, strict=True))
 
@@ -235,6 +235,14 @@ class SplitRows:
         if not isinstance(held, bytes | bytearray) or not held:
             raise BadPicture("empty")
         return bytes(held)
+
+
+def _batches(rows: Any) -> Iterator[Mapping[str, Any]]:
+    try:
+        yield from rows.iter(BATCH)
+    except UnicodeDecodeError as error:  # Arrow does not look at what it is given as text
+        names = ", ".join(map(shown, rows.column_names))
+        raise UserError(f"data.path: a text in {names} is not UTF-8 ({error}); write the data anew") from None
 
 
 Reader = Callable[[Any, Sequence[str]], list[str]]

@@ -6,10 +6,12 @@ one of their samples is asked for; the copies that were used longest ago make ro
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
+import stat
 import time
 import zipfile
 from collections import Counter
@@ -40,7 +42,7 @@ READERS = 8  # shards that are indexed at a time
 LONG = 20  # shards from which a progress bar is shown
 TRIES, PAUSE = 3, 2.0  # of a copy, and seconds before the second try
 BRACES = re.compile(r"\{([^{}]*)\}")
-NUMBERS = re.compile(r"(\d+)\.\.(\d+)")
+NUMBERS = re.compile(r"([0-9]{1,18})\.\.([0-9]{1,18})")
 REMOTE = re.compile(r"[a-z][a-z0-9+.-]*://", re.I)
 
 
@@ -124,8 +126,9 @@ def file_system(address: str) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(address)
     except ImportError as error:
         raise UserError(f"{shown(address)} needs a package: {' '.join(str(error).split())}") from None
-    except ValueError as error:
-        raise UserError(f"{shown(address)}: {' '.join(str(error).split())}") from None
+    except Exception as error:  # some reach out for their place at once, each in its own way
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{shown(address)} cannot be read ({why})") from None
 
 
 @contextlib.contextmanager
@@ -159,6 +162,8 @@ class Shard:
         """What tells versions apart. Raises OSError where it is not there."""
         if not self.remote:
             status = os.stat(self.address)
+            if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
+                raise OSError(errno.EINVAL, "no regular file")
             return f"{status.st_size} {status.st_mtime_ns}"
         files, path = file_system(self.address)
         with _explained(self.address):
