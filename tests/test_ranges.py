@@ -1,7 +1,7 @@
 """Types and ranges of arguments: what fits, and how it is said."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -48,6 +48,8 @@ from dalle.ranges import (
         (None, nn.Module, False), ("net", nn.Module, False),
         (nn.Identity(), nn.Module, True), (object(), int, True),
         (3, Any, True), ({}, object, True), ({"a": 1}, dict[str, int], True),
+        ({"a": "1"}, dict[str, int], False), ({1: 1}, dict[str, int], False), ({1: 1}, dict, True),
+        ({"a": [1, "x"]}, Mapping[str, list[int]] | None, False), ({}, Mapping[str, int], True),
         (3, Callable[[int], int], False),
         (3, "a forward reference", True),
     ],
@@ -110,6 +112,13 @@ def test_no_number_is_nan_or_infinite(value, hint):
 )  # fmt: skip
 def test_ranges_in_a_users_words(hint, words):
     assert describe(hint) == words
+
+
+def test_what_is_wrong_inside_a_group_is_named_by_its_place():
+    hint = Mapping[str, list[Number]] | None
+    assert misfit({"a": [1], "b": [2, "x"]}, hint) == (".b[1]", "a number", "x")
+    assert misfit({1: [2]}, hint) == ("", describe(hint), {1: [2]})
+    assert misfit({1: [2]}, dict[str, Any]) == ("", "a group of settings whose names are text", {1: [2]})
 
 
 def test_what_is_wrong_inside_a_list_is_named_by_its_place():

@@ -102,6 +102,8 @@ def misfit(value: Any, hint: Any) -> Misfit | None:
         return None if held else Misfit("", describe(hint), value)
     if hint in LISTS or origin in LISTS:
         return _list_misfit(value, hint, origin, [option for option in options if option is not ...])
+    if origin in (dict, Mapping) and isinstance(value, dict):
+        return _group_misfit(value, *options)
     return None if _is(value, hint) else Misfit("", _said(hint, value), value)
 
 
@@ -161,6 +163,16 @@ def _list_misfit(value: Any, hint: Any, origin: Any, options: list[Any]) -> Misf
     for i, (item, option) in enumerate(zip(value, wanted, strict=True)):
         if wrong := misfit(item, option):
             return wrong._replace(place=f"[{i}]{wrong.place}")
+    return None
+
+
+def _group_misfit(value: dict[Any, Any], name: Any, inner: Any) -> Misfit | None:
+    """Settings by names, as ``dict[str, float]`` declares them."""
+    for key, item in value.items():
+        if wrong := misfit(key, name):
+            return Misfit("", f"{WORDS[dict]} whose names are {wrong.wanted}", value)
+        if wrong := misfit(item, inner):
+            return wrong._replace(place=f".{key}{wrong.place}")
     return None
 
 
