@@ -3,6 +3,7 @@
 import threading
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -71,14 +72,18 @@ def test_the_last_few_are_kept(tmp_path, monkeypatch, links):
             raise OSError("no links here")
 
         monkeypatch.setattr(checkpoint_files.os, "link", refuse)
+    mine = {f"step-{name}.ckpt": 7 for name in ("00000001-good", "best", "-")}
+    for name, step in mine.items():
+        torch.save({"global_step": step}, tmp_path / name)
     io = DurableIO(Stage(), keep=2)
     for step in (5, 50, 500):
         io.save_checkpoint({"global_step": step}, tmp_path / "last.ckpt")
-    assert steps(tmp_path) == {"last.ckpt": 500, "step-00000050.ckpt": 50, "step-00000500.ckpt": 500}
+    kept = {"last.ckpt": 500, "step-00000050.ckpt": 50, "step-00000500.ckpt": 500}
+    assert steps(tmp_path) == kept | mine
     assert (tmp_path / "last.ckpt").samefile(tmp_path / "step-00000500.ckpt") == links
     same_file(tmp_path / "step-00000050.ckpt", tmp_path / "last.ckpt")  # to go back to it
     assert steps(tmp_path)["last.ckpt"] == 50
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(list(tmp_path.iterdir())) == 3 + len(mine)
 
 
 def test_the_best_is_kept(tmp_path, monkeypatch):
@@ -100,6 +105,35 @@ def test_the_best_is_kept(tmp_path, monkeypatch):
     (run.path / "manifest.json").unlink()
     train("vae", tmp_path, *[f"+{o}" if ".b" in o else o for o in options], "resume=true", steps=11)
     assert steps(run.path) == {"best.ckpt": 10, "last.ckpt": 11}
+
+
+def test_the_best_is_of_the_figure_that_is_asked_for_now(tmp_path):
+    """Not of the one before the run was stopped: a loss of 0.1 is no accuracy that is never reached again."""
+    before = LastCheckpoint(tmp_path, best="val/loss")
+    before.best_value = 0.1
+    same, other = (
+        LastCheckpoint(tmp_path, best="val/loss"),
+        LastCheckpoint(tmp_path, best="val/top1", best_is="max"),
+    )
+    for saver, value in ((same, 0.1), (other, None)):
+        saver.load_state_dict(before.state_dict())
+        assert saver.best_value == value
+        assert saver.fits(before.state_dict(), Stage())
+    same.load_state_dict({"best_value": 0.2})  # of a version that did not say of what
+    assert same.best_value == 0.2
+    assert not same.fits({"best_value": float("nan")}, Stage())
+    assert not same.fits({"best_value": "low"}, Stage())
+
+
+def test_a_misspelt_figure_is_said_once(tmp_path, capsys):
+    saver = LastCheckpoint(tmp_path, best="val/lss")
+    trainer: Any = SimpleNamespace(callback_metrics={"val/loss": torch.tensor(1.0)}, is_global_zero=True)
+    for _ in range(2):
+        saver.on_validation_end(trainer)
+    line = (
+        "careful: callbacks.checkpoint.best=val/lss is no figure of the validation; did you mean val/loss?\n"
+    )
+    assert capsys.readouterr().out == line
 
 
 def test_a_run_in_the_background_is_that_in_the_foreground(tmp_path):

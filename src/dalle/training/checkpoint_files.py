@@ -15,7 +15,7 @@ from dalle.files import atomic_path, hidden_name
 from dalle.stages.base import Stage
 from dalle.weight_names import as_today
 
-EARLIER = "step-*.ckpt"  # those that are kept beside the last
+EARLIER = f"step-{'[0-9]' * 8}.ckpt"  # those that are kept beside the last
 
 
 class DurableIO(TorchCheckpointIO):
@@ -63,7 +63,7 @@ class DurableIO(TorchCheckpointIO):
         if also:
             same_file(path, path.with_name(also))
         if self.keep > 1:
-            same_file(path, path.with_name(EARLIER.replace("*", f"{checkpoint['global_step']:08d}")))
+            same_file(path, path.with_name(f"step-{checkpoint['global_step']:08d}.ckpt"))
             for old in sorted(path.parent.glob(EARLIER))[: -self.keep]:
                 old.unlink(missing_ok=True)
 

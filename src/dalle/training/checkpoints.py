@@ -20,9 +20,9 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
-from dalle.errors import UserError
+from dalle.errors import UserError, instead
 from dalle.finite import check_finite
-from dalle.ranges import Place, PositiveInt
+from dalle.ranges import Place, PositiveInt, Text
 from dalle.stages.base import Stage
 from dalle.stages.nan_guard import Diverged
 from dalle.training import slurm
@@ -62,7 +62,7 @@ class LastCheckpoint(Checkpoint):
         directory: Place,
         every: PositiveInt = 500,
         keep: PositiveInt = 1,
-        best: str | None = None,
+        best: Text | None = None,
         best_is: Literal["min", "max"] = "min",
         background: bool = False,
         requeue: bool = True,
@@ -71,6 +71,8 @@ class LastCheckpoint(Checkpoint):
         self.keep, self.best, self.sign = keep, best, 1 if best_is == "min" else -1
         self.background, self.requeue = background, requeue
         self.best_value: float | None = None
+        self.best_of = f"{best_is} {best}" if best else ""
+        self.told = False  # that there is no such figure
         self.best_due = False  # the last validation was the best one, and is not saved yet
         self.out_of_time = False  # told so by SIGUSR1
         self.io: DurableIO | None = None
@@ -158,6 +160,11 @@ class LastCheckpoint(Checkpoint):
     def on_validation_end(self, trainer: Any, *_: Any) -> None:
         self.validation_due = False
         value = trainer.callback_metrics.get(self.best or "")
+        if self.best and value is None and not self.told and trainer.is_global_zero:
+            figures = [name for name in trainer.callback_metrics if name.startswith("val/")]
+            more = instead(self.best, figures, "")
+            print(f"careful: callbacks.checkpoint.best={self.best} is no figure of the validation{more}")
+            self.told = True
         if value is None or trainer.sanity_checking or not math.isfinite(number := float(value)):
             return
         if self.best_value is None or self.sign * number < self.sign * self.best_value:
@@ -188,10 +195,17 @@ class LastCheckpoint(Checkpoint):
 
     def state_dict(self) -> dict[str, Any]:
         kept = {"seconds": self.seconds, "facts": self.facts, "best_value": self.best_value}
-        return {**kept, "threads": torch.get_num_threads()}
+        return {**kept, "best_of": self.best_of, "threads": torch.get_num_threads()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.before, self.best_value = state_dict.get("seconds", 0.0), state_dict.get("best_value")
+        self.before = state_dict.get("seconds", 0.0)
+        if state_dict.get("best_of", self.best_of) == self.best_of:  # else of another figure
+            self.best_value = state_dict.get("best_value")
+
+    def fits(self, state: dict[str, Any], pl_module: Stage) -> bool:
+        """Whether what was kept of time and of the best figure are numbers."""
+        numbers = (state.get("seconds", 0.0), state.get("best_value"))
+        return all(n is None or (isinstance(n, int | float) and math.isfinite(n)) for n in numbers)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
         self.save(trainer)

@@ -20,7 +20,7 @@ from dalle.finite import check_finite
 from dalle.stages.base import Stage
 
 WAYS = "delete it, or start again with overwrite=true"
-LATER = {"facts", "best_value", "threads"}  # what the first checkpoints did not have
+LATER = {"facts", "best_value", "best_of", "threads"}  # what the first checkpoints did not have
 
 
 def check_restorable(
