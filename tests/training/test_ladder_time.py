@@ -1,6 +1,7 @@
 """How long a ladder takes is told before it begins, by measured steps; nothing of the measuring stays."""
 
 import re
+import signal
 import time
 from pathlib import Path
 
@@ -39,6 +40,21 @@ def test_the_time_is_that_of_the_steps(tmp_path, monkeypatch):
     line = ladder.how_long(built)
     assert line.startswith("about 11 min of training on this machine")  # 500 s and 150 s
     assert "clip 8 min, prior 2 min" in line
+
+
+def test_ctrl_c_amid_the_measuring_is_ctrl_c(tmp_path, monkeypatch):
+    """Not an end without a word: what Lightning makes of it is an exit, and its lines are not shown here."""
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ladder.Clock, "on_train_start", stopped)
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ladder.how_long(ladder.check([long("clip", tmp_path)]))
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning ignores further ones
 
 
 def test_a_clock_reads_the_median_of_what_is_not_warming_up():

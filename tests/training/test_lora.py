@@ -75,6 +75,7 @@ def test_some_layers(logs):
         (("lora.rank=2", "init_from=null"), "adapts the weights of a run; give it as init_from=RUN"),
         (("lora.rank=2", "lora.layers=[nothing]"), "those there are called"),
         (("lora.rank=-1",), "lora.rank must be"),
+        (("lora.rank=9000000000000000000",), "lora.rank must be a whole number from 0 to 65536"),
         (("+lora.rnk=1",), "there is no setting lora.rnk; did you mean lora.rank"),
     ],
 )

@@ -92,6 +92,15 @@ def test_tasks_of_which_no_machine_is_known(task, monkeypatch):
         slurm.environment()
 
 
+@pytest.mark.parametrize("odd", ["", "abc", "-1", "2(x3)"])
+def test_variables_that_are_no_numbers(task, odd):
+    task(SLURM_PROCID="0", SLURM_LOCALID="0")
+    assert slurm.environment() is not None
+    task(SLURM_NTASKS=odd)
+    with pytest.raises(UserError, match=r"SLURM_NTASKS='.*' is no number"):
+        slurm.environment()
+
+
 def srun(cwd: Path, port: int, *words: str) -> list[subprocess.Popen]:
     """As srun starts a command."""
     jobs = []

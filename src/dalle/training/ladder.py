@@ -171,7 +171,10 @@ def seconds_of_step(config: Config, stage: Any, datamodule: Any) -> float:
     callbacks = [clock, *([instantiate(ema, "callbacks.ema")] if ema else [])]
     trainer = instantiate({"_target_": "lightning.Trainer", **settings}, "trainer", callbacks=callbacks)
     datamodule.trainer = trainer
-    trainer.fit(stage, datamodule=datamodule)
+    try:
+        trainer.fit(stage, datamodule=datamodule)
+    except SystemExit as left:  # what Lightning makes of Ctrl-C
+        raise KeyboardInterrupt from left
     return clock.seconds * config["trainer"]["accumulate_grad_batches"]
 
 

@@ -6,13 +6,14 @@ change. When the training ends they are merged into the layers: the run that is 
 
 import importlib
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
 
+from annotated_types import Ge, Gt, Le
 from torch import nn
 
 from dalle.errors import UserError
 from dalle.nets.blocks import StepLinear
-from dalle.ranges import Dropout, NonNegativeInt, Positive, Text
+from dalle.ranges import Dropout, Number, Text
 from dalle.stages.base import Stage
 
 LINEAR = (nn.Linear, StepLinear)  # not a table of logits, which is one, too
@@ -21,8 +22,8 @@ LINEAR = (nn.Linear, StepLinear)  # not a table of logits, which is one, too
 class Lora(TypedDict):
     """The settings `lora` of conf/train.yaml."""
 
-    rank: NonNegativeInt
-    alpha: Positive | None
+    rank: Annotated[int, Ge(0), Le(2**16)]
+    alpha: Annotated[Number, Gt(0), Le(1e6)] | None
     dropout: Dropout
     layers: list[Text] | None
 

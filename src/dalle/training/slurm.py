@@ -10,16 +10,23 @@ import subprocess
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from dalle.errors import UserError
+from dalle.ranges import shown
+
+NUMBERS = tuple(f"SLURM_{n}" for n in ("NTASKS", "NTASKS_PER_NODE", "NNODES", "PROCID", "LOCALID", "NODEID"))
 
 
 def environment() -> SLURMEnvironment | None:
     """What SLURM says of this process; None where srun did not start it.
 
     Raises:
-        UserError: srun has started several of which it is not known how many are on a machine.
+        UserError: srun has started several of which it is not known how many are on a machine, or what it
+            has left in the environment are no numbers.
     """
     if not SLURMEnvironment.detect():
         return None
+    for name in NUMBERS:
+        if not (value := os.environ.get(name, "0")).isdecimal():
+            raise UserError(f"{name}={shown(value)} is no number: unset it, or leave it to srun")
     try:
         return SLURMEnvironment(auto_requeue=False)
     except RuntimeError:
