@@ -21,11 +21,14 @@ from dalle.launch.sweeps import read as read_job
 from dalle.pipelines.load import load_unclip
 from dalle.pipelines.recipe import SampleRecipe
 from dalle.reading import LARGEST, migrated, read_json, read_yaml, shaped
-from dalle.run_dir import Run, load_stage
+from dalle.run_dir import Run, load_clip, load_stage
 
 DEEP = 100_000
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join(['*' + chr(97 + i)] * 10)}]\n" for i in range(9)
+)
+MERGES = "a: &a {x: 1}\n" + "".join(
+    f"{chr(98 + i)}: &{chr(98 + i)} {{<<: [{', '.join(['*' + chr(97 + i)] * 10)}]}}\n" for i in range(20)
 )
 DAMAGE: dict[str, bytes | None] = {
     "missing": None,
@@ -42,6 +45,7 @@ DAMAGE: dict[str, bytes | None] = {
     "no text": b'{"schema": 1, "model": {"_target_": "\\ud800"}}',
     "a tag": b"!!python/object/apply:os.system [touch RAN]",
     "a bomb": BOMB.encode(),
+    "a bomb of merges": MERGES.encode(),
     "itself": b"&a [*a]",
     "itself in a mapping": b"model: &a {_target_: x, more: *a}\nschema: 1\n",
     "a date": b"{schema: 2020-01-01, model: 2020-01-01}",
@@ -166,6 +170,13 @@ def test_a_config_that_describes_something_else(untrained_stages, tmp_path, chan
     path = tmp_path / "default" / "decoder" / "config.yaml"
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | change))
     one_line(lambda: load_unclip(path.parent), line)
+
+
+def test_a_manifest_of_another_stage(untrained_stages, tmp_path):
+    shutil.copytree(untrained_stages / "default" / "prior", tmp_path / "prior")
+    path = tmp_path / "prior" / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"stage": "clip"}))
+    one_line(lambda: load_clip(path.parent), "config.yaml describes a prior, manifest.json a clip")
 
 
 def test_a_network_that_cannot_be_is_one_line(untrained_stages, tmp_path):

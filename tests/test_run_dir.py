@@ -73,6 +73,17 @@ def test_a_save_that_fails_leaves_no_finished_run(tmp_path, monkeypatch, where):
     assert not (tmp_path / "manifest.json").exists()
 
 
+def test_tied_weights_are_saved(tmp_path):
+    """A network of one's own may have them: it must not end without its weights after days of training."""
+    net = nn.ModuleDict({"embed": nn.Embedding(4, 3), "head": nn.Linear(3, 4, bias=False)})
+    net["head"].weight = net["embed"].weight
+    run = Run(tmp_path)
+    run.save({**net.state_dict(), "part": net["embed"].weight[:2]}, {"stage": "prior"})
+    saved = run.weights()
+    assert torch.equal(saved["head.weight"], saved["embed.weight"])
+    assert torch.equal(saved["part"], saved["embed.weight"][:2])
+
+
 def test_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "new" / "manifest.json"
     write_text(path, "old")

@@ -35,6 +35,16 @@ WORDS = {
 }
 
 
+class PlainLoader(yaml.SafeLoader):
+    """Of what `yaml.safe_dump` writes: no merge keys (``<<``), of which a few lines can stand for billions
+    before anything that was read could be counted.
+    """
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise ValueError("merge keys (<<) are not read")
+
+
 def read_text(path: str | Path, advice: str, largest: int = LARGEST) -> str:
     """A text in UTF-8, with or without a byte order mark.
 
@@ -69,7 +79,7 @@ def read_yaml(path: str | Path, shape: type[Shape], advice: str) -> Shape:
     """YAML of a shape; tags that make objects are refused."""
     text = read_text(path, advice)
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, PlainLoader)
     except (ValueError, TypeError, RecursionError, MemoryError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read ({_reason(error)}); {advice}") from None
     return shaped(content, shape, path, advice)

@@ -166,7 +166,7 @@ class Run:
         Raises:
             UserError: the weights are no numbers; nothing is written.
         """
-        weights = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+        weights = apart({k: v.detach().cpu().contiguous() for k, v in state.items()})
         check_finite(weights, self.path / "model.safetensors", "they are not saved")
         with atomic_path(self.path / "model.safetensors") as hidden:
             save_file(weights, hidden)
@@ -209,6 +209,18 @@ class Run:
         return weights
 
 
+def apart(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same weights; those that lie in the memory of others (tied ones) in memory of their own, as
+    safetensors wants them.
+    """
+    found, taken = dict[str, torch.Tensor](), set[int]()
+    for name, value in weights.items():
+        place = value.untyped_storage().data_ptr()
+        found[name] = value.clone() if place in taken else value
+        taken.add(place)
+    return found
+
+
 def load_stage(path: str | Path, *expected: str) -> tuple[Stage, dict[str, Any]]:
     """A finished run's stage with its weights, in eval mode on the CPU, and its manifest.
 
@@ -223,6 +235,11 @@ def load_stage(path: str | Path, *expected: str) -> tuple[Stage, dict[str, Any]]
         raise UserError(f"{path} holds a {found}, but {article} {' or '.join(expected)} is needed here")
     run.manifest(*NEEDS.get(manifest.get("stage", ""), ()))
     stage = build_stage(run)
+    home, _, own = type(stage).__module__.rpartition(".")
+    if home == "dalle.stages" and own != manifest.get("stage", own):
+        raise UserError(
+            f"{run.path}: config.yaml describes a {own}, manifest.json a {manifest['stage']}; {ADVICE}"
+        )
     try:
         stage.net.load_state_dict(as_today(run.weights(), stage.net), strict=True)
     except RuntimeError as error:

@@ -5,7 +5,6 @@ long as that run is at work; older runs are known by their manifest or configura
 the files of a run (`OWN`), never through links, and refuses a directory that holds anything else.
 """
 
-import json
 import os
 import re
 import shutil
@@ -14,11 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dalle.errors import UserError
 from dalle.files import LEFT, check_writable, clean, explained
 from dalle.locks import locked
+from dalle.reading import read_json, read_yaml
 from dalle.run_dir import Run
 
 MARKER = ".dalle-run"  # in every run directory; locked while a training is at work there
@@ -44,6 +42,15 @@ def check_place(config: dict[str, Any]) -> None:
         raise UserError(f"{place} is a link to nowhere; make the folder it leads to, or delete the link")
     check_writable(place, "name, paths.logs or paths.run")
     check_writable(Path(config["paths"]["cache"]), "paths.cache")
+    for key, node in (config.get("callbacks") or {}).items():
+        folder = node.get("directory") if isinstance(node, dict) else None
+        if folder is None or Path(folder).is_relative_to(place):
+            continue
+        if key == "checkpoint":
+            raise UserError(
+                f"callbacks.checkpoint.directory={folder}: checkpoints are in the run's own, {place}"
+            )
+        check_writable(Path(folder), f"callbacks.{key}.directory")
 
 
 def check_name(name: str, setting: str) -> None:
@@ -62,18 +69,18 @@ def is_ours(folder: Path) -> bool:
 
 def _is_manifest(folder: Path) -> bool:
     try:
-        facts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        facts = read_json(folder / "manifest.json", dict, "")
+    except UserError:
         return False
-    return isinstance(facts, dict) and {"schema", "stage", "weights"} <= facts.keys()
+    return {"schema", "stage", "weights"} <= facts.keys()
 
 
 def _is_config(folder: Path) -> bool:
     try:
-        facts = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):
+        facts = read_yaml(folder / "config.yaml", dict, "")
+    except UserError:
         return False
-    return isinstance(facts, dict) and {"stage", "model", "datamodule", "paths"} <= facts.keys()
+    return {"stage", "model", "datamodule", "paths"} <= facts.keys()
 
 
 def check_ours(folder: Path, overwrite: bool) -> None:

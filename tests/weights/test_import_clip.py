@@ -224,6 +224,8 @@ def test_what_cannot_be_known_is_asked_for(tmp_path, refused):
     wide = of_open_clip(width=1280, layers=1, head_width=80)
     save_file(wide.state_dict(), tmp_path / "wide.safetensors")
     assert "vision_heads=" in refused("clip", tmp_path / "wide.safetensors", "activation=gelu")
+    date = refused("clip", tmp_path / "wide.safetensors", "activation=gelu", "vision_heads=2020-01-01")
+    assert "vision_heads must be" in date
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """Files of weights: what is in them is read, and nothing in them is run."""
 
 import json
+import os
 import pickle
 from collections import OrderedDict
 from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 import torch
@@ -52,6 +54,41 @@ def test_a_bomb_is_no_weights(tmp_path):
         with pytest.raises(UserError, match="holds no weights"):
             read_weights(tmp_path / name)
     assert not (tmp_path / "RAN").exists()
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        torch.zeros(2, 2).to_sparse(),
+        torch.quantize_per_tensor(torch.zeros(2), 1.0, 0, torch.qint8),
+        torch.empty(2, device="meta"),
+    ],
+    ids=["sparse", "quantized", "meta"],
+)
+def test_a_tensor_that_is_no_plain_one(tmp_path, odd):
+    torch.save({"a": odd}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"a\.pt holds no weights that can be read \("):
+        read_weights(tmp_path / "a.pt")
+
+
+def test_an_archive_that_stands_for_gigabytes_is_not_unpacked(tmp_path, monkeypatch):
+    torch.save({"a": torch.zeros(2**25)}, tmp_path / "plain.pt")
+    with ZipFile(tmp_path / "plain.pt") as plain, ZipFile(tmp_path / "a.pt", "w", ZIP_DEFLATED) as packed:
+        for member in plain.infolist():
+            packed.writestr(member.filename, plain.read(member))
+    assert read_weights(tmp_path / "plain.pt").tensors.keys() == {"a"}
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it is being unpacked"))
+    with pytest.raises(UserError, match=r"a\.pt holds no weights .*0\.1 GiB are packed in it"):
+        read_weights(tmp_path / "a.pt")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system knows no pipes")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="is not there, or no file"):
+        read_weights(tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="holds none of"):
+        read_weights(tmp_path)
 
 
 def test_a_folder_in_parts(tmp_path):

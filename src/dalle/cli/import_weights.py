@@ -45,7 +45,10 @@ def setting(word: str) -> tuple[str, Any]:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         value = text
-    return key, text if key in SHARED else value
+    plain = value is None or isinstance(
+        value, bool | int | float | str | list | dict
+    )  # YAML knows dates, too
+    return key, value if plain and key not in SHARED else text
 
 
 def import_weights(kind: str, place: Path, settings: dict[str, Any]) -> None:

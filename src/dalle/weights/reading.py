@@ -45,6 +45,7 @@ STORAGES = {
 MAGIC = 0x1950A86A20F9469CFC6C  # of files of torch.save before 1.6
 DEEPEST = 64  # parts in parts of a network
 MOST = 50_000  # parts and tensors
+PACKED = 2**26  # bytes that an archive may hold beyond twice its size
 
 
 @dataclass
@@ -121,11 +122,14 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():  # a pipe or a device may never end
+        raise UserError(f"{path} is not there, or no file; {ADVICE}")
     try:
         with path.open("rb") as file:
             head = file.read(16)
         if path.suffix == ".safetensors" or head[8:10] == b'{"':  # a length, then JSON
             return load_file(path)
+        _check_packed(path)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of TorchScript archives, which it then refuses
@@ -139,6 +143,17 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} holds no weights that can be read ({reason(error)}); {ADVICE}") from None
 
 
+def _check_packed(path: Path) -> None:
+    """Raises ValueError of an archive that stands for far more than it is: weights are stored as they are, in
+    TorchScript's archives only the program is packed.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            whole = sum(member.file_size for member in archive.infolist())
+        if whole > PACKED + 2 * path.stat().st_size:
+            raise ValueError(f"{whole / 2**30:,.1f} GiB are packed in it, as in no file of weights")
+
+
 def tensors_in(content: Any, room: list[int], name: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
     """The tensors in what a file held, by their names in the network.
 
@@ -149,6 +164,8 @@ def tensors_in(content: Any, room: list[int], name: str = "", depth: int = 0) ->
     if depth > DEEPEST or room[0] < 0:
         raise ValueError("it is nested deeper, or stands for more, than any network")
     if isinstance(content, Tensor):
+        if content.layout != torch.strided or content.is_quantized or content.device.type != "cpu":
+            raise ValueError(f"{name} is no plain tensor")
         yield name, content.detach()
     if isinstance(content, Husk):
         content = content.parts()
