@@ -122,6 +122,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     hidden = hidden_name(path)
+    clean(path.parent)  # what was being filled may be large
     with explained(path):
         shutil.rmtree(hidden, ignore_errors=True)  # of an earlier process of the same number
         hidden.mkdir(parents=True)

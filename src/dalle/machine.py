@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dalle.errors import UserError
+
 
 def is_main_process() -> bool:
     """Whether this is the first of all processes of a run, on all machines: the one that writes.
@@ -59,7 +61,11 @@ def cores() -> int:
 
 
 def pick_device(name: str) -> str:
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    """Of auto, cpu or cuda. Raises UserError where there is no GPU that was asked for."""
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise UserError("device=cuda was asked for but PyTorch sees no GPU; use device=cpu")
+    return ("cuda" if there else "cpu") if name == "auto" else name
 
 
 def settle_threads() -> None:

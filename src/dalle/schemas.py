@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 from dalle.ranges import Length, NonNegative, NonNegativeInt, Side, Text, Vocabulary, Width
 
 Many = Annotated[int, Ge(1), Le(2**20)]  # pictures
+Items = Annotated[int, Ge(0), Le(2**40)]  # of data
 LOOSE = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
 STRICT = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")
 
@@ -88,8 +89,15 @@ class Manifest(TypedDict):
 
 
 @with_config(LOOSE)
+class Node(TypedDict):
+    """Something to be built (dalle.instantiate)."""
+
+    _target_: Text
+
+
+@with_config(LOOSE)
 class EncodedData(TypedDict):
-    node: dict[str, Any]  # the settings of the source
+    node: Node  # the settings of the source
 
 
 @with_config(LOOSE)
@@ -104,18 +112,11 @@ class EncodedManifest(TypedDict):
     precision: Text
     dtype: Text
     text_states: bool
-    shard_items: Annotated[int, Ge(1)]
+    shard_items: Annotated[Items, Ge(1)]
     fingerprint: dict[str, str]
-    items: dict[str, NonNegativeInt]
+    items: dict[str, Items]
     difference: NotRequired[dict[str, float]]
     data: EncodedData
-
-
-@with_config(LOOSE)
-class Node(TypedDict):
-    """Something to be built (dalle.instantiate)."""
-
-    _target_: Text
 
 
 @with_config(LOOSE)

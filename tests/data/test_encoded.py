@@ -1,6 +1,8 @@
 """`dalle encode` by any number of processes, and training from what it has written."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -15,10 +17,13 @@ from made_tars import picture, tar
 from omegaconf import OmegaConf
 from tiny import ROOT, overrides, weights
 
+import dalle.files as dalle_files
 from dalle.cli.encode import main
+from dalle.cli.entry import said
 from dalle.data.encoded import Encoded
 from dalle.data.webdataset import WebDataset
 from dalle.errors import UserError
+from dalle.files import _host, hidden_name
 from dalle.instantiate import instantiate
 from dalle.locks import locked
 from dalle.run_dir import Run, load_clip, load_image_tokenizer
@@ -143,6 +148,40 @@ def test_it_goes_on_where_it_was_killed_and_passes_by_what_others_hold(logs, sha
     assert len(Encoded("val", out)) == 2
 
 
+def test_what_a_killed_process_has_left_is_removed(logs, shards, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    monkeypatch.setattr(dalle_files, "alive", lambda pid: pid == 7)
+    encode("clip", logs, shards, out, "splits=[train]")
+    dead, other = (hidden_name(out / "train/img_emb/x").with_suffix(f".{_host()}-{n}.tmp") for n in (8, 7))
+    for left in (dead, other):
+        left.write_bytes(b"half")
+    encode("clip", logs, shards, out, "splits=[train]")
+    assert not dead.exists()
+    assert other.exists()  # of a process that is at work
+
+
+def test_a_full_disk_is_one_line(logs, shards, tmp_path, monkeypatch):
+    """Not the end of the process at the first row that finds no room."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        encode("clip", logs, shards, tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.npy"))
+
+
+def test_paths_of_a_mixture_hold_from_any_folder(logs, shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    GlobalHydra.instance().clear()
+    source = ["+data@data.sources.a=webdataset", "data.sources.a.shards=shards", "data.image_size=16"]
+    main(["clip", "name=default", f"paths.logs='{logs}'", "data=mixture", *source, "out=out"])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert Encoded("train", tmp_path / "out").images([0]).shape == (1, 3, 16, 16)
+
+
 @pytest.mark.parametrize(
     ("change", "error"),
     [
@@ -168,11 +207,67 @@ def test_mistakes_are_one_line(logs, shards, tmp_path):
         encode("codes", logs, shards, tmp_path / "out", "data.image_size=8")
     with pytest.raises(UserError, match="shard_items must be"):
         encode("codes", logs, shards, tmp_path / "out", "shard_items=0")
+    for wrong in ("splits=[]", "splits=train", "splits=['../x']", "device=tpu", "+foo=1", "~name",
+                  "clip=null", "upstream=null", "data=null"):  # fmt: skip
+        with pytest.raises(Exception, match=wrong.lstrip("+~").partition("=")[0]) as error:
+            encode("clip", logs, shards, tmp_path / "out", wrong)
+        assert "this is a bug" not in said(error.value)
     with pytest.raises(UserError, match="holds no finished run"):
         encode("clip", tmp_path / "none", shards, tmp_path / "out")
     with pytest.raises(UserError, match="holds no manifest"):
         Encoded("train", tmp_path)
     assert not (tmp_path / "out").exists()
+    assert os.listdir(tmp_path / "full") == ["mine.txt"]
+
+
+def facts(path: Path, **changes) -> None:
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | changes))
+
+
+def rows(path: Path, name: str, change) -> None:
+    file = path / f"train/{name}/{name}_0.npy"
+    np.save(file, change(np.load(file)))
+
+
+DAMAGE = {
+    "more shards than a disk holds": lambda path: facts(path, items={"train": 2**39}, shard_items=1),
+    "more items than numbers": lambda path: facts(path, items={"train": 2**70}),
+    "fewer rows": lambda path: rows(path, "img_emb", lambda a: a[:3]),
+    "other rows": lambda path: rows(path, "text_hidden", lambda a: a[:, :1]),
+    "nothing": lambda path: (path / "train/img_emb/img_emb_0.npy").write_bytes(b""),
+    "words": lambda path: rows(path, "img_emb", lambda a: a.astype("U5")),
+    "other sizes": lambda path: facts(path, network={"embed_dim": 2**60}),
+    "no pictures' settings": lambda path: facts(path, data={"node": {"_partial_": True}}),
+    "settings of no pictures": lambda path: facts(path, data={"node": {"_target_": "torch.nn.Identity"}}),
+    "settings of a network": lambda path: facts(path, data={"node": {"_target_": "dalle.nets.vae.VAE"}}),
+    "no fingerprint": lambda path: facts(path, fingerprint={}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_one_line(logs, shards, tmp_path, damage):
+    encode("clip", logs, shards, tmp_path / "out")
+    DAMAGE[damage](tmp_path / "out")
+
+    def read() -> None:
+        source = Encoded("train", tmp_path / "out")
+        source.embeddings(load_clip(logs / "default" / "clip"))
+        source.images([0])
+
+    with pytest.raises(
+        UserError, match=r"damaged|still to be written|must be|changed|not an option|cannot be read|no source"
+    ):
+        read()
+
+
+def test_codes_that_are_none(logs, shards, tmp_path):
+    encode("codes", logs, shards, tmp_path / "out")
+    rows_of = tmp_path / "out/train/codes/codes_0.npy"
+    np.save(rows_of, np.full_like(np.load(rows_of), 65535))
+    codes = Encoded("train", tmp_path / "out").codes(load_image_tokenizer(logs / "default" / "dvae"))
+    with pytest.raises(UserError, match="holds codes that are none of 32"):
+        codes([0])
 
 
 # What is trained from it

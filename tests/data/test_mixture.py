@@ -194,6 +194,7 @@ def test_the_fingerprint_follows_weights_and_sources():
         ({"weights": {"a": 1, "b": -1, "c": 1}}, "data.weights.b must be a positive number, got -1"),
         ({"weights": {"a": 1, "b": 1, "c": math.inf}}, "data.weights.c must be a positive number"),
         ({"weights": {"a": "x", "b": 1, "c": 1}}, "data.weights.a must be a positive number, got x"),
+        ({"weights": {"a": 1e308, "b": 1e308, "c": 1}}, "data.weights.a must be .* the largest is 1e\\+100"),
         ({"a": 0, "b": 3}, "data.sources.a has nothing to train on"),
     ],
 )

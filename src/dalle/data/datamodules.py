@@ -147,6 +147,9 @@ class SourceDataModule(L.LightningDataModule):
             name: source for name, source in splits.items() if isinstance(source, Encoded) and len(source)
         }
 
+    def open_encoded(self) -> None:
+        """Opens what frozen networks have made. Raises UserError where it is damaged or of others."""
+
     def dataset(self, name: str) -> SourceDataset:
         raise NotImplementedError
 
@@ -163,6 +166,7 @@ class SourceDataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         n, world = self.items("train"), self.trainer.world_size if self.trainer else 1
         self.check_batch(world)
+        self.open_encoded()
         # Overfitting on a few batches means the same ones, with the same captions, in every epoch.
         overfit = getattr(self.trainer, "overfit_batches", 0) > 0
         sampler = self._sampler("train", shuffle=not overfit, drop_last=True)
@@ -403,12 +407,16 @@ class EmbeddingDataModule(SourceDataModule):
     def setup(self, stage: str) -> None:
         self._embed(verify=False)
 
+    def open_encoded(self) -> None:
+        for name, source in self.encoded_splits().items():
+            if name not in self._caches:
+                self._caches[name] = source.embeddings(self.clip)
+
     def _embed(self, verify: bool) -> None:
         if self.trainer:
             self.clip.to(self.trainer.strategy.root_device)
         embed = partial(cached_embeddings, self.cache_dir, clip=self.clip, verify=verify)
-        for name, source in self.encoded_splits().items():
-            self._caches.setdefault(name, source.embeddings(self.clip))
+        self.open_encoded()
         for name in self.splits_to_keep(self.cache_items):
             if name not in self._caches:
                 source, n, first_only = self.split(name), self.items(name), name == "val"
@@ -601,11 +609,15 @@ class CodeDataModule(TextImageDataModule):
     def setup(self, stage: str) -> None:
         self._encode(verify=False)
 
+    def open_encoded(self) -> None:
+        for name, source in self.encoded_splits().items():
+            if name not in self._caches:
+                self._caches[name] = source.codes(self.image_tokenizer)
+
     def _encode(self, verify: bool) -> None:
         if self.trainer:
             self.image_tokenizer.to(self.trainer.strategy.root_device)
-        for name, source in self.encoded_splits().items():
-            self._caches.setdefault(name, source.codes(self.image_tokenizer))
+        self.open_encoded()
         for name in self.splits_to_keep(self.cache_items):
             if name not in self._caches:
                 source, n = self.split(name), self.items(name)

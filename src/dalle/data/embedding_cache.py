@@ -22,7 +22,7 @@ from tqdm import tqdm
 from dalle.data.batch import Batch
 from dalle.data.frozen import FrozenCLIP
 from dalle.data.sources import Source, SourceDataset, Tokenize, captions_of, stored_images
-from dalle.files import atomic_folder, clean, reserve, write_json
+from dalle.files import atomic_folder, reserve, write_json
 
 FORMAT = 1  # raise it when the files change
 CHUNK = 256  # items or captions embedded at a time
@@ -165,7 +165,6 @@ def open_or_build(
         except BrokenCache as error:
             rank_zero_info(f"{what}: {path} is damaged ({error}); computing them again")
             shutil.rmtree(path)
-    clean(path.parent)
     with atomic_folder(path) as folder:
         meta = build(folder)
         files = {file.name: [file.stat().st_size, _checksum(file)] for file in sorted(folder.iterdir())}

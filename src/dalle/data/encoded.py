@@ -19,10 +19,9 @@ from dalle.data.embedding_cache import IN_BATCH, EmbeddingCache
 from dalle.data.frozen import Frozen
 from dalle.data.pictures import say
 from dalle.data.shuffling import ShardOrder
-from dalle.data.sources import Source
+from dalle.data.sources import Source, source_of
 from dalle.data.splits import Split
 from dalle.errors import UserError
-from dalle.instantiate import instantiate
 from dalle.ranges import Place, PositiveInt, Side
 from dalle.reading import read_json
 from dalle.schemas import EncodedManifest
@@ -31,6 +30,10 @@ from dalle.trust import listed
 SCHEMA = 1  # of the manifest and the files
 MANIFEST = "manifest.json"
 ADVICE = "encode it again"
+SIZES = {  # of the network, by kind, what a manifest must say
+    "clip": ("embed_dim", "text_width", "context_length"),
+    "codes": ("vocab_size", "grid"),
+}
 TEXT = {"text": "text", "text_emb": "text_embed", "text_hidden": "text_hidden", "text_mask": "text_mask"}
 
 
@@ -60,10 +63,17 @@ def read_manifest(path: Place) -> EncodedManifest:
 
 
 class Rows:
-    """Arrays of shards as one long array, read where asked."""
+    """Arrays of shards as one long array, read where asked.
 
-    def __init__(self, files: Sequence[Path], first: np.ndarray) -> None:
-        self.files, self.first = tuple(files), first
+    Args:
+        shape: of a row.
+        kind: what numbers there are: f: with a floating point, i: whole, b: true or false.
+    """
+
+    def __init__(self, files: Sequence[Path], first: np.ndarray, shape: tuple[int, ...], kind: str) -> None:
+        self.files, self.first, self.shape, self.kind = tuple(files), first, shape, kind
+        if self.files:  # the others when they are read: there may be thousands
+            self._shard(0)
 
     def __len__(self) -> int:
         return int(self.first[-1])
@@ -72,18 +82,27 @@ class Rows:
         """These rows, (k, ...), as they are on disk."""
         wanted = np.asarray(rows, np.int64)
         shards = np.searchsorted(self.first, wanted, "right") - 1
-        made = np.empty((len(wanted), *_mapped(self.files[0]).shape[1:]), _mapped(self.files[0]).dtype)
-        for shard in np.unique(shards):
-            here = shards == shard
-            made[here] = _mapped(self.files[shard])[wanted[here] - self.first[shard]]
+        parts = [(shards == shard, self._shard(int(shard))) for shard in np.unique(shards)]
+        made = np.empty((len(wanted), *self.shape), parts[0][1].dtype if parts else np.uint8)
+        for here, part in parts:
+            made[here] = part[wanted[here] - self.first[shards[here][0]]]
         return made
+
+    def _shard(self, number: int) -> np.ndarray:
+        array, rows = _mapped(self.files[number]), int(self.first[number + 1] - self.first[number])
+        if array.shape != (rows, *self.shape) or array.dtype.kind.replace("u", "i") != self.kind:
+            raise UserError(
+                f"{self.files[number]} is damaged: its shape is {list(array.shape)} of {array.dtype}, not "
+                f"{[rows, *self.shape]}; {ADVICE}"
+            )
+        return array
 
 
 @lru_cache(maxsize=4096)
 def _mapped(path: Path) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:100]}); {ADVICE}") from None
 
 
@@ -109,9 +128,13 @@ class EncodedEmbeddings(EmbeddingCache):
         self.has_text = source.manifest["text_states"]
         self.first: np.ndarray = source.first_caption
         self.captions: Any = source.all_captions
-        self._images = source.rows("img_emb", source.first)
+        facts = source.manifest["network"]
+        embed, length = (facts["embed_dim"],), facts["context_length"]
+        rows = {"text": ((length,), "i"), "text_emb": (embed, "f"), "text_mask": ((length,), "b"),
+                "text_hidden": ((length, facts["text_width"]), "f")}  # fmt: skip
+        self._images = source.rows("img_emb", source.first, embed, "f")
         firsts = source.all_captions.first
-        self._texts = {name: source.rows(name, firsts) for name in TEXT} if self.has_text else {}
+        self._texts = {name: source.rows(name, firsts, *rows[name]) for name in TEXT} if self.has_text else {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.source,)
@@ -131,7 +154,8 @@ class EncodedCodes(CodeCache):
     """A `CodeCache` of shards."""
 
     def __init__(self, source: "Encoded") -> None:
-        self.source, self._codes = source, source.rows("codes", source.first)
+        self.source, self.vocab_size = source, source.manifest["network"]["vocab_size"]
+        self._codes = source.rows("codes", source.first, (source.manifest["network"]["grid"] ** 2,), "i")
         self.captions: Any = CaptionLists(source)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -141,7 +165,10 @@ class EncodedCodes(CodeCache):
         return len(self._codes)
 
     def __call__(self, items: Sequence[int]) -> Int64[Tensor, "b n"]:
-        return torch.from_numpy(self._codes(items).astype(np.int64))
+        codes = torch.from_numpy(self._codes(items).astype(np.int64))
+        if codes.numel() and not 0 <= codes.min() <= codes.max() < self.vocab_size:
+            raise UserError(f"{self.source.path} holds codes that are none of {self.vocab_size}; {ADVICE}")
+        return codes
 
 
 class CaptionLists:
@@ -187,15 +214,16 @@ class Encoded:
             )
         self.items = self.manifest["items"].get(split, 0)
         step = self.manifest["shard_items"]
-        most = max(-(-n // step) for n in self.manifest["items"].values())
+        most = max((-(-n // step) for n in self.manifest["items"].values()), default=0)
         self._width, self._shards = len(str(max(0, most - 1))), -(-self.items // step)
-        self.first = np.minimum(np.arange(self._shards + 1) * step, self.items)
-        there = [metadata_path(self.path, split, k, self._width).is_file() for k in range(self._shards)]
-        if not all(there):
+        name = f"metadata_{'[0-9]' * self._width}.parquet"
+        there = sum(1 for _ in (self.path / split / "metadata").glob(name))
+        if there < self._shards:
             raise UserError(
-                f"{path}: {there.count(False)} of {len(there)} shards of {split} are still to be written; "
-                "the same dalle encode command goes on"
+                f"{path}: {self._shards - there:,} of {self._shards:,} shards of {split} are still to be "
+                "written; the same dalle encode command goes on"
             )
+        self.first = np.minimum(np.arange(self._shards + 1) * step, self.items)
         sizes = ", ".join(f"{n:,} {name}" for name, n in self.manifest["items"].items())
         say(f"{path}: {self.manifest['kind']} of {sizes}, encoded by weights {self.manifest['weights']}")
 
@@ -228,10 +256,9 @@ class Encoded:
         self._check("codes", tokenizer, "codes", "image_tokenizer")
         return EncodedCodes(self)
 
-    def rows(self, name: str, first: np.ndarray) -> Rows:
-        return Rows(
-            [array_path(self.path, self.split, name, k, self._width) for k in range(self._shards)], first
-        )
+    def rows(self, name: str, first: np.ndarray, shape: tuple[int, ...], kind: str) -> Rows:
+        files = [array_path(self.path, self.split, name, k, self._width) for k in range(self._shards)]
+        return Rows(files, first, shape, kind)
 
     def _check(self, kind: str, net: Frozen, what: str, setting: str) -> None:
         found = self.manifest["kind"]
@@ -244,16 +271,19 @@ class Encoded:
                 f"{self.path} holds {what} by another network ({there}) than {setting} is now ({here}); "
                 "encode them again, or name the run that made them"
             )
+        for name in SIZES[kind]:
+            if self.manifest["network"].get(name) != getattr(net, name):
+                raise UserError(f"{self.path / MANIFEST} is damaged (network.{name}); {ADVICE}")
 
     @cached_property
     def pictures(self) -> Source:
         """The data that were encoded."""
-        node = self.manifest["data"]["node"]
+        node, where = self.manifest["data"]["node"], f"{self.path / MANIFEST}: data"
         try:
-            source = instantiate(node, f"{self.path / MANIFEST}: data", listed)(split=self.split)
+            source = source_of(node, where, self.split, listed)
         except UserError as error:
             raise UserError(f"{self.path} holds no pictures, which are needed here, and {error}") from None
-        if source.fingerprint() != self.manifest["fingerprint"][self.split]:
+        if source.fingerprint() != self.manifest["fingerprint"].get(self.split):
             raise UserError(f"{self.path}: the pictures have changed since they were encoded; {ADVICE}")
         return source
 

@@ -18,6 +18,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ from dalle.data.encoded import ADVICE, MANIFEST, SCHEMA, array_path, metadata_pa
 from dalle.data.frozen import Frozen, FrozenCLIP, FrozenTokenizer
 from dalle.data.sources import Source, captions_of, identity_collate
 from dalle.errors import UserError
-from dalle.files import atomic_path, clean, explained, write_json
+from dalle.files import LEFT, atomic_path, clean, explained, reserve, write_json
 from dalle.locks import locked
 from dalle.ranges import PositiveInt, Workers
 from dalle.reading import read_json
@@ -174,6 +175,8 @@ def encode(
     ]
     width = len(str(max((k for _, k, _ in todo), default=0)))
     (out / ".locks").mkdir(exist_ok=True)
+    for folder in chain.from_iterable((out / split).glob("*") for split in sources):
+        clean(folder)
     written = 0
     whole = [metadata_path(out, split, k, width).exists() for split, k, _ in todo]
     with tqdm(
@@ -222,28 +225,32 @@ def _agree(encoder: Encoder, sources: dict[str, Source], described: dict[str, An
         "fingerprint": {split: source.fingerprint() for split, source in sources.items()},
         "items": {split: len(source) for split, source in sources.items()},
     }
-    path = out / MANIFEST
+    if _is_begun(out, facts):
+        return
     with locked(out / ".lock", wait=f"{out}: another process is beginning there; waiting for it"):
-        if path.exists():
-            there = dict(read_json(path, EncodedManifest, ADVICE))
-            other = [
-                f"{key} {there[key]}, here {value}" for key, value in facts.items() if there[key] != value
-            ]
-            if other:
-                raise UserError(
-                    f"{out} holds what was encoded otherwise ({'; '.join(other)}); give another out="
-                )
+        if _is_begun(out, facts):
             return
         clean(out)
-        if strange := [name for name in os.listdir(out) if name != ".lock"]:
-            raise UserError(f"{out} holds something else ({strange[0]}); give another out=")
         if options.precision != "fp32":
             facts["difference"] = encoder.difference(first.images(range(min(MEASURED, len(first)))))
             said = ", ".join(f"{name} {value:.6f}" for name, value in facts["difference"].items())
             print(
                 f"{options.precision} beside fp32 on {min(MEASURED, len(first))} pictures: {said}", flush=True
             )
-        write_json(path, facts | {"data": described})
+        write_json(out / MANIFEST, facts | {"data": described})
+
+
+def _is_begun(out: Path, facts: dict[str, Any]) -> bool:
+    """Whether there is a manifest that says the same, else nothing; whatever is there stays as it is."""
+    if (out / MANIFEST).exists():
+        there = dict(read_json(out / MANIFEST, EncodedManifest, f"{ADVICE}, or give another out="))
+        other = [f"{key} {there[key]}, here {value}" for key, value in facts.items() if there[key] != value]
+        if other:
+            raise UserError(f"{out} holds what was encoded otherwise ({'; '.join(other)}); give another out=")
+        return True
+    if strange := [name for name in sorted(os.listdir(out)) if name != ".lock" and not LEFT.fullmatch(name)]:
+        raise UserError(f"{out} holds something else ({strange[0]}); give another out=")
+    return False
 
 
 def _write(encoder: Encoder, source: Source, items: range, place: Any, metadata: Path, bar: Any) -> None:
@@ -288,6 +295,7 @@ def _fill(portions: Iterator[Arrays], rows: int, place: Any) -> None:
                     files[name] = np.lib.format.open_memmap(
                         hidden, mode="w+", dtype=values.dtype, shape=shape
                     )
+                    reserve(hidden)
                 files[name][at : at + len(values)] = values
             at += len(next(iter(made.values())))
         for file in files.values():

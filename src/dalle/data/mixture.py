@@ -9,7 +9,6 @@ anew, in a new order. Validation and test go through the splits of all sources, 
 
 import hashlib
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
@@ -24,8 +23,10 @@ from dalle.data.sources import Order, Source, mix
 from dalle.data.splits import Split
 from dalle.data.text import shown
 from dalle.errors import UserError
+from dalle.instantiate import check_arguments
 from dalle.ranges import PositiveInt, Side
 
+LARGEST = 1e100  # weight, so that there is a sum
 FINE = 2**40  # parts into which shares are rounded
 PASSES = 16  # orders of passes through sources that are kept
 
@@ -67,7 +68,14 @@ class Mixture:
         self.split, self.image_size, self.window = split, image_size, window
         self.names = list(sources)
         self.weights = _checked(self.names, weights)
+        for name, make in sources.items():
+            if isinstance(make, partial):
+                given = {**make.keywords, "split": split, "image_size": image_size}
+                check_arguments(make.func, given, f"data.sources.{name}", partial_call=False)
         self.sources: list[Source] = [make(split=split, image_size=image_size) for make in sources.values()]
+        for name, source in zip(sources, self.sources, strict=True):
+            if not isinstance(source, Source):
+                raise UserError(f"data.sources.{name} is no source of pictures but a {type(source).__name__}")
         self.sizes = np.array([len(source) for source in self.sources], np.int64)
         self.fixed = all(source.fixed for source in self.sources)
         # Of all items in a row: those of each source lie evenly
@@ -217,10 +225,10 @@ def _checked(names: Sequence[str], weights: Mapping[str, Any] | None) -> dict[st
     for name in names:
         weight = weights[name]
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not (number and 0 < weight < math.inf):
+        if not (number and 0 < weight <= LARGEST):
             raise UserError(
-                f"data.weights.{name} must be a positive number, got {weight}; to leave a source "
-                f"out: ~data.sources.{name}"
+                f"data.weights.{name} must be a positive number, got {weight}; the largest is {LARGEST:g}, "
+                f"and ~data.sources.{name} leaves a source out"
             )
     return {name: float(weights[name]) for name in names}
 

@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from dalle.data.batch import Batch
+from dalle.errors import UserError
+from dalle.instantiate import instantiate
+from dalle.trust import Trust, composed
 
 
 @runtime_checkable
@@ -36,6 +39,25 @@ class Source(Protocol):
     def fingerprint(self) -> str:
         """Short hash of everything the images and captions depend on."""
         ...
+
+
+def source_of(node: Any, where: str, split: str, trust: Trust = composed, **more: Any) -> Source:
+    """The split of the source that settings describe, whether or not as a partial.
+
+    Args:
+        where: the settings' place, for messages.
+        trust: see `instantiate`.
+        more: arguments beside those settings.
+
+    Raises:
+        UserError: they describe none, or one that cannot be made.
+    """
+    if not isinstance(node, dict) or "_target_" not in node:
+        raise UserError(f"{where} describes no source of pictures")
+    made = instantiate({**node, "_partial_": False}, where, trust, split=split, **more)
+    if not isinstance(made, Source):
+        raise UserError(f"{where} is no source of pictures but a {type(made).__name__}")
+    return made
 
 
 SourceFactory = Callable[..., Source]  # source(split=...) -> Source

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypedDict
 
 import torch
 
+from dalle.data import sources
 from dalle.data.shapes import Shapes
 from dalle.data.sources import Source
 from dalle.errors import UserError
@@ -86,6 +87,10 @@ class Settings(TypedDict):
     out: Text | None
     note: Text | None
     edit: Text | None
+    editing: dict[str, Any]
+    upsampling: dict[str, Any]
+    upsamplers: list[Text]
+    paths: dict[str, Text]
 
 
 def check_settings(config: dict[str, Any]) -> None:
@@ -111,8 +116,7 @@ def source_of(config: dict[str, Any], target: Target) -> Source:
         raise UserError(
             "pictures of a folder are compared with real ones; say which: data=folder data.root=PICTURES"
         )
-    node = {**node, "image_size": target.image_size, "_partial_": True}
-    return instantiate(node, "data", trust)(split=config["split"])
+    return sources.source_of({**node, "image_size": target.image_size}, "data", config["split"], trust)
 
 
 # What the groups of the judge's figures are, and its other figures.

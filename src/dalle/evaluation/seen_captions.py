@@ -9,8 +9,7 @@ import numpy as np
 
 from dalle import trust
 from dalle.data.shapes import Shapes
-from dalle.data.sources import EpochSampler
-from dalle.instantiate import instantiate
+from dalle.data.sources import EpochSampler, source_of
 from dalle.run_dir import Run
 
 AT_ONCE = 20_000
@@ -35,7 +34,7 @@ def captions_read(paths: Mapping[str, str]) -> set[str]:
         node = run.config("datamodule.source")["datamodule"]
         if node["source"].get("_target_") != "dalle.data.shapes.Shapes":
             continue
-        source = instantiate(node["source"], "data", trust.listed)(split="train")
+        source: Any = source_of(node["source"], "data", "train", trust.listed)
         _, there = drawn.setdefault(source.fingerprint(), (source, np.zeros(len(source), dtype=bool)))
         there |= items_drawn(run, len(source))
     captions = set[str]()

@@ -22,6 +22,7 @@ import dalle
 from dalle.compiler import keep_kernels
 from dalle.data.datamodules import SourceDataModule
 from dalle.data.frozen import frozen_of
+from dalle.data.sources import source_of
 from dalle.data.tokenizers import save_tokenizer
 from dalle.errors import UserError
 from dalle.files import write_text
@@ -274,7 +275,7 @@ def prepare(config: Config, run: Run, **frozen: Any) -> tuple[Any, str | None]:
     them. A run that is resumed keeps its own.
     """
     saved = run.config() if config["resume"] and run.checkpoint.exists() else None
-    source = instantiate(config["datamodule"]["source"], "data")(split="train")
+    source = source_of(config["datamodule"]["source"], "data", "train")
     items = min(len(source), config["datamodule"].get("train_items") or len(source))
     followed = fill_lengths(config, items, ranks(config), saved)
     datamodule = instantiate(config["datamodule"], "datamodule", **kept_tokenizer(config, run), **frozen)
