@@ -82,6 +82,15 @@ from dalle.errors import UserError
             "upstream.dvae=nowhere holds no finished dvae run; train one with model=dvae",
         ),
         (["model=dalle", "image_tokenizer=dvea"], "there is no image_tokenizer=dvea; did you mean"),
+        (
+            ["callbacks.checkpoint.directory=/elsewhere"],
+            "checkpoints are in the run's own, logs/",
+        ),
+        (["callbacks.grid.directory=/proc/nowhere"], "/proc/nowhere cannot be written"),
+        (
+            ["callbacks.checkpoint.best=''"],
+            "callbacks.checkpoint.best must be text that is not empty",
+        ),
         (["model=clip", "trainer.strategy=fast"], "trainer: You selected an invalid strategy"),
         (["model=clip", "trainer.devices=0"], "trainer.devices must be a whole number from 1 to 1024 or -1"),
     ],

@@ -1,5 +1,7 @@
 """A user's mistake is one clear line: on the real exceptions of the installed Hydra."""
 
+from pathlib import Path
+
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -47,6 +49,48 @@ def test_hydras_errors_in_one_line(override, line):
     assert entry._is_users(error)
     assert entry.one_line(error).startswith(line)
     assert "\n" not in entry.one_line(error)
+
+
+def test_the_home_of_nobody():
+    with pytest.raises(RuntimeError) as error:
+        Path("~nobody-of-this-name/x").expanduser()
+    assert entry.said(error.value).startswith("a path begins with ~ and the name of nobody here")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("data.root=~/pictures", "data.root=/home/me/pictures"),
+        ("paths.logs='~/my logs'", "paths.logs='/home/me/my logs'"),
+        ("data.shards=[~/a.tar,'~/b.tar']", "data.shards=[/home/me/a.tar,'/home/me/b.tar']"),
+        ("init_from=~/a,~/b", "init_from=/home/me/a,/home/me/b"),
+        ("data.root=a~/b", "data.root=a~/b"),
+        ("~callbacks.ema", "~callbacks.ema"),
+        ("prompt=~/ is a tilde", "prompt=~/ is a tilde"),
+    ],
+)
+def test_paths_at_home(monkeypatch, typed, meant):
+    """bash leaves them as they are where a name has a dot, and Hydra does not take them."""
+    monkeypatch.setenv("HOME", "/home/me")
+    assert entry.at_home(typed) == meant
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate", "encode"])
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [
+        ("~n", "n is needed: do not take it away"),
+        ("~pipeline.prior", "pipeline.prior is needed: do not take it away"),
+        ("~paths=default", "paths is needed"),
+        ("+promt=x", "there is no setting promt"),
+    ],
+)
+def test_what_a_command_cannot_do_without(command, word, line):
+    with pytest.raises(UserError, match=line):
+        compose_jobs(command, [word])
+    entry.check_whole(
+        ["~data.sources.a", "+data@data.sources.a=folder", "~sampler.eta", "+sampler.x=1", "++n=4"]
+    )
 
 
 @pytest.mark.parametrize("override", ["optimizer.lr=[1", "foo", "a b=c", "prompt='x"])

@@ -16,12 +16,14 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 from tiny import ROOT
 
+from dalle.cli.compose import compose as compose_jobs
 from dalle.cli.entry import one_line
 from dalle.errors import UserError
 from dalle.evaluation import multirun
 from dalle.evaluation.multirun import typed
 from dalle.evaluation.results import Result
 from dalle.evaluation.run import evaluate
+from dalle.launch.overrides import quote
 from dalle.launch.processes import REASON, STOPPED
 
 FAST = (
@@ -162,6 +164,18 @@ def test_families_side_by_side_on_the_same_prompts(command, stages, jobs, tmp_pa
     assert "vae reads no captions" in (report / "report.html").read_text()
 
 
+def test_folders_whose_names_are_quoted(command, stages, tmp_path, monkeypatch):
+    place, asked = tmp_path / "o'brien's runs, all", []
+    stages.rename(place)
+    monkeypatch.setattr(multirun, "run_all", lambda jobs: ([], asked.extend(jobs) or []))
+    monkeypatch.setattr(multirun, "conclude", lambda *_: None)
+    assert command("evaluate.py", f"compare=[{quote(str(place / 'default'))}]").code == 0
+    for words in asked:
+        (job,) = compose_jobs("evaluate", words)
+        assert job.config["paths"]["logs"] == str(place)
+        assert job.config["scorer"] == str(place / "default" / "clip")
+
+
 def test_commands_as_they_were_typed():
     assert typed([["a=1", "b=[x]"], ["a=2", "b=[x]"]]) == [
         "dalle evaluate -m a=1,2 'b=[x]'", "dalle evaluate a=1 'b=[x]'", "dalle evaluate a=2 'b=[x]'",
@@ -177,6 +191,7 @@ def test_commands_as_they_were_typed():
     [
         ("[nowhere]", "compare: there is no folder nowhere"),
         ("[logs/none*]", r"compare: there is no folder logs/none\*"),
+        ("5", "compare: there is no folder 5"),
         ("[logs]", "compare: logs holds no finished run of decoder, dalle"),
     ],
 )

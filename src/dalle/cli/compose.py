@@ -24,10 +24,11 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 
 import dalle
-from dalle.cli.entry import check_words, escaped, groups
+from dalle.cli.entry import check_whole, check_words, escaped, groups
 from dalle.errors import UserError
 
 VERSION = "1.3"  # of Hydra's behaviour
+ALL_OF_IT = ("sample", "evaluate", "encode")  # commands that take every one of their settings, and no others
 
 
 @dataclass
@@ -95,6 +96,8 @@ def compose(
     given, rest = sources(escaped(arguments))
     folders = [Path(word.partition("=")[2]) for word in given if not word.startswith("--config-name")]
     check_words(rest, groups(conf_dir(), *folders))
+    if command in ALL_OF_IT:
+        check_whole(rest)
     given_too = [word for word in rest if word.startswith("hydra.searchpath=")]
     composed: list[tuple[DictConfig, list[str], bool, str]] = []
 

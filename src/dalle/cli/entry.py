@@ -35,7 +35,7 @@ def run(main: Callable[[list[str]], None], arguments: Sequence[str]) -> None:
         os.environ["GOMP_SPINCOUNT"] = "10000"
     warnings.formatwarning = warning
     try:
-        main(list(arguments))
+        main(list(map(at_home, arguments)))
     except KeyboardInterrupt:
         _leave(STOPPED)
         sys.exit(f"\n{STOPPED}")
@@ -63,6 +63,8 @@ def said(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, RecursionError):
         return "a setting refers to itself"
+    if "Could not determine home directory" in text:  # of `Path.expanduser`
+        return "a path begins with ~ and the name of nobody here; give the whole path"
     return f"{BUG}: {text} (debug=true shows where); please report it with the command"
 
 
@@ -93,11 +95,37 @@ def check_words(arguments: Sequence[str], choices: Mapping[str, list[str]]) -> N
             raise UserError(f"{argument} leaves {key} as it is; name what is to change in it")
 
 
+def check_whole(arguments: Sequence[str]) -> None:
+    """Refuses settings that are taken away from, or added to, those that a command has; but for parts of
+    sources and samplers, of which some have others.
+
+    Raises:
+        UserError: naming the setting.
+    """
+    for argument in arguments:
+        key = argument.partition("=")[0]
+        name = key.lstrip("+~")
+        if name.startswith(("hydra", "data.", "sampler.")) or "@" in name or "/" in name:
+            continue
+        if key.startswith("~"):
+            raise UserError(f"{name} is needed: do not take it away")
+        if re.match(r"\+(?!\+)", key) and "." not in name:
+            raise UserError(f"there is no setting {name}")
+
+
 def _leave(reason: str) -> None:
     """Tells a sweep that has started this process why it ends; of several processes the first counts."""
     if path := os.environ.get(REASON):
         with contextlib.suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:
             file.write(reason)
+
+
+def at_home(argument: str) -> str:
+    """A setting with `~` in front of a path as a shell would have it, which looks in front of words alone."""
+    key, equals, value = argument.partition("=")
+    if key.lstrip("+") == "prompt" or not (home := os.path.expanduser("~")).startswith("/"):
+        return argument
+    return key + equals + re.sub(r"""(?<![^,\["'])~(?=/)""", lambda _: home, value)
 
 
 def escaped(arguments: Sequence[str]) -> list[str]:

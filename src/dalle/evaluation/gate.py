@@ -15,6 +15,7 @@ from dalle.errors import UserError
 from dalle.evaluation.report import number
 from dalle.evaluation.results import Result, figure_of, flat
 from dalle.files import write_json
+from dalle.launch.overrides import quote
 from dalle.launch.processes import call, child_command
 from dalle.reading import read_json
 from dalle.run_dir import Run
@@ -35,8 +36,9 @@ def measure(folder: Path, settings: list[str]) -> Result:
     if not Run(folder / "decoder").finished:
         raise UserError(f"{folder} holds no finished run to measure; `make demo` trains one in a few minutes")
     with tempfile.TemporaryDirectory() as scratch:
-        words = [f"name='{folder.name}'", f"paths.logs='{folder.parent}'"]
-        words += [*settings, "overwrite=true", f"out='{scratch}/out'", f"note='{scratch}/note'"]
+        words = [f"name={quote(folder.name)}", f"paths.logs={quote(str(folder.parent))}"]
+        places = [f"{name}={quote(f'{scratch}/{name}')}" for name in ("out", "note")]
+        words += [*settings, "overwrite=true", *places]
         if call([*child_command("evaluate"), *words]):
             raise UserError("the evaluation failed, see above")
         return Result.read(Path(scratch, "note").read_text(encoding="utf-8").strip())

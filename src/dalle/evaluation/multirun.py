@@ -18,6 +18,7 @@ from dalle.evaluation.results import FILE, Result
 from dalle.evaluation.run import evaluate
 from dalle.evaluation.stability import stability
 from dalle.evaluation.targets import MAIN
+from dalle.launch.overrides import quote
 from dalle.launch.processes import REASON, STOPPED, call, child_command
 from dalle.pipelines.sampling import REQUESTS, SamplingConfig, new_folder
 from dalle.run_dir import Run
@@ -49,13 +50,15 @@ def compare(config: dict[str, Any], overrides: Sequence[str]) -> None:
     ]
     if not config["scorer"]:  # one CLIP for all: the first there is
         clips = [folders[0] / "clip" for _, folders in families if Run(folders[0] / "clip").finished]
-        shared += [f"scorer='{clips[0]}'"] if clips else []
-    shared += [f"paths.cache='{config['paths']['cache']}'"]
+        shared += [f"scorer={quote(str(clips[0]))}"] if clips else []
+    shared += [f"paths.cache={quote(config['paths']['cache'])}"]
     chosen = config["pipeline"]["kind"]
     jobs = [
         [
             *(word for word in shared if kind == chosen or not is_of(chosen, word)),
-            *(f"pipeline={kind}", f"name='{folders[0].name}'", f"paths.logs='{folders[0].parent}'"),
+            f"pipeline={kind}",
+            f"name={quote(folders[0].name)}",
+            f"paths.logs={quote(str(folders[0].parent))}",
         ]
         for kind, folders in families
     ]
@@ -93,8 +96,8 @@ def command_line(words: Sequence[str]) -> str:
     return shlex.join(["dalle", "evaluate", *words])
 
 
-def entries(given: str | list[Any]) -> list[str]:
-    return [str(entry) for entry in (given if isinstance(given, list) else given.split(","))]
+def entries(given: Any) -> list[str]:
+    return [str(entry) for entry in (given if isinstance(given, list) else str(given).split(","))]
 
 
 def families_of(entry: str) -> list[tuple[str, list[Path]]]:
@@ -125,7 +128,9 @@ def run_all(jobs: Sequence[Sequence[str]]) -> tuple[list[Result], list[str]]:
             print(f"[{k + 1}/{len(jobs)}] {' '.join(overrides)}", flush=True)
             note, reason = Path(scratch, f"{k}.note"), Path(scratch, f"{k}.reason")
             code = call(
-                [*child_command("evaluate"), *overrides, f"note='{note}'"], None, **{REASON: str(reason)}
+                [*child_command("evaluate"), *overrides, f"note={quote(str(note))}"],
+                None,
+                **{REASON: str(reason)},
             )
             why = reason.read_text(encoding="utf-8") if reason.exists() else f"ended with code {code}"
             if code and why == STOPPED:

@@ -45,6 +45,10 @@ def evaluate(config: dict[str, Any]) -> Path | None:
     check_name(str(config["name"]), "name")
     if config["out"] and is_main_process():
         check_writable(Path(config["out"]), "folder with out=")
+    if config["note"] and is_main_process():
+        check_writable(Path(config["note"]).parent, "note")
+        if Path(config["note"]).is_dir():
+            raise UserError(f"note={config['note']} is a folder; give a file")
     check_machine(config)
     quiet()
     warnings.filterwarnings("ignore", ".*predict returned None.*")  # on purpose: see `Evaluator`

@@ -224,7 +224,9 @@ class Edit:
             UserError: one that the pipeline does not know; what it takes is wrong, missing or not for it;
                 pictures that are missing or unreadable; a mask of another size, or of one colour.
         """
-        name, settings = config["edit"], {k: v for k, v in config["editing"].items() if v is not None}
+        name = config["edit"]
+        check_value(config["editing"], dict, "editing")
+        settings = {key: value for key, value in config["editing"].items() if value is not None}
         paths = {key: config[key] for key in ("image", "mask", "other") if config[key] is not None}
         if name is None:
             for word in [*paths, *(f"editing.{key}" for key in settings)]:

@@ -523,8 +523,7 @@ def sample(config: dict[str, Any]) -> Path:
         check_parts(again, kind, f"{request.recipe}")
     if again and again.edit:
         edit = Edit.of(again.edit, again.pipeline, f"{request.recipe}")
-    if recipe.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda was asked for but PyTorch sees no GPU; use device=cpu")
+    pick_device(recipe.device)  # refuses one that is not here
     for stage, node in recipe.options.items():
         arguments(node, stage)  # refuses what is wrong before anything is loaded
     check_name(request.name, "name")
