@@ -22,6 +22,7 @@ from dalle.pipelines.load import load_unclip
 from dalle.pipelines.recipe import SampleRecipe
 from dalle.reading import LARGEST, migrated, read_json, read_yaml, shaped
 from dalle.run_dir import Run, load_clip, load_stage
+from dalle.training.checks import build_stage
 
 DEEP = 100_000
 BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
@@ -170,6 +171,18 @@ def test_a_config_that_describes_something_else(untrained_stages, tmp_path, chan
     path = tmp_path / "default" / "decoder" / "config.yaml"
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | change))
     one_line(lambda: load_unclip(path.parent), line)
+
+
+def test_a_stage_without_a_network(untrained_stages, tmp_path):
+    """A denoiser may be anything that can be called; what is none has no network to load."""
+    shutil.copytree(untrained_stages / "default" / "decoder", tmp_path / "decoder")
+    path = tmp_path / "decoder" / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["model"]["denoiser"] = {"_target_": "torch.nn.Identity"}
+    path.write_text(yaml.safe_dump(config))
+    one_line(lambda: load_stage(path.parent), "config.yaml: model describes a stage without a network")
+    with pytest.raises(UserError, match="model describes a stage without a network"):
+        build_stage(config["model"])
 
 
 def test_a_manifest_of_another_stage(untrained_stages, tmp_path):

@@ -264,6 +264,8 @@ def build_stage(run: Run) -> Any:
         raise UserError(f"{where} cannot be built ({reason}); {ADVICE}") from error
     if not isinstance(stage, Stage):
         raise UserError(f"{where} is no stage but a {type(stage).__name__}; {ADVICE}")
+    if not isinstance(getattr(stage, "net", None), torch.nn.Module):  # of a denoiser that is none, as one
+        raise UserError(f"{where} describes a stage without a network; {ADVICE}")
     return stage
 
 

@@ -225,9 +225,12 @@ def rehearse(config: Config, here: bool = True) -> None:
 def build_stage(model: Config) -> Stage:
     """As `instantiate`; what a network raises for sizes that it cannot have is a line, too."""
     try:
-        return instantiate(model, "model")
+        stage = instantiate(model, "model")
     except (UserError, MemoryError):
         raise
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(f"model cannot be built with these sizes ({reason}); change model.net") from error
+    if not isinstance(getattr(stage, "net", None), torch.nn.Module):
+        raise UserError("model describes a stage without a network; leave its parts as a preset has them")
+    return stage
