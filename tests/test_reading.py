@@ -20,7 +20,7 @@ from dalle.evaluation.results import Result
 from dalle.launch.sweeps import read as read_job
 from dalle.pipelines.load import load_unclip
 from dalle.pipelines.recipe import SampleRecipe
-from dalle.reading import LARGEST, migrated, read_json, read_yaml, shaped
+from dalle.reading import LARGEST, LARGEST_YAML, migrated, read_json, read_yaml, shaped
 from dalle.run_dir import Run, load_clip, load_stage
 from dalle.training.checks import build_stage
 
@@ -112,7 +112,7 @@ def test_what_is_no_file_is_one_line(tmp_path, name):
     one_line(lambda: READERS[name](path))
     path.unlink()
     path.touch()
-    os.truncate(path, LARGEST + 1)
+    os.truncate(path, (LARGEST_YAML if path.suffix == ".yaml" else LARGEST) + 1)
     one_line(lambda: READERS[name](path), name, "MB are more than any such file has")
 
 

@@ -23,6 +23,7 @@ Shape = TypeVar("Shape")
 Facts = dict[str, Any]
 
 LARGEST = 2**26  # bytes
+LARGEST_YAML = 2**23  # which is read a hundred times as slowly
 DEEPEST = 64
 MOST = 2_000_000  # values; a few bytes of YAML can stand for billions
 WORDS = {
@@ -77,7 +78,7 @@ def read_json(path: str | Path, shape: type[Shape], advice: str) -> Shape:
 
 def read_yaml(path: str | Path, shape: type[Shape], advice: str) -> Shape:
     """YAML of a shape; tags that make objects are refused."""
-    text = read_text(path, advice)
+    text = read_text(path, advice, LARGEST_YAML)
     try:
         content = yaml.load(text, PlainLoader)
     except (ValueError, TypeError, RecursionError, MemoryError, yaml.YAMLError) as error:
