@@ -1,5 +1,6 @@
 """Checkpoints in the background, and earlier ones that are kept."""
 
+import os
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,6 +106,15 @@ def test_the_best_is_kept(tmp_path, monkeypatch):
     (run.path / "manifest.json").unlink()
     train("vae", tmp_path, *[f"+{o}" if ".b" in o else o for o in options], "resume=true", steps=11)
     assert steps(run.path) == {"best.ckpt": 10, "last.ckpt": 11}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system knows no pipes")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "last.ckpt")
+    with pytest.raises(
+        UserError, match=r"last\.ckpt cannot be read \(it is no file\); delete it, or start again"
+    ):
+        read_checkpoint(tmp_path / "last.ckpt")
 
 
 def test_the_best_is_of_the_figure_that_is_asked_for_now(tmp_path):

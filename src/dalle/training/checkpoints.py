@@ -302,6 +302,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read, is not one of a training, or holds weights that are no numbers.
     """
+    if not path.is_file():  # a pipe or a device may never end
+        raise UserError(f"{path} cannot be read (it is no file); {WAYS}")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
