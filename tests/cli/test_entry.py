@@ -88,9 +88,15 @@ def test_paths_at_home(monkeypatch, typed, meant):
 def test_what_a_command_cannot_do_without(command, word, line):
     with pytest.raises(UserError, match=line):
         compose_jobs(command, [word])
-    entry.check_whole(
-        ["~data.sources.a", "+data@data.sources.a=folder", "~sampler.eta", "+sampler.x=1", "++n=4"]
-    )
+    others = [
+        "~data.sources.a",
+        "+data@data.sources.a=folder",
+        "~sampler.eta",
+        "+sampler.x=1",
+        "++n=4",
+        "+own=a",
+    ]
+    entry.check_whole(others, ["own"])
 
 
 @pytest.mark.parametrize("override", ["optimizer.lr=[1", "foo", "a b=c", "prompt='x"])

@@ -95,9 +95,10 @@ def compose(
     """
     given, rest = sources(escaped(arguments))
     folders = [Path(word.partition("=")[2]) for word in given if not word.startswith("--config-name")]
-    check_words(rest, groups(conf_dir(), *folders))
+    choices = groups(conf_dir(), *folders)
+    check_words(rest, choices)
     if command in ALL_OF_IT:
-        check_whole(rest)
+        check_whole(rest, choices)
     given_too = [word for word in rest if word.startswith("hydra.searchpath=")]
     composed: list[tuple[DictConfig, list[str], bool, str]] = []
 

@@ -9,7 +9,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +95,9 @@ def check_words(arguments: Sequence[str], choices: Mapping[str, list[str]]) -> N
             raise UserError(f"{argument} leaves {key} as it is; name what is to change in it")
 
 
-def check_whole(arguments: Sequence[str]) -> None:
-    """Refuses settings that are taken away from, or added to, those that a command has; but for parts of
-    sources and samplers, of which some have others.
+def check_whole(arguments: Sequence[str], choices: Collection[str]) -> None:
+    """Refuses settings that are taken away from, or added to, those that a command has; but for groups, and
+    for parts of sources and samplers, of which some have others.
 
     Raises:
         UserError: naming the setting.
@@ -109,7 +109,7 @@ def check_whole(arguments: Sequence[str]) -> None:
             continue
         if key.startswith("~"):
             raise UserError(f"{name} is needed: do not take it away")
-        if re.match(r"\+(?!\+)", key) and "." not in name:
+        if re.match(r"\+(?!\+)", key) and "." not in name and name not in choices:
             raise UserError(f"there is no setting {name}")
 
 
