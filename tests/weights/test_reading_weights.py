@@ -62,8 +62,9 @@ def test_a_bomb_is_no_weights(tmp_path):
         torch.zeros(2, 2).to_sparse(),
         torch.quantize_per_tensor(torch.zeros(2), 1.0, 0, torch.qint8),
         torch.empty(2, device="meta"),
+        torch.zeros(1).expand(4),
     ],
-    ids=["sparse", "quantized", "meta"],
+    ids=["sparse", "quantized", "meta", "expanded"],
 )
 def test_a_tensor_that_is_no_plain_one(tmp_path, odd):
     torch.save({"a": odd}, tmp_path / "a.pt")

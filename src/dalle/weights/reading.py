@@ -166,6 +166,8 @@ def tensors_in(content: Any, room: list[int], name: str = "", depth: int = 0) ->
     if isinstance(content, Tensor):
         if content.layout != torch.strided or content.is_quantized or content.device.type != "cpu":
             raise ValueError(f"{name} is no plain tensor")
+        if content.nbytes > content.untyped_storage().nbytes():  # a few bytes that stand for gigabytes
+            raise ValueError(f"{name} is larger than what was stored for it")
         yield name, content.detach()
     if isinstance(content, Husk):
         content = content.parts()
