@@ -41,6 +41,10 @@ MISTAKES: tuple[tuple[str, ...], ...] = (
     ("sampler.steps=0",), ("sampler.steps=-1",), ("resume=maybe",), ("overwrite=1.5",),
     ("resume=true", "overwrite=true"), ("upstream.clip=nowhere", "model=prior"), ("precision=fp8",),
     ("trainer=tpu",), ("'",), ("=",), ("model",), ("optimizer.lr=${nowhere}",), ("optimizer.lr=[",),
+    ("lora.rank=-1",), ("lora.rank=4",), ("init_from=nowhere",), ("model.micro_batch=0",), ("compile=foo",),
+    ("callbacks.checkpoint.keep=0",), ("callbacks.checkpoint.best=''",),
+    ("callbacks.checkpoint.best_is=mean",), ("callbacks.checkpoint.directory=/elsewhere",),
+    ("callbacks.grid.directory=/proc/nowhere",),
 )  # fmt: skip
 
 
