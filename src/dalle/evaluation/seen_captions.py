@@ -4,6 +4,7 @@ word, and what is said of such captions is no measure of what was learned beyond
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
