@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dalle.autoregressive.sampling import generate
 from dalle.nets.ar_prior import ARPrior
@@ -12,6 +13,7 @@ from dalle.nets.dalle import DALLE
 from dalle.nets.dit import DiT
 from dalle.nets.half import to_bf16
 from dalle.nets.prior import Prior
+from dalle.nets.small_unet import SmallUNet
 from dalle.nets.unet import UNet
 
 TEXT = {
@@ -86,3 +88,48 @@ def test_what_stays_fp32():
     with torch.autocast("cpu", torch.bfloat16):
         codes = generate(net.eval(), torch.tensor([[1, 5, 19, 0, 0, 0]]), guidance=2.0)
     assert codes.shape == (1, 9)
+
+
+class FeatureMaps(TorchDispatchMode):
+    """Notes what makes feature maps in another type than bf16, or another layout than channels_last; group
+    norms, which compute in fp32 inside, are of other operations than these.
+    """
+
+    ops = ("convolution", "add", "cat", "upsample_nearest2d", "avg_pool2d")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen, self.wrong = 0, []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        out = made[0] if isinstance(made, tuple) else made  # None: a gradient that nobody wants
+        named = func._schema.name.removeprefix("aten::").removesuffix("_backward") in self.ops
+        if named and out is not None and out.ndim == 4:
+            last = out.is_contiguous(memory_format=torch.channels_last)
+            self.seen += 1
+            if out.dtype != torch.bfloat16 or not last:
+                self.wrong.append(f"{func}: {tuple(out.shape)}, {out.dtype}, channels_last: {last}")
+        return made
+
+
+UNETS = {
+    "conv": lambda: UNet(16, 3, 3, 16, (1, 2), 1, (4,), 8, **SIZES, patch=2),
+    "block": lambda: UNet(16, 3, 6, 16, (1, 2), 1, (8,), 8, **SIZES, patch=1, dropout=0.1, resample="block"),
+    "small": lambda: SmallUNet(16, 3, 3, 16, (1, 2), (1, 1), (4,), 8, 16, **SIZES, patch=2),
+}
+
+
+@pytest.mark.parametrize("kind", UNETS)
+def test_no_feature_map_is_fp32_or_turned_around(kind):
+    """Forward and backward under autocast: each such map would be twice the memory traffic."""
+    net = UNETS[kind]().to(memory_format=torch.channels_last)
+    for p in net.parameters():
+        nn.init.normal_(p, std=0.1)
+    picture = PICTURE.to(memory_format=torch.channels_last)
+    with FeatureMaps() as maps:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = net(picture, TIME, image_embed=TEXT["text_embed"], **TEXT)
+        out.backward(torch.ones_like(out))
+    assert maps.seen > 20
+    assert maps.wrong == []

@@ -378,6 +378,12 @@ class KnownPixels(nn.Conv2d):
         return super().forward(F.pixel_unshuffle(known, self.patch))
 
 
+def nearest(x: Float[Tensor, "B C h w"], factor: int) -> Float[Tensor, "B C H W"]:
+    """As many times the size, in the precision of x: an autocast would make it fp32."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.interpolate(x, scale_factor=float(factor), mode="nearest")
+
+
 class Downsample(nn.Conv2d):
     """Half the size by a strided convolution."""
 
@@ -392,7 +398,7 @@ class Upsample(nn.Conv2d):
         super().__init__(channels, channels, 3, padding=1)
 
     def forward(self, input: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C 2*H 2*W"]:
-        return super().forward(F.interpolate(input, scale_factor=2.0, mode="nearest"))
+        return super().forward(nearest(input, 2))
 
 
 class ResBlock(nn.Module):
@@ -414,7 +420,7 @@ class ResBlock(nn.Module):
     def resize(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C h w"]:
         if self.resample == "down":
             return F.avg_pool2d(x, 2)
-        return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.resample == "up" else x
+        return nearest(x, 2) if self.resample == "up" else x
 
     def forward(
         self, x: Float[Tensor, "B C H W"], scale: Float[Tensor, "B D"], shift: Float[Tensor, "B D"]

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm as with_spectral_norm
 
-from dalle.nets.blocks import Attention, GroupNorm, PixelAttention, check_sizes, linear_fp32
+from dalle.nets.blocks import Attention, GroupNorm, PixelAttention, check_sizes, linear_fp32, nearest
 from dalle.nets.sizes import cut, levels_for, map_sides, padded
 from dalle.ranges import Depth, Multipliers, PositiveInt, Side, Width
 
@@ -173,16 +173,12 @@ class Generator(nn.Module):
         x = self.sketch(vector).view(-1, *self.lowest).contiguous(memory_format=torch.channels_last)
         for level, blocks in enumerate(self.levels):
             if level:
-                x = enlarge(self.grow[level - 1](x), 2)
+                x = nearest(self.grow[level - 1](x), 2)
             for block in blocks.children():
                 x = block(x, next(modulation), None if block.attention is None else next(context))
         scale, shift = next(modulation).chunk(2, dim=1)
-        x = enlarge(self.conv_norm_out(x, 1 + scale, shift), self.patch)
+        x = nearest(self.conv_norm_out(x, 1 + scale, shift), self.patch)
         return cut(self.conv_out(x), self.image_size).float().tanh()
-
-
-def enlarge(x: Float[Tensor, "B C h w"], factor: int) -> Float[Tensor, "B C H W"]:
-    return F.interpolate(x, scale_factor=float(factor), mode="nearest")
 
 
 class DiscriminatorBlock(nn.Module):

@@ -26,6 +26,7 @@ from dalle.nets.blocks import (
     KnownPixels,
     PixelAttention,
     check_sizes,
+    nearest,
 )
 from dalle.nets.recompute import Checkpoint, recomputed
 from dalle.nets.sizes import cut, levels_for, map_sides, padded, patch_for
@@ -202,7 +203,7 @@ class SmallUNet(nn.Module):
         x = x + self.sketch(vector).to(x.dtype).view(-1, *x.shape[1:])
         x = self.run(self.middle, x, *given)
         for grow, blocks in zip(self.grow, self.up, strict=True):
-            x = F.interpolate(grow(x), scale_factor=2.0, mode="nearest") + skips.pop()
+            x = nearest(grow(x), 2) + skips.pop()
             x = self.run(blocks, x, *given)
         scale, shift = modulation[-1].chunk(2, dim=1)
         x = self.conv_out(self.conv_norm_out(x, 1 + scale, shift))
