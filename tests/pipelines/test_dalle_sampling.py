@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import files_below, untrained
 from hydra import compose, initialize_config_dir
@@ -15,6 +16,7 @@ from tiny import ROOT
 
 from dalle.cli import entry
 from dalle.errors import UserError
+from dalle.pipelines.dalle import DallePipeline
 from dalle.pipelines.load import load_dalle
 from dalle.pipelines.sampling import sample
 
@@ -102,6 +104,19 @@ def test_every_setting_changes_the_pictures(make, picture):
     }
     made = {name: pngs(make(name, PROMPT, "n=4", *more))["grid.png"] for name, more in settings.items()}
     assert not {a for a in made for b in made if a != b and made[a] == made[b]}
+
+
+def test_weights_are_cast_before_they_go_to_the_device(make, monkeypatch):
+    """Which then needs room for half as much."""
+    moved, to = [], DallePipeline.to
+
+    def watched(self, device):
+        moved.append({p.dtype for p in self.dalle.net.layers.parameters() if p.ndim == 2})
+        return to(self, device)
+
+    monkeypatch.setattr(DallePipeline, "to", watched)
+    make("out", PROMPT, "precision=bf16")
+    assert moved == [{torch.bfloat16}]
 
 
 def test_previews_are_a_strip_of_each_picture(make):

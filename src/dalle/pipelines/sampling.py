@@ -547,8 +547,8 @@ def sample(config: dict[str, Any]) -> Path:
     )
 
     options = {stage: arguments(node, stage) for stage, node in recipe.options.items()}
+    loaded.pipeline.prepare(recipe.precision, recipe.compile)
     pipeline, figures = loaded.pipeline.to(recipe.device), {}
-    pipeline.prepare(recipe.precision, recipe.compile)
     if edit:
         frames, figures = edited(edit, pipeline, recipe, options)
     else:

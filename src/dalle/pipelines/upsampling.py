@@ -90,10 +90,11 @@ class Drawing(nn.Module):
         self.upsamplers = None
 
     def prepare(self, precision: Literal["fp32", "bf16"], compile: Literal["none", "graphs", "full"]) -> None:
-        """Readies what draws for much drawing, once the pipeline is on its device; networks stay so.
+        """Readies what draws for much drawing; networks stay so.
 
         Args:
             precision: bf16 casts weights once and for all, of which autocast else makes copies all the time.
+                Before the pipeline goes to its device, there is never room needed for fp32 there.
             compile: as `Stage.speed_up` has it.
         """
         for stage in self.modules():
