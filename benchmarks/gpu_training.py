@@ -332,14 +332,15 @@ def resumed(job: Job, stage: str) -> dict[str, Any]:
 
 
 DISTRIBUTED = ("trainer.devices=1", "precision=bf16")
+# What was never tried on a GPU comes first, after what the others are compared with
 COLUMNS: dict[str, Case] = {
     "cpu": Case(like_cpu),
     "bf16": Case(bf16),
-    "resume": Case(resumed),
-    "fp16": Case(partial(variant, words=("precision=fp16",))),
-    "ddp": Case(partial(variant, words=("trainer=ddp", *DISTRIBUTED))),
     "fsdp": Case(partial(variant, words=("trainer=fsdp", *DISTRIBUTED))),
     "compiled": Case(partial(variant, words=("compile=true", "precision=bf16")), limit=120),
+    "resume": Case(resumed),
+    "ddp": Case(partial(variant, words=("trainer=ddp", *DISTRIBUTED))),
+    "fp16": Case(partial(variant, words=("precision=fp16",))),
 }
 
 
@@ -401,10 +402,10 @@ def pipeline_cases(pipeline: str, *stages: str) -> dict[str, Case]:
     }
 
 
-PIPELINES = {"unclip": ("clip", "prior", "decoder"), "dalle": ("clip", "dvae", "dalle")}
+PIPELINES = {"dalle": ("clip", "dvae", "dalle"), "unclip": ("clip", "prior", "decoder")}
 PARTS: dict[str, dict[str, Case]] = {
-    **{stage: cases_of(stage) for stage in NETS},
     **{f"pipeline-{name}": pipeline_cases(name, *stages) for name, stages in PIPELINES.items()},
+    **{stage: cases_of(stage) for stage in NETS},
 }
 
 
