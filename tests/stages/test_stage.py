@@ -24,13 +24,14 @@ def stage_of(net: nn.Module, **trainer: Any) -> tuple[Any, dict[str, Any]]:
     return stage, logged
 
 
+@pytest.mark.parametrize("algorithm", ["norm", None])  # None: what a Trainer says that was not told
 @pytest.mark.parametrize(("limit", "left"), [(1.0, 1.0), (None, 5.0), (10.0, 5.0)])
-def test_the_norm_is_logged_as_it_was_before_clipping(limit, left):
+def test_the_norm_is_logged_as_it_was_before_clipping(limit, left, algorithm):
     net = nn.Linear(2, 1, bias=False)
     net.weight.grad = torch.tensor([[3.0, 4.0]])
     stage, logged = stage_of(net, strategy=None)
     stage.guard.marked(torch.tensor(1.0))
-    stage.configure_gradient_clipping(None, limit, "norm")
+    stage.configure_gradient_clipping(None, limit, algorithm)
     assert float(logged["train/grad_norm"]) == pytest.approx(5.0)
     assert float(net.weight.grad.norm()) == pytest.approx(left, rel=1e-5)
 

@@ -20,7 +20,7 @@ UNET = (
 )  # fmt: skip
 
 
-COMPILED = ("clip", "prior", "ar_prior", "decoder", "unet", "dit", "dalle", "upsampler")
+COMPILED = ("clip", "prior", "ar_prior", "decoder", "unet", "dit", "dalle", "upsampler", "vae", "dvae", "gan")
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +44,7 @@ class Graphs(lightning.Callback):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize(
-    "model", ["clip", "prior", "ar_prior", "decoder", "unet", "dit", "dalle", "upsampler"]
-)
+@pytest.mark.parametrize("model", COMPILED)
 def test_compiling_happens_in_the_first_step_only(model, logs, monkeypatch):
     """With validations, pictures and a test in between, whose last batches are smaller."""
     torch.compiler.reset()
