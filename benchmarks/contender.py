@@ -154,6 +154,8 @@ def prior(spec: PriorSpec, ctx: Context) -> tuple[PriorStage, Batch]:
         embed_dim=spec.clip_dim,
         text_width=spec.clip_dim,
         context_length=spec.text_len,
+        vocab_size=2,
+        text_layers=0,  # as the peer, whose prior reads states
         width=spec.dim,
         depth=spec.depth,
         heads=spec.heads,

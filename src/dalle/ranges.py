@@ -42,6 +42,7 @@ Width = Annotated[int, Ge(1), Le(2**20)]  # of a layer
 Vocabulary = Annotated[int, Ge(2), Le(2**20)]
 Length = Annotated[int, Ge(1), Le(2**16)]  # of a sequence of tokens
 Depth = Annotated[int, Ge(1), Le(1000)]  # layers, blocks, levels: what is made one by one
+Layers = Annotated[int, Ge(0), Le(1000)]  # those that may be left out
 Multipliers = Annotated[Sequence[Depth], Len(1, 16)]  # of widths, one for each feature map
 Levels = Sequence[PositiveInt] | Sequence[Sequence[PositiveInt]]  # of finite scalars
 Steps = Annotated[int, Ge(1), Le(100_000)]  # of a sampler or a noise schedule

@@ -6,7 +6,8 @@ from torch import nn
 
 from dalle.nets.prior import Prior
 
-SMALL = {"embed_dim": 8, "text_width": 6, "context_length": 5, "width": 32, "depth": 2, "heads": 4}
+SMALL = {"embed_dim": 8, "text_width": 6, "context_length": 5, "vocab_size": 9}
+SMALL |= {"width": 32, "depth": 2, "heads": 4, "text_layers": 1}
 
 
 def grown(**changes) -> Prior:
@@ -22,7 +23,10 @@ def inputs(net: Prior, b: int = 3, length: int = 5) -> tuple[torch.Tensor, torch
         "text_embed": torch.randn(b, net.embed_dim, generator=generator),
         "text_hidden": torch.randn(b, length, net.text_width, generator=generator),
         "text_mask": torch.arange(length) < torch.arange(1, b + 1)[:, None],
+        "text": torch.randint(0, 9, (b, length), generator=generator),
     }
+    if not net.text_layers:
+        del text["text"]
     return torch.randn(b, net.embed_dim, generator=generator), torch.rand(b, generator=generator), text
 
 
@@ -39,7 +43,7 @@ def test_is_zero_at_birth_at_any_size(b, length, depth, heads):
 def test_papers_prior_has_the_papers_size():
     """ "1B" (DALL-E 2, Table 3): 12 width^2 in each of 24 layers, and what goes in and out."""
     with torch.device("meta"):
-        net = Prior(1024, 2048, 256, 2048, 24, 32)
+        net = Prior(1024, 2048, 256, 50257, 2048, 24, 32, text_layers=0)
     assert sum(p.numel() for p in net.layers.parameters()) == 24 * (12 * 2048**2 + 13 * 2048)
     assert sum(p.numel() for p in net.parameters()) == 1_228_551_168
 
@@ -67,6 +71,20 @@ def test_cache_holds_keys_and_values_of_each_layer():
         net(x, t, **text, cache=cache)
     with pytest.raises(ValueError, match="or a cache"):
         net(x, t, text_embed=text["text_embed"])
+
+
+def test_layers_of_its_own_read_ids_in_both_directions():
+    """The same words in another order are another text; the first knows the last; ids are needed."""
+    net = grown().eval()
+    x, t, text = inputs(net)
+    ids = torch.tensor([[1, 2, 3, 4, 5]])
+    read = net.read(ids)
+    assert not torch.isclose(net.read(ids.flip(1)).mean(1), read.mean(1)).any(1).all()
+    assert not torch.isclose(net.read(torch.tensor([[1, 2, 3, 4, 8]]))[0, 0], read[0, 0]).all()
+    del text["text"]
+    with pytest.raises(ValueError, match="needs the token ids as text"):
+        net(x, t, **text)
+    assert grown(text_layers=0)(x, t, **text).shape == x.shape
 
 
 def test_too_long_a_text_is_refused():
@@ -100,14 +118,18 @@ class TestConditions:
         net = grown().eval()
         x, t, text = inputs(net)
         before = net(x, t, **text)
-        for change in ({"text_embed": torch.randn(3, 8)}, {"text_hidden": torch.randn(3, 5, 6)}):
+        for change in (
+            {"text_embed": torch.randn(3, 8)},
+            {"text_hidden": torch.randn(3, 5, 6)},
+            {"text": (text["text"] + 1) % 9},
+        ):
             assert not torch.isclose(net(x, t, **text | change), before).all(1).any()
         assert not torch.isclose(net(x, t.flip(0), **text), before)[[0, 2]].all(1).any()
         assert not torch.isclose(net(x.flip(0), t, **text), before)[[0, 2]].all(1).any()
 
     def test_a_dropped_caption_has_no_influence(self):
         new = {"text_embed": torch.randn(3, 8), "text_hidden": torch.randn(3, 5, 6)}
-        new["text_mask"] = torch.ones(3, 5, dtype=torch.bool)
+        new |= {"text_mask": torch.ones(3, 5, dtype=torch.bool), "text": torch.zeros(3, 5, dtype=torch.long)}
         before, after = self.outputs(new, keep_text=torch.tensor([False, True, False]))
         assert torch.isclose(before, after, atol=1e-6).all(1).tolist() == [True, False, True]
 

@@ -48,7 +48,9 @@ def clip():
 def unclip(clip):
     torch.manual_seed(1)
     sizes = {"embed_dim": E, "text_width": D}
-    prior_net = Prior(context_length=T, width=32, depth=1, heads=2, **sizes)
+    prior_net = Prior(
+        context_length=T, vocab_size=clip.tokenizer.vocab_size, width=32, depth=1, heads=2, **sizes
+    )
     decoder_net = UNet(
         image_size=SIZE,
         channels=3,

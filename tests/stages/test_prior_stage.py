@@ -21,9 +21,18 @@ from dalle.stages.prior import PriorStage
 WIDTH, EMBED, LENGTH = 16, 8, 6
 
 
-def make_net(seed: int = 0) -> Prior:
+def make_net(seed: int = 0, layers: int = 0) -> Prior:
     torch.manual_seed(seed)
-    net = Prior(embed_dim=EMBED, text_width=12, context_length=LENGTH, width=WIDTH, depth=2, heads=2)
+    net = Prior(
+        embed_dim=EMBED,
+        text_width=12,
+        context_length=LENGTH,
+        vocab_size=9,
+        width=WIDTH,
+        depth=2,
+        heads=2,
+        text_layers=layers,
+    )
     nn.init.normal_(net.out.weight, std=0.3)  # zero at birth: nothing would depend on anything
     return net.eval()
 
@@ -41,6 +50,7 @@ def make_batch(size: int = 4, seed: int = 1) -> dict:
         "text_embed": torch.randn(size, EMBED, generator=generator),
         "text_hidden": torch.randn(size, LENGTH, 12, generator=generator),
         "text_mask": mask,
+        "text": torch.randint(0, 9, (size, LENGTH), generator=generator),
     }
 
 
@@ -59,6 +69,18 @@ class TestStep:
         x_t = alpha * batch["image_embed"] + sigma * noise
         error = (stage.net(x_t, t, **text_of(batch)) - batch["image_embed"]).square().mean(1)
         torch.testing.assert_close(out["per_sample"], error, rtol=1e-4, atol=1e-5)
+
+    def test_layers_of_the_networks_own_are_given_the_ids(self):
+        stage, batch = make_stage(make_net(layers=1), guidance=2.0), make_batch()
+        other = batch | {"text": (batch["text"] + 1) % 9}
+        losses, drawn = [], []
+        for told in (batch, other):
+            torch.manual_seed(3)
+            losses.append(stage.step(told)["loss"].item())
+            torch.manual_seed(3)
+            drawn.append(stage.sample(told))
+        assert losses[0] != losses[1]
+        assert not torch.isclose(drawn[0], drawn[1]).all(1).any()
 
     @pytest.mark.parametrize(("share", "kept"), [(0.0, 1.0), (0.1, 0.9), (1.0, 0.0)])
     def test_drops_captions_as_often_as_asked(self, share, kept):

@@ -21,6 +21,7 @@ class Batch(TypedDict, total=False):
     codes: Tensor  # (B, N) int64, dVAE image tokens
 
 
-def text_of(batch: Batch) -> dict[str, Any]:
-    """The part of a batch that says what the caption says."""
-    return {key: batch[key] for key in ("text_embed", "text_hidden", "text_mask")}
+def text_of(batch: Batch, ids: bool = False) -> dict[str, Any]:
+    """The part of a batch that says what the caption says; with the token `ids`, for who reads them anew."""
+    keys = ("text_embed", "text_hidden", "text_mask")
+    return {key: batch[key] for key in (*keys, "text")[: 3 + ids]}

@@ -460,8 +460,9 @@ class TimeMLP(nn.Module):
 class Conditioning(nn.Module):
     """What a decoder network is told (DALL-E 2 sec. 2.1), as one vector and one sequence of context tokens.
 
-    - vector (B, D): the sum of the time embedding and the projections of image embedding, caption embedding
-      and mean text state, which still holds words that CLIP's embedding, made to tell captions apart, lost;
+    - vector (B, D): the sum of the time embedding and the projections of image embedding and, with
+      `pooled_text`, caption embedding and mean text state, which still holds words that CLIP's embedding, made
+      to tell captions apart, lost. They are as loud as the image embedding, whose reading they slow down;
     - context (B, M + T, D): the image embedding as M extra tokens, then the projected text states.
 
     A dropped image or caption embedding becomes a learned null, text pads and the states of a dropped
@@ -469,25 +470,37 @@ class Conditioning(nn.Module):
     meaning in CLIP.
     """
 
-    def __init__(self, width: int, features: int, embed_dim: int, text_width: int, image_tokens: int):
+    def __init__(
+        self,
+        width: int,
+        features: int,
+        embed_dim: int,
+        text_width: int,
+        image_tokens: int,
+        pooled_text: bool = True,
+    ):
         super().__init__()
-        self.image_tokens = image_tokens
+        self.image_tokens, self.pooled_text = image_tokens, pooled_text
         self.time = TimeMLP(features, width)
         self.image_vector = nn.Linear(embed_dim, width)
         self.image_context = nn.Linear(embed_dim, image_tokens * width)
-        self.text_norm = nn.LayerNorm(embed_dim)
-        self.text_vector = nn.Linear(embed_dim, width)
+        if pooled_text:
+            self.text_norm = nn.LayerNorm(embed_dim)
+            self.text_vector = nn.Linear(embed_dim, width)
         self.text_context = nn.Linear(text_width, width)
         self.text_context_norm = nn.LayerNorm(width)
-        self.text_words = nn.Linear(width, width)
+        if pooled_text:
+            self.text_words = nn.Linear(width, width)
         self.null_image = nn.Parameter(torch.zeros(embed_dim))
-        self.null_text = nn.Parameter(torch.zeros(embed_dim))
+        if pooled_text:
+            self.null_text = nn.Parameter(torch.zeros(embed_dim))
         self.null_token = nn.Parameter(torch.zeros(width))
 
     def init_weights(self) -> None:
         """Nulls start as small random vectors: unlike any real condition, and never without a gradient."""
-        for null in (self.null_image, self.null_text, self.null_token):
-            nn.init.normal_(null, std=0.02)
+        for name, parameter in self.named_parameters():
+            if name.startswith("null_"):
+                nn.init.normal_(parameter, std=0.02)
 
     def forward(
         self,
@@ -500,16 +513,16 @@ class Conditioning(nn.Module):
         keep_text: Bool[Tensor, "B"] | None = None,
     ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "B L D"]]:
         image = keep_or_null(keep_image, image_embed, self.null_image)
-        text = keep_or_null(keep_text, self.text_norm(text_embed), self.null_text)
-        vector = self.time(t) + self.image_vector(image) + self.text_vector(text)
-
+        vector = self.time(t) + self.image_vector(image)
         real = text_mask if keep_text is None else text_mask & keep_text[:, None]
         tokens = self.text_context_norm(self.text_context(text_hidden))
         tokens = torch.where(real[..., None], tokens, self.null_token.to(tokens.dtype))
-        # a dropped caption is the mean of its null tokens
-        said = (real | ~real.any(1, keepdim=True)).to(tokens.dtype)
-        words = (tokens * said[..., None]).sum(1) / said.sum(1, keepdim=True)
-        vector = vector + self.text_words(words)
+        if self.pooled_text:
+            text = keep_or_null(keep_text, self.text_norm(text_embed), self.null_text)
+            # a dropped caption is the mean of its null tokens
+            said = (real | ~real.any(1, keepdim=True)).to(tokens.dtype)
+            words = (tokens * said[..., None]).sum(1) / said.sum(1, keepdim=True)
+            vector = vector + self.text_vector(text) + self.text_words(words)
         image_tokens = rearrange(self.image_context(image), "b (m d) -> b m d", m=self.image_tokens)
         return vector, torch.cat((image_tokens.to(tokens.dtype), tokens), dim=1)
 

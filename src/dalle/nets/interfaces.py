@@ -103,7 +103,8 @@ class PriorNet(Called, Protocol):
     """Of `model=prior`: noised image embeddings and the caption -> the denoiser's prediction (B, E).
 
     A network may also have `prefix(text_embed, text_hidden, text_mask, keep_text=None) -> cache` for what is
-    the same at all sampling steps; its `forward` is then given `cache=` in place of the text.
+    the same at all sampling steps; its `forward` is then given `cache=` in place of the text. One with an
+    attribute `text_layers` that is not empty is given the token ids, too: text (B, T), int64.
     """
 
     embed_dim: int

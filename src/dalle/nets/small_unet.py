@@ -69,6 +69,7 @@ class SmallUNet(nn.Module):
     patch: k folds k x k pixels into channels; 1 leaves them.
     checkpoint: recompute each block in the backward pass: less memory, a third more time.
     inpaint: it also reads what is `known` of the picture, as `unet.UNet` does.
+    pooled_text: the caption's embedding and its mean state are added to that vector, too, not only read as tokens.
     Raises UserError where sizes do not fit each other.
     """
 
@@ -90,6 +91,7 @@ class SmallUNet(nn.Module):
         dropout: Dropout = 0.0,
         checkpoint: Checkpoint = False,
         inpaint: bool = False,
+        pooled_text: bool = False,
     ):
         super().__init__()
         self.image_size, self.channels, self.out_channels = image_size, channels, out_channels
@@ -103,7 +105,9 @@ class SmallUNet(nn.Module):
             )
         if not attention:
             raise UserError("attention names no feature map, but that is where the caption is read.")
-        self.conditioning = Conditioning(condition_width, width, embed_dim, text_width, image_tokens)
+        self.conditioning = Conditioning(
+            condition_width, width, embed_dim, text_width, image_tokens, pooled_text
+        )
         self.deepen = nn.Sequential(nn.SiLU(), nn.Linear(condition_width, condition_width))
 
         sides = map_sides(image_size, patch, len(multipliers))

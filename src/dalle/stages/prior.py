@@ -58,13 +58,18 @@ class PriorStage(EmbeddingStage):
     def net(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]  # an attribute there
         return self.denoiser.net
 
+    @property
+    def reads_ids(self) -> bool:
+        """Whether the network also reads a caption's token ids, by layers of its own."""
+        return bool(getattr(self.net, "text_layers", ()))
+
     def speed_up(self, how: str) -> None:
         self.denoiser.speed_up(how)
 
     def step(self, batch: Batch) -> dict[str, Tensor]:
         embed = batch["image_embed"]
         keep = torch.rand(len(embed), device=embed.device) >= self.text_dropout
-        losses, t = self.denoiser.losses(embed, **text_of(batch), keep_text=keep)
+        losses, t = self.denoiser.losses(embed, **text_of(batch, self.reads_ids), keep_text=keep)
         return {"loss": losses.mean(), "per_sample": losses, "t": t}
 
     @torch.inference_mode()
@@ -77,7 +82,7 @@ class PriorStage(EmbeddingStage):
         randn: Randn = torch.randn_like,
     ) -> Float[Tensor, "B E"]:
         """Normalised image embeddings for the captions whose text features are in `batch`."""
-        text, prefix = text_of(batch), getattr(self.net, "prefix", None)
+        text, prefix = text_of(batch, self.reads_ids), getattr(self.net, "prefix", None)
         scale = self.guidance if guidance is None else guidance
         nobody = torch.zeros(len(text["text_embed"]), dtype=torch.bool, device=text["text_embed"].device)
         unsaid = {**text, "keep_text": nobody}

@@ -106,7 +106,7 @@ def meta_batch(stage: str, sizes: dict[str, Any], net: Any) -> dict[str, Any]:
     image = {"image": (b, 3, side, side)}
     needed: dict[str, dict[str, tuple[int, ...]]] = {
         "clip": {**image, **text},
-        "prior": {**embeds, **states},
+        "prior": {**embeds, **states, **text},
         "ar_prior": {**embeds, **states},
         "decoder": {**image, **embeds, **states},
         "upsampler": {**image, "low": (b, 3, *[side // getattr(net, "factor", 1)] * 2)},
