@@ -189,7 +189,14 @@ class TestConditions:
     def test_all_of_them_matter(self, kind):
         for name in ("image_embed", "text_embed", "text_hidden"):
             before, after = self.outputs(kind, {name: torch.randn_like(inputs(grown())[2][name])})
-            assert not torch.isclose(before, after).all(dim=(1, 2, 3)).any(), name
+            unread = kind is SmallUNet and name == "text_embed"  # without pooled_text, which is next
+            assert torch.isclose(before, after).all(dim=(1, 2, 3)).tolist() == [unread] * 3, name
+
+    def test_a_pooled_caption_matters(self, kind):
+        net = grown(kind, **({"pooled_text": True} if kind is SmallUNet else {})).eval()
+        x, t, cond = inputs(net)
+        other = cond | {"text_embed": torch.randn(3, 6)}
+        assert not torch.isclose(net(x, t, **cond), net(x, t, **other)).all(dim=(1, 2, 3)).any()
 
     def test_a_dropped_caption_has_no_influence(self, kind):
         new = {"text_embed": torch.randn(3, 6), "text_hidden": torch.randn(3, 4, 5)}
