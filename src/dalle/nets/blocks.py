@@ -460,9 +460,9 @@ class TimeMLP(nn.Module):
 class Conditioning(nn.Module):
     """What a decoder network is told (DALL-E 2 sec. 2.1), as one vector and one sequence of context tokens.
 
-    - vector (B, D): the sum of the time embedding and the projections of image embedding and, with
-      `pooled_text`, caption embedding and mean text state, which still holds words that CLIP's embedding, made
-      to tell captions apart, lost. They are as loud as the image embedding, whose reading they slow down;
+    - vector (B, D): the sum of the time embedding and the projection of the image embedding; with
+      `pooled_text` also those of caption embedding and mean text state, which still holds words that CLIP's
+      embedding, made to tell captions apart, lost. They are as loud as the image embedding;
     - context (B, M + T, D): the image embedding as M extra tokens, then the projected text states.
 
     A dropped image or caption embedding becomes a learned null, text pads and the states of a dropped

@@ -69,7 +69,7 @@ class SmallUNet(nn.Module):
     patch: k folds k x k pixels into channels; 1 leaves them.
     checkpoint: recompute each block in the backward pass: less memory, a third more time.
     inpaint: it also reads what is `known` of the picture, as `unet.UNet` does.
-    pooled_text: the caption's embedding and its mean state are added to that vector, too, not only read as tokens.
+    pooled_text: add the caption's embedding and mean state to that vector, too.
     Raises UserError where sizes do not fit each other.
     """
 
