@@ -154,8 +154,7 @@ def prior(spec: PriorSpec, ctx: Context) -> tuple[PriorStage, Batch]:
         embed_dim=spec.clip_dim,
         text_width=spec.clip_dim,
         context_length=spec.text_len,
-        vocab_size=2,
-        text_layers=0,  # as the peer, whose prior reads states
+        vocab_size=2,  # which nothing reads without text_layers
         width=spec.dim,
         depth=spec.depth,
         heads=spec.heads,

@@ -29,7 +29,6 @@ DECODER = (
     "model.denoiser.schedule.name=flow", "model.denoiser.schedule.shift=1.0",
     "model.denoiser.frequency_weight=0", "datamodule.image_embed_norm=unit_times_sqrt_dim",
 )  # fmt: skip
-POOLED = "model.net.pooled_text=true"  # of a small_unet
 PRIOR = (
     "datamodule.image_embed_norm=unit_times_sqrt_dim", "model.text_dropout=0.1", "model.net.text_layers=0",
     "model.denoiser.prediction=x0", "model.denoiser.schedule.name=cosine",
@@ -53,8 +52,8 @@ GAN = (
     "model.d_steps=1", "model.d_lr=1.0", "model.beta1=0.5", "model.augment=[translation]",
 )  # fmt: skip
 OF_STAGE = {
-    "clip": CLIP, "prior": PRIOR, "ar_prior": AR_PRIOR, "decoder": (*DECODER, POOLED), "dit": DECODER,
-    "inpaint": ("inpaint=true", "model.all_hidden=0.25", *DECODER, POOLED),
+    "clip": CLIP, "prior": PRIOR, "ar_prior": AR_PRIOR, "decoder": DECODER, "dit": DECODER,
+    "inpaint": ("inpaint=true", "model.all_hidden=0.25", *DECODER),
     "dvae": DVAE, "vqgan": VQGAN, "vae": VAE, "gan": GAN, "dalle": DALLE,
     "upsampler": UPSAMPLER,
 }  # fmt: skip

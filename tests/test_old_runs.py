@@ -26,7 +26,7 @@ MONTHS = sorted(path.name for path in (ROOT / "tests" / "old_runs").iterdir())
 STAGES = ("clip", "prior", "decoder", "dvae", "dalle")
 DECODER = (  # what the command line of the decoder's training ended with, and what the preset was then
     "optimizer=adamw", "~optimizer.muon_lr", "model.denoiser.frequency_weight=0.0",
-    "datamodule.image_embed_norm=unit_times_sqrt_dim", "model.guidance=2.0", "model.net.pooled_text=true",
+    "datamodule.image_embed_norm=unit_times_sqrt_dim", "model.guidance=2.0",
     "model=decoder", "name=tiny", *COMMON, "callbacks.grid=null", "callbacks.reconstructions=null",
     "model.net.width=4", "model.net.multipliers=[1]", "model.net.blocks=[1]", "model.net.attention=[8]",
     "model.net.head_dim=4", "model.net.condition_width=8", "callbacks.generation.items=4",

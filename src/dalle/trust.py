@@ -79,8 +79,7 @@ ARGUMENTS = {"dalle.nets.dvae.DVAE": {"inlet": "code_dim"}}  # the same of argum
 LACKED = {  # arguments that came later -> what runs that do not name them were made with
     "dalle.nets.clip.CLIP": {"vision": "vit"},
     "dalle.nets.dalle.DALLE": {"image_levels": None},
-    "dalle.nets.prior.Prior": {"text_layers": 0, "vocab_size": 2},  # which then nothing reads
-    "dalle.nets.small_unet.SmallUNet": {"pooled_text": True},
+    "dalle.nets.prior.Prior": {"vocab_size": 2},  # which nothing reads without text_layers
     "dalle.nets.unet.UNet": {"positions": False},
     "dalle.stages.clip.ClipStage": {"classification_weight": 0.0},
 }

@@ -37,7 +37,7 @@ def dit() -> tuple[nn.Module, Any]:
 
 
 def prior() -> tuple[nn.Module, Any]:
-    net = Prior(**SIZES, context_length=6, vocab_size=9, width=16, depth=2, heads=2, text_layers=0)
+    net = Prior(**SIZES, context_length=6, vocab_size=9, width=16, depth=2, heads=2)
     return net, lambda: net(TEXT["text_embed"], TIME, cache=net.prefix(**TEXT))
 
 

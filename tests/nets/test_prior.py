@@ -43,7 +43,7 @@ def test_is_zero_at_birth_at_any_size(b, length, depth, heads):
 def test_papers_prior_has_the_papers_size():
     """ "1B" (DALL-E 2, Table 3): 12 width^2 in each of 24 layers, and what goes in and out."""
     with torch.device("meta"):
-        net = Prior(1024, 2048, 256, 50257, 2048, 24, 32, text_layers=0)
+        net = Prior(1024, 2048, 256, 50257, 2048, 24, 32)
     assert sum(p.numel() for p in net.layers.parameters()) == 24 * (12 * 2048**2 + 13 * 2048)
     assert sum(p.numel() for p in net.parameters()) == 1_228_551_168
 

@@ -189,14 +189,15 @@ class TestConditions:
     def test_all_of_them_matter(self, kind):
         for name in ("image_embed", "text_embed", "text_hidden"):
             before, after = self.outputs(kind, {name: torch.randn_like(inputs(grown())[2][name])})
-            unread = kind is SmallUNet and name == "text_embed"  # without pooled_text, which is next
-            assert torch.isclose(before, after).all(dim=(1, 2, 3)).tolist() == [unread] * 3, name
+            assert not torch.isclose(before, after).all(dim=(1, 2, 3)).any(), name
 
-    def test_a_pooled_caption_matters(self, kind):
-        net = grown(kind, **({"pooled_text": True} if kind is SmallUNet else {})).eval()
+    def test_a_caption_that_is_not_pooled_is_read_as_tokens(self, kind):
+        net = grown(kind, pooled_text=False).eval()
         x, t, cond = inputs(net)
-        other = cond | {"text_embed": torch.randn(3, 6)}
-        assert not torch.isclose(net(x, t, **cond), net(x, t, **other)).all(dim=(1, 2, 3)).any()
+        before = net(x, t, **cond)
+        torch.testing.assert_close(net(x, t, **cond | {"text_embed": torch.randn(3, 6)}), before)
+        after = net(x, t, **cond | {"text_hidden": torch.randn(3, 4, 5)})
+        assert not torch.isclose(before, after).all(dim=(1, 2, 3)).any()
 
     def test_a_dropped_caption_has_no_influence(self, kind):
         new = {"text_embed": torch.randn(3, 6), "text_hidden": torch.randn(3, 4, 5)}

@@ -62,7 +62,7 @@ class DiT(nn.Module):
 
     patch: side of the square patches that become tokens.
     checkpoint: recompute each block in the backward pass.
-    inpaint: it also reads what is `known` of the picture, as `unet.UNet` does.
+    inpaint: it also reads what is `known` of the picture, as `unet.UNet` does; pooled_text: as there.
     Raises UserError where heads do not divide the width.
     """
 
@@ -81,6 +81,7 @@ class DiT(nn.Module):
         dropout: Dropout = 0.0,
         checkpoint: Checkpoint = False,
         inpaint: bool = False,
+        pooled_text: bool = True,
     ):
         super().__init__()
         if width % heads or width % 4:
@@ -88,7 +89,7 @@ class DiT(nn.Module):
         self.image_size, self.channels, self.out_channels = image_size, channels, out_channels
         self.embed_dim, self.text_width = embed_dim, text_width
         self.patch, self.width, self.checkpoint, self.inpaint = patch, width, checkpoint, inpaint
-        self.conditioning = Conditioning(width, width, embed_dim, text_width, image_tokens)
+        self.conditioning = Conditioning(width, width, embed_dim, text_width, image_tokens, pooled_text)
         self.proj_in = nn.Linear(channels * patch**2, width)
         self.conv_known = KnownPixels(channels, width, patch, kernel=1) if inpaint else None
         (self.side,) = map_sides(image_size, patch, 1)

@@ -59,7 +59,7 @@ class Prior(nn.Module):
         width: Width,
         depth: Depth,
         heads: PositiveInt,
-        text_layers: Layers = 2,
+        text_layers: Layers = 0,
         dropout: Dropout = 0.0,
         checkpoint: Checkpoint = False,
     ):

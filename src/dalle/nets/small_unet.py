@@ -69,7 +69,7 @@ class SmallUNet(nn.Module):
     patch: k folds k x k pixels into channels; 1 leaves them.
     checkpoint: recompute each block in the backward pass: less memory, a third more time.
     inpaint: it also reads what is `known` of the picture, as `unet.UNet` does.
-    pooled_text: add the caption's embedding and mean state to that vector, too.
+    pooled_text: the caption is also in that vector (`blocks.Conditioning`).
     Raises UserError where sizes do not fit each other.
     """
 
@@ -91,7 +91,7 @@ class SmallUNet(nn.Module):
         dropout: Dropout = 0.0,
         checkpoint: Checkpoint = False,
         inpaint: bool = False,
-        pooled_text: bool = False,
+        pooled_text: bool = True,
     ):
         super().__init__()
         self.image_size, self.channels, self.out_channels = image_size, channels, out_channels

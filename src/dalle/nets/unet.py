@@ -65,6 +65,7 @@ class UNet(nn.Module):
     inpaint: it also reads `known` pictures, 0 where nothing is known, with a mask, 1 where something is
     (K = channels + 1), by further channels of the first convolution, zero at birth (GLIDE, Nichol et al.
     2021, sec. 2.4). None is the same as nothing known.
+    pooled_text: the caption is also in the vector that sets the norms (`blocks.Conditioning`).
     Raises UserError where sizes do not fit each other, or for another `resample`.
     """
 
@@ -87,6 +88,7 @@ class UNet(nn.Module):
         positions: bool = True,
         checkpoint: Checkpoint = False,
         inpaint: bool = False,
+        pooled_text: bool = True,
     ):
         super().__init__()
         self.image_size, self.channels, self.out_channels = image_size, channels, out_channels
@@ -96,7 +98,7 @@ class UNet(nn.Module):
         self.factor = patch << len(multipliers) - 1
         if resample not in ("conv", "block"):
             raise UserError(f"resample is 'conv' or 'block', not {resample!r}.")
-        self.conditioning = Conditioning(4 * width, width, embed_dim, text_width, image_tokens)
+        self.conditioning = Conditioning(4 * width, width, embed_dim, text_width, image_tokens, pooled_text)
 
         sides = map_sides(image_size, patch, len(multipliers))
         widths = [width * m for m in multipliers]
