@@ -44,7 +44,7 @@ class TokenizerFacts(TypedDict):
 class Norm(TypedDict):
     """Of image embeddings: see `EmbedNorm`."""
 
-    kind: Literal["none", "unit", "unit_times_sqrt_dim", "standardized", "whitened"]
+    kind: Literal["none", "unit", "unit_times_sqrt_dim", "unit_variance", "standardized", "whitened"]
     mean: NotRequired[list[float] | None]
     std: NotRequired[list[float] | None]
     components: NotRequired[list[list[float]] | None]

@@ -27,7 +27,12 @@ def test_isotropic_embeddings_get_the_std_of_pixels_per_dimension():
     assert EmbedNorm("unit_times_sqrt_dim").encode(raw).std().item() == pytest.approx(0.5375, abs=1e-3)
 
 
-KINDS = ["none", "unit", "unit_times_sqrt_dim", "standardized", "whitened"]
+def test_the_scale_of_dalle2_pytorch_is_a_variance_of_1():
+    encoded = EmbedNorm("unit_variance").encode(torch.randn(4, 768) * 9)
+    torch.testing.assert_close(encoded.norm(dim=-1), torch.full((4,), 768**0.5))  # 27.71
+
+
+KINDS = ["none", "unit", "unit_times_sqrt_dim", "unit_variance", "standardized", "whitened"]
 
 
 @given(st.sampled_from(KINDS), st.integers(0, 2**31))

@@ -221,6 +221,8 @@ def test_the_public_shapes(name):
 def test_what_cannot_be_known_is_asked_for(tmp_path, refused):
     save_file(of_open_clip().state_dict(), tmp_path / "w.safetensors")
     assert "give activation=quick_gelu" in refused("clip", tmp_path / "w.safetensors")
+    line = refused("clip", tmp_path / "w.safetensors", "activation=gelu", "tokenizer=here")
+    assert "holds weights of another kind than tokenizer= is for" in line
     wide = of_open_clip(width=1280, layers=1, head_width=80)
     save_file(wide.state_dict(), tmp_path / "wide.safetensors")
     assert "vision_heads=" in refused("clip", tmp_path / "wide.safetensors", "activation=gelu")

@@ -1,7 +1,5 @@
 """Karlo's stages, imported, give what diffusers' networks and its scheduler of Karlo's kind give."""
 
-import itertools
-import math
 from pathlib import Path
 
 import pytest
@@ -13,10 +11,15 @@ from public import (
     PRIOR,
     UPSAMPLER,
     E,
+    FakeCLIP,
+    chain,
     clip_weights,
+    in_a_row,
+    karlo_unet,
     make_decoder,
     make_prior,
     make_upsampler,
+    same_draws,
 )
 from safetensors.torch import save_file
 
@@ -45,11 +48,6 @@ def captions_of(clip: Path) -> dict[str, torch.Tensor]:
 # Karlo's own names: a second way from those of diffusers, written by what Karlo's code does
 
 
-def in_a_row(*parts: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows in which each head has its own query, key and value: one view (heads, 3, d) of the product."""
-    return torch.stack([part.unflatten(0, (heads, -1)) for part in parts], dim=1).flatten(0, 2)
-
-
 def karlo_prior(net) -> dict[str, torch.Tensor]:
     theirs, made = dict(net.state_dict()), {}
     outer = {
@@ -68,54 +66,6 @@ def karlo_prior(net) -> dict[str, torch.Tensor]:
             rows = [theirs[f"{old}attn1.to_{one}.{kind}"] for one in "qkv"]
             made[f"{new}attn.c_qkv.{kind}"] = in_a_row(*rows, heads=PRIOR["num_attention_heads"])
     return {f"model.{name}": value for name, value in made.items()}
-
-
-def karlo_resnet(net) -> dict[str, torch.Tensor]:
-    parts = {
-        "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
-        "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
-    }  # fmt: skip
-    split = {name: name.rsplit(".", 1) for name in net.state_dict()}
-    return {f"{parts[split[name][0]]}.{split[name][1]}": v for name, v in net.state_dict().items()}
-
-
-def karlo_attention(net) -> dict[str, torch.Tensor]:
-    made, w = {}, net.state_dict()
-    for kind in ("weight", "bias"):
-        made[f"norm.{kind}"] = w[f"group_norm.{kind}"]
-        made[f"qkv.{kind}"] = in_a_row(*(w[f"to_{one}.{kind}"] for one in "qkv"), heads=net.heads)
-        made[f"encoder_kv.{kind}"] = in_a_row(*(w[f"add_{one}_proj.{kind}"] for one in "kv"), heads=net.heads)
-        made[f"proj_out.{kind}"] = w[f"to_out.0.{kind}"]
-    return {name: value[..., None] if value.ndim == 2 else value for name, value in made.items()}
-
-
-def karlo_unet(net) -> dict[str, torch.Tensor]:
-    """Blocks numbered through, as they are run."""
-    ins, outs, middle = [[net.conv_in]], [], [net.mid_block.resnets[0]]
-    for level in net.down_blocks:
-        attentions = getattr(level, "attentions", [None] * len(level.resnets))
-        ins += [[r] if a is None else [r, a] for r, a in zip(level.resnets, attentions, strict=True)]
-        ins += [[d] for d in level.downsamplers or ()]
-    for level in net.up_blocks:
-        attentions = getattr(level, "attentions", [None] * len(level.resnets))
-        outs += [[r] if a is None else [r, a] for r, a in zip(level.resnets, attentions, strict=True)]
-        outs[-1] += level.upsamplers or []
-    middle += [a for a in net.mid_block.attentions if a is not None] + [net.mid_block.resnets[1]]
-    blocks = {f"input_blocks.{i}": b for i, b in enumerate(ins)} | {
-        f"output_blocks.{i}": b for i, b in enumerate(outs)
-    }
-    found = {f"{name}.{j}": part for name, row in blocks.items() for j, part in enumerate(row)}
-    found |= {f"middle_block.{i}": part for i, part in enumerate(middle)}
-    found |= {"time_embed.0": net.time_embedding.linear_1, "time_embed.2": net.time_embedding.linear_2,
-              "out.0": net.conv_norm_out, "out.2": net.conv_out}  # fmt: skip
-    made = {}
-    for name, part in found.items():
-        kind = type(part).__name__
-        rows = {"ResnetBlock2D": karlo_resnet, "Attention": karlo_attention}.get(
-            kind, lambda p: p.state_dict()
-        )
-        made |= {f"{name}.{inner}": value for inner, value in rows(part).items()}
-    return made
 
 
 def karlo_decoder(net, text) -> dict[str, torch.Tensor]:
@@ -138,30 +88,6 @@ def karlo_upsampler(first, last) -> dict[str, torch.Tensor]:
 
 
 # What diffusers' pipeline does with them
-
-
-@torch.no_grad()
-def chain(estimate, noise, steps: int, draw, **scheduler):
-    """diffusers' scheduler of Karlo's from noise to the end, its numbers in float64 as Karlo has them: in
-    float32 the last of them, divided by, are off by a thousandth.
-    """
-    made = diffusers.UnCLIPScheduler(**scheduler)
-    kept = [math.cos((i / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(1001)]
-    ratios = [max(after / before, 0.001) for before, after in itertools.pairwise(kept)]
-    made.alphas = torch.tensor(ratios, dtype=torch.float64)
-    made.betas, made.alphas_cumprod = 1 - made.alphas, made.alphas.cumprod(0)
-    made.set_timesteps(steps)
-    x = noise
-    for i, t in enumerate(made.timesteps):
-        before = made.timesteps[i + 1] if i + 1 < steps else None
-        x = made.step(estimate(x, t, i), t, x, prev_timestep=before, generator=draw).prev_sample
-    return x
-
-
-def same_draws(seed: int = 5):
-    """The same noise for both: as a function of a tensor, and as a generator."""
-    ours, theirs = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
-    return lambda x: torch.randn(x.shape, generator=ours), theirs
 
 
 LAYOUTS = pytest.mark.parametrize("layout", ["karlo", "diffusers"])
@@ -301,25 +227,6 @@ def fits(found) -> None:
     with torch.device("meta"):
         net = instantiate(found.model["net"])
     check_same(found.tensors, net.state_dict(), Path("public"), found.stage)
-
-
-class FakeCLIP:
-    """Sizes alone: of OpenAI's ViT-L/14, or of ViT-bigG."""
-
-    def __init__(self, size: int) -> None:
-        self.embed_dim = self.text_width = size
-        self.context_length, self.weights_hash = 77, "0" * 16
-        self.tokenizer = load_tokenizer(77)
-
-    def embed_captions(self, captions):
-        shape = (1, self.embed_dim), (1, 77, self.embed_dim)
-        return {"text_embed": torch.zeros(shape[0]), "text_hidden": torch.zeros(shape[1])}
-
-
-def load_tokenizer(length: int):
-    from dalle.data.tokenizers import ClipBPE
-
-    return ClipBPE(length)
 
 
 @pytest.mark.parametrize("name", ["karlo", "kandinsky-2-1", "kandinsky-2-2"])

@@ -366,7 +366,8 @@ class EmbeddingDataModule(SourceDataModule):
     Args:
         clip: the frozen CLIP whose embeddings these are.
         cache_dir: where embeddings are kept.
-        image_embed_norm: none | unit | unit_times_sqrt_dim | standardized | whitened, see `EmbedNorm`.
+        image_embed_norm: none | unit | unit_times_sqrt_dim | unit_variance | standardized | whitened, see
+            `EmbedNorm`.
         cache_items: a larger split is embedded batch by batch instead.
         cache_text_gb: captions whose states would take more are embedded batch by batch instead.
     """

@@ -2,7 +2,7 @@
 
 Ramesh et al. 2022 (DALL-E 2) train the prior on unit embeddings scaled by 17.2; at their dimension 1024 that
 is a standard deviation of 0.5375 per dimension, that of ImageNet pixels in [-1, 1]. `unit_times_sqrt_dim`
-keeps it at any dimension: |z| = 0.5375 sqrt(E).
+keeps it at any dimension: |z| = 0.5375 sqrt(E). `unit_variance` is DALLE2-pytorch's: |z| = sqrt(E).
 
 A CLIP trained for minutes says most of what it knows along few directions, and the rest so quietly that a
 prior loses it and a decoder does not find it. `whitened` makes all directions equally loud.
@@ -19,9 +19,10 @@ from dalle.errors import UserError
 from dalle.nets.ar_prior import principal_components
 from dalle.nets.blocks import linear_fp32
 
-Kind = Literal["none", "unit", "unit_times_sqrt_dim", "standardized", "whitened"]
+Kind = Literal["none", "unit", "unit_times_sqrt_dim", "unit_variance", "standardized", "whitened"]
 
-UNIT: tuple[Kind, ...] = ("unit", "unit_times_sqrt_dim", "whitened")  # the length of the raw one is lost
+# the length of the raw one is lost
+UNIT: tuple[Kind, ...] = ("unit", "unit_times_sqrt_dim", "unit_variance", "whitened")
 FITTED: tuple[Kind, ...] = ("standardized", "whitened")
 
 STD_PER_DIM = 17.2 / 1024**0.5  # 0.5375
@@ -33,9 +34,10 @@ class EmbedNorm:
     """Maps raw CLIP embeddings (B, E) to the space a prior works in, and back.
 
     Args:
-        kind: `none`; `unit` (length 1); `unit_times_sqrt_dim` (length 0.5375 sqrt(E)); `standardized` (zero
-            mean and unit variance per dimension, measured by `fit`); `whitened` (the same along the principal
-            components of the unit embeddings, each divided by sqrt(variance + 0.001 of the largest)).
+        kind: `none`; `unit` (length 1); `unit_times_sqrt_dim` (length 0.5375 sqrt(E)); `unit_variance`
+            (length sqrt(E)); `standardized` (zero mean and unit variance per dimension, measured by `fit`);
+            `whitened` (the same along the principal components of the unit embeddings, each divided by
+            sqrt(variance + 0.001 of the largest)).
         mean, std: (E,), for `standardized` and `whitened`.
         components: (E, E), directions as rows, for `whitened`.
     """
@@ -124,8 +126,9 @@ class EmbedNorm:
         return cosine_similarity(decoded, text) if self.kind in UNIT else (decoded * text).sum(1)
 
     def scale(self, dim: int) -> float:
-        """Length of an encoded vector of the two unit kinds."""
-        return STD_PER_DIM * dim**0.5 if self.kind == "unit_times_sqrt_dim" else 1.0
+        """Length of an encoded vector of the unit kinds that are not fitted."""
+        per_dim = {"unit_times_sqrt_dim": STD_PER_DIM, "unit_variance": 1.0}.get(self.kind)
+        return 1.0 if per_dim is None else per_dim * dim**0.5
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; float32 values survive the trip exactly."""

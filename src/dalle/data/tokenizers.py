@@ -259,10 +259,125 @@ class DalleMiniBPE:
         return cls(Tokenizer.from_str(state["bpe"]), state["vocab_size"], state["context_length"])
 
 
+class GlideBPE:
+    """The tokenizer of GLIDE: GPT-2's BPE of lower-case text, without start and end. Its largest id, which no
+    text can spell, is the pad.
+    """
+
+    def __init__(self, bpe: Tokenizer, context_length: Length = 128) -> None:
+        self.bpe, self.context_length = bpe, context_length
+        self.vocab_size = bpe.get_vocab_size()
+        self.pad_id = self.start_id = self.end_id = self.vocab_size - 1
+
+    @classmethod
+    def of_files(cls, vocab: dict[str, int], merges: Sequence[str], context_length: Length) -> "GlideBPE":
+        """Of the words of encoder.json and the lines of vocab.bpe. Raises ValueError where these are none."""
+        if sorted(vocab.values()) != list(range(len(vocab))):
+            raise ValueError("its ids are not those from 0 on, each once")
+        pairs = [tuple(line.split()) for line in merges]
+        if any(len(pair) != 2 for pair in pairs):
+            raise ValueError("a line of the merges is no pair")
+        bpe = Tokenizer(models.BPE(vocab, pairs))
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        return cls(bpe, context_length)
+
+    def _ids(self, caption: str) -> list[int]:
+        return self.bpe.encode(caption.lower()).ids
+
+    def __call__(self, captions: Sequence[str]) -> Int64[Tensor, "b t"]:
+        """Captions -> (B, context_length) ids; too long ones are cut."""
+        text = torch.full((len(captions), self.context_length), self.pad_id, dtype=torch.int64)
+        for row, caption in zip(text, captions, strict=True):
+            ids = self._ids(caption)[: self.context_length]
+            row[: len(ids)] = torch.tensor(ids, dtype=torch.int64)
+        return text
+
+    def too_long(self, caption: str) -> bool:
+        """Whether the caption would be cut."""
+        return len(self._ids(caption)) > self.context_length
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "glide", "context_length": self.context_length, "bpe": self.bpe.to_str()}
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> "GlideBPE":
+        return cls(Tokenizer.from_str(state["bpe"]), state["context_length"])
+
+
+class YttmBPE:
+    """The tokenizer of ruDALL-E: a BPE of YouTokenToMe, of lower-case words that begin with a mark; padding,
+    unknown, start and end are 0 to 3. Too long captions lose their end.
+
+    Args:
+        model: the text of its file: numbers of letters and of merges; letters (code point, id); merges (two
+            ids, and the id of both); ids of unknown, padding, start and end.
+
+    Raises:
+        ValueError: it is none.
+    """
+
+    pad_id, unknown_id, start_id, end_id = 0, 1, 2, 3
+    mark, spaces = "\u2581", " \t\n\v\f\r\u2581"
+
+    def __init__(self, model: str, context_length: Length = 128) -> None:
+        numbers = [int(number) for number in model.split()]
+        letters, merges, *rest = numbers
+        if len(rest) != 2 * letters + 3 * merges + 4 or rest[-4:] != [1, 0, 2, 3]:
+            raise ValueError("its numbers are not those of letters, merges and the four ids")
+        ends = 2 * letters
+        self.letters = {chr(point): i for point, i in zip(rest[:ends:2], rest[1:ends:2], strict=True)}
+        triples = zip(*(rest[ends + i : -4 : 3] for i in range(3)), strict=True)
+        self.merges = {(a, b): (rank, both) for rank, (a, b, both) in enumerate(triples)}
+        ids = [*self.letters.values(), *(both for _, both in self.merges.values())]
+        if self.mark not in self.letters or sorted(ids) != list(range(4, 4 + letters + merges)):
+            raise ValueError("its ids are not those from 4 on, each once")
+        self.model, self.context_length, self.vocab_size = model, context_length, 4 + letters + merges
+
+    def _ids(self, caption: str) -> list[int]:
+        made: list[int] = []
+        for word in caption.lower().translate(dict.fromkeys(map(ord, self.spaces), " ")).split(" "):
+            if not word:
+                continue
+            parts = [self.letters[self.mark]]
+            for letter in word:  # letters that are unknown in a row are one token
+                i = self.letters.get(letter, self.unknown_id)
+                if i != self.unknown_id or parts[-1] != i:
+                    parts.append(i)
+            while merges := [
+                (*self.merges[pair], place)
+                for place, pair in enumerate(pairwise(parts))
+                if pair in self.merges
+            ]:
+                _, both, place = min(merges, key=lambda merge: (merge[0], merge[2]))
+                parts[place : place + 2] = [both]
+            made += parts
+        return made
+
+    def __call__(self, captions: Sequence[str]) -> Int64[Tensor, "b t"]:
+        """Captions -> (B, context_length) ids; too long ones are cut, end token and all."""
+        text = torch.full((len(captions), self.context_length), self.pad_id, dtype=torch.int64)
+        for row, caption in zip(text, captions, strict=True):
+            ids = [self.start_id, *self._ids(caption), self.end_id][: self.context_length]
+            row[: len(ids)] = torch.tensor(ids)
+        return text
+
+    def too_long(self, caption: str) -> bool:
+        """Whether the caption would be cut."""
+        return len(self._ids(caption)) + 2 > self.context_length
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": "yttm", "context_length": self.context_length, "bpe": self.model}
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> "YttmBPE":
+        return cls(state["bpe"], state["context_length"])
+
+
 def tokenizer_from_dict(state: dict[str, Any]) -> TextTokenizer:
     """The tokenizer that `to_dict` described. `kind` may be the name of a class of a trusted package."""
     kind = state.get("kind")
     kinds = {"captions": CaptionTokenizer, "clip": ClipBPE, "dalle_mini": DalleMiniBPE}
+    kinds |= {"glide": GlideBPE, "yttm": YttmBPE}
     if isinstance(kind, str) and "." in kind and hasattr(own := listed(kind), "from_dict"):
         return own.from_dict(state)
     if kind not in kinds:

@@ -450,6 +450,66 @@ class KarloDecoder(Caption):
         return self.decoder(x, t, added, context, real)
 
 
+class GlideDecoder(Caption):
+    """GLIDE's base model (Nichol et al. 2021): x_t, t and states of a caption -> noise and variance; an
+    `InpaintingNet`. It knows no image embeddings.
+
+    Args:
+        width, multipliers, blocks, attention, head_dim, steps: as of `KarloDecoder`.
+        text_width: of the states, whose last one is added to the time.
+        inpaint: whether it is told what is known of pictures.
+
+    Raises:
+        UserError: widths that are no multiples of 32, or of the heads'.
+    """
+
+    def __init__(
+        self,
+        image_size: Side,
+        text_width: Width,
+        context_length: Length,
+        width: Width,
+        multipliers: Multipliers,
+        blocks: Depth,
+        attention: Sequence[NonNegativeInt],
+        inpaint: bool = False,
+        channels: PositiveInt = 3,
+        head_dim: Width = 64,
+        dropout: Dropout = 0.0,
+        scale_shift: bool = True,
+        steps: Steps = 1000,
+    ):
+        super().__init__(text_width, text_width, context_length)
+        self.image_size, self.channels, self.embed_dim = image_size, channels, text_width
+        self.inpaint = inpaint
+        map_sides(image_size, 1, len(multipliers))
+        seen = 2 * channels + 1 if inpaint else channels
+        widths = [width * m for m in multipliers]
+        sizes = (seen, 2 * channels, widths, blocks, scale_shift, dropout, steps)
+        self.decoder = KarloUNet(*sizes, attention, head_dim, text_width)
+        self.transformer_proj = nn.Linear(text_width, 4 * width)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B C H W"],
+        t: Float[Tensor, "B"],
+        *,
+        image_embed: Float[Tensor, "B E"],
+        text_embed: Float[Tensor, "B E"],
+        text_hidden: Float[Tensor, "B T S"],
+        text_mask: Bool[Tensor, "B T"],
+        keep_image: Bool[Tensor, "B"] | None = None,
+        keep_text: Bool[Tensor, "B"] | None = None,
+        known: Float[Tensor, "B K H W"] | None = None,
+    ) -> Float[Tensor, "B O H W"]:
+        text_embed, text_hidden, _ = self.or_empty(text_embed, text_hidden, text_mask, keep_text)
+        if self.inpaint:
+            nothing = x.new_zeros(len(x), self.channels + 1, *x.shape[2:])
+            x = torch.cat((x, nothing if known is None else known.to(x.dtype)), dim=1)
+        real = torch.ones_like(text_mask)  # pads are learned, and attended to
+        return self.decoder(x, t, self.transformer_proj(text_embed), text_hidden, real)
+
+
 class KarloUpsampler(nn.Module):
     """x_t, t and the small picture -> noise (B, 3, H, W); an `UpsamplerNet`.
 

@@ -15,10 +15,11 @@ from torch import Tensor
 from dalle.data.tokenizers import ClipBPE, tokenizer_facts
 from dalle.errors import UserError
 from dalle.nets.clip import EXPANSION, FACTOR, PIXEL_MEAN, PIXEL_STD
-from dalle.ranges import PositiveInt
+from dalle.ranges import Place, PositiveInt
 from dalle.reading import read_json
+from dalle.weights.glide import import_glide_text, is_glide
 from dalle.weights.reading import ADVICE, PublicWeights
-from dalle.weights.writing import Imported, count, shape_of
+from dalle.weights.writing import Imported, count, refuse_others, shape_of
 
 Activation = Literal["quick_gelu", "gelu"]
 WHAT = "CLIP"
@@ -50,17 +51,26 @@ TURNED = ("visual.proj", "text_projection")  # x @ w here, a linear layer there
 
 
 def import_clip(
-    source: PublicWeights, activation: Activation | None = None, vision_heads: PositiveInt | None = None
+    source: PublicWeights,
+    activation: Activation | None = None,
+    vision_heads: PositiveInt | None = None,
+    tokenizer: Place | None = None,
+    heads: PositiveInt | None = None,
 ) -> Imported:
-    """CLIP with a vision transformer, or with a ResNet as OpenAI's.
+    """CLIP with a vision transformer, or with a ResNet as OpenAI's; or GLIDE's encoder of captions.
 
     Args:
         activation: of the MLPs. None: what the configuration beside the weights says, or OpenAI's.
         vision_heads: None: as the configuration says, or 64 wide each.
+        tokenizer, heads: of GLIDE: the folder of its tokenizer, and its heads (None: 64 wide each).
 
     Raises:
         UserError: not such a CLIP, or one of which this cannot be known.
     """
+    if is_glide(source.without("module.")):
+        refuse_others(source.path, activation=activation, vision_heads=vision_heads)
+        return import_glide_text(source, tokenizer, heads)
+    refuse_others(source.path, tokenizer=tokenizer, heads=heads)
     found, layout, openai = named(source)
     path = source.path
     vocabulary, text_width = shape_of(found, "token_embedding.weight", 2, path, WHAT)
@@ -95,16 +105,14 @@ def import_clip(
         "embed_dim": embed_dim,
         "activation": activation,
     }
-    tokenizer = ClipBPE(length)
-    if tokenizer.vocab_size != vocabulary:
+    bpe = ClipBPE(length)
+    if bpe.vocab_size != vocabulary:
         raise UserError(
-            f"{path} reads another vocabulary ({vocabulary} tokens) than CLIP's of {tokenizer.vocab_size}"
+            f"{path} reads another vocabulary ({vocabulary} tokens) than CLIP's of {bpe.vocab_size}"
         )
     model = {"_target_": "dalle.stages.clip.ClipStage", "classification_weight": 0.0, "net": net}
-    facts = {"image_size": net["image_size"], "tokenizer": tokenizer_facts(tokenizer)}
-    return Imported(
-        "clip", layout, model, found, facts, tokenizer, licence="MIT" if layout == "openai" else None
-    )
+    facts = {"image_size": net["image_size"], "tokenizer": tokenizer_facts(bpe)}
+    return Imported("clip", layout, model, found, facts, bpe, licence="MIT" if layout == "openai" else None)
 
 
 def vision_sizes(found: Mapping[str, Tensor], path: Path) -> dict[str, Any]:

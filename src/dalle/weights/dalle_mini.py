@@ -7,13 +7,16 @@ from pathlib import Path
 
 from dalle.data.tokenizers import DalleMiniBPE, tokenizer_facts
 from dalle.errors import UserError
+from dalle.nets.rudalle import Version
 from dalle.ranges import NonNegativeInt, Place, PositiveInt
 from dalle.reading import read_json, read_text
 from dalle.run_dir import load_image_tokenizer
 from dalle.weights.reading import ADVICE, PublicWeights, reason
-from dalle.weights.writing import Imported, count, shape_of
+from dalle.weights.rudalle import import_rudalle, is_rudalle
+from dalle.weights.writing import Imported, count, refuse_others, shape_of
 
 WHAT = "transformer of min-dalle's"
+START = 16383  # the row of the table before the first code, in min-dalle
 HEAD = 64  # width of a head, where nothing else is said
 
 
@@ -21,18 +24,25 @@ def import_dalle(
     source: PublicWeights,
     image_tokenizer: Place,
     heads: PositiveInt | None = None,
-    start: NonNegativeInt = 16383,
+    start: NonNegativeInt | None = None,
+    tokenizer: Place | None = None,
+    version: Version | None = None,
 ) -> Imported:
-    """DALL-E mini or mega: a folder with encoder.pt, decoder.pt, vocab.json and merges.txt.
+    """DALL-E mini or mega: a folder with encoder.pt, decoder.pt, vocab.json and merges.txt; or ruDALL-E.
 
     Args:
         image_tokenizer: the run of the VQGAN that its codes are of.
         heads: None: width / 64.
-        start: the row of the table before the first code: 16383 in min-dalle, 16384 in dalle-mini.
+        start: the row of the table before the first code: 16383 in min-dalle (None), 16384 in dalle-mini.
+        tokenizer, version: of ruDALL-E: its bpe.model, and v2 or v3.
 
     Raises:
         UserError: not such a transformer, or of another image tokenizer.
     """
+    if is_rudalle(source.without("module.")):
+        refuse_others(source.path, start=start)
+        return import_rudalle(source, image_tokenizer, heads, tokenizer, version)
+    refuse_others(source.path, tokenizer=tokenizer, version=version)
     path, found = source.path, source.tensors
     text_vocab, width = shape_of(found, "encoder.embed_tokens.weight", 2, path, WHAT)
     text_length, _ = shape_of(found, "encoder.embed_positions.weight", 2, path, WHAT)
@@ -45,7 +55,7 @@ def import_dalle(
             f"{path} writes {places} codes of at most {image_rows}, but {image_tokenizer} has "
             f"{images.grid**2} codes of {images.vocab_size} in a picture; give the one it was trained with"
         )
-    tokenizer = read_tokenizer(path, text_vocab, text_length)
+    bpe = read_tokenizer(path, text_vocab, text_length)
     net = {
         "_target_": "dalle.nets.dalle_bart.DalleBart",
         "text_vocab": text_vocab,
@@ -57,7 +67,7 @@ def import_dalle(
         "heads": heads or max(1, width // HEAD),
         "inner": inner,
         "image_rows": image_rows,
-        "start": start,
+        "start": START if start is None else start,
     }
     model = {
         "_target_": "dalle.stages.dalle.DalleStage",
@@ -72,11 +82,9 @@ def import_dalle(
     facts = {
         "image_size": images.image_size,
         "image_tokenizer": codes,
-        "tokenizer": tokenizer_facts(tokenizer),
+        "tokenizer": tokenizer_facts(bpe),
     }
-    return Imported(
-        "dalle", "min-dalle", model, found, facts, tokenizer, image_tokenizer=Path(image_tokenizer)
-    )
+    return Imported("dalle", "min-dalle", model, found, facts, bpe, image_tokenizer=Path(image_tokenizer))
 
 
 def read_tokenizer(folder: Path, vocab_size: int, length: int) -> DalleMiniBPE:

@@ -28,7 +28,9 @@ def export_clip(run: Run, out: Path, layout: Layout = "transformers") -> None:
     """
     stage, _ = load_stage(run.path, "clip")
     net = stage.net
-    if not isinstance(net, CLIP) or isinstance(net.visual, ConvTower):
+    if not isinstance(net, CLIP):
+        raise UserError(f"{run} is no architecture of {layout}: only CLIPs with both towers are exported")
+    if isinstance(net.visual, ConvTower):
         raise UserError(
             f"{run} is a CLIP with a tower of convolutions, which {layout} does not have; those with "
             "model.net.vision=vit can be exported"

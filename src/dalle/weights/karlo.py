@@ -7,22 +7,23 @@ head in a row.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from dalle.data.embed_norm import EmbedNorm
-from dalle.data.tokenizers import tokenizer_facts
 from dalle.errors import UserError
-from dalle.ranges import Place, Positive, PositiveInt, Side, Width
+from dalle.ranges import Place, Positive, PositiveInt, Side, Text, Width
 from dalle.run_dir import load_clip
+from dalle.weights.diffusion import ancestral, denoiser, of_clip
+from dalle.weights.glide import import_glide, is_glide
+from dalle.weights.laion import import_laion
 from dalle.weights.reading import PublicWeights, read_weights
-from dalle.weights.writing import Imported, count, shape_of
+from dalle.weights.unet import per_head, renamed, unet_names, unet_sizes
+from dalle.weights.writing import Imported, count, refuse_others, shape_of
 
 LICENCE = "CreativeML Open RAIL-M"
 HEAD = 64  # width of a head, where nothing else is said
 CLAMPS = {"karlo": 10.0, "diffusers": 5.0}  # of the prior's estimates, in each code
-SCHEDULE = {"_target_": "dalle.diffusion.schedule.Schedule", "name": "cosine", "steps": 1000}
 PARTS = {  # of a pipeline in diffusers' layout
     "prior": ("prior",),
     "decoder": ("decoder", "text_proj"),
@@ -36,8 +37,9 @@ def import_prior(
     stats: Place | None = None,
     heads: PositiveInt | None = None,
     clamp: Positive | None = None,
+    version: Text | None = None,
 ) -> Imported:
-    """The prior of Karlo, or of Kandinsky 2.1 or 2.2 in diffusers' layout.
+    """The prior of Karlo, or of Kandinsky 2.1 or 2.2 in diffusers' layout, or LAION's.
 
     Args:
         clip: the run of the CLIP whose embeddings it makes: ViT-L/14 of OpenAI's, of Kandinsky 2.2 ViT-bigG.
@@ -45,10 +47,15 @@ def import_prior(
             keeps among the weights.
         heads: None: as the configuration says, or width / 64.
         clamp: what holds estimates; None: 10 as in Karlo's code, 5 as in diffusers' pipeline.
+        version: of DALLE2-pytorch, for LAION's alone.
 
     Raises:
         UserError: not such a prior, or of another CLIP.
     """
+    if any("causal_transformer.layers." in name for name in source.tensors):
+        refuse_others(source.path, stats=stats, heads=heads, clamp=clamp)
+        return import_laion(source, clip, version)
+    refuse_others(source.path, version=version)
     path, found = source.path, source.without("module.", "prior.")
     layout = "karlo" if any(".c_qkv." in name for name in found) else "diffusers"
     if layout == "karlo":
@@ -92,16 +99,18 @@ def import_prior(
 def import_decoder(
     source: PublicWeights, clip: Place, image_size: Side = 64, head_dim: Width | None = None
 ) -> Imported:
-    """Karlo's decoder.
+    """Karlo's decoder, or GLIDE's base model.
 
     Args:
-        clip: the run of the CLIP whose embeddings it draws: ViT-L/14 of OpenAI's.
+        clip: the run of the CLIP whose embeddings it draws: ViT-L/14 of OpenAI's; of GLIDE, its encoder.
         image_size: side of its pictures.
         head_dim: width of an attention head; None: as the configuration says, or 64.
 
     Raises:
         UserError: not such a decoder, or of another CLIP.
     """
+    if is_glide(source.without("module.")):
+        return import_glide(source, clip, image_size, head_dim)
     path, found = source.path, source.tensors
     head_dim = head_dim or told(source, "decoder", "attention_head_dim") or HEAD
     layout, what = "diffusers", "decoder of Karlo's"
@@ -177,42 +186,6 @@ def import_upsampler(source: PublicWeights, image_size: Side = 256, factor: Side
     return Imported("upsampler", layout, model, found, facts, licence=LICENCE)
 
 
-# What the stages share
-
-
-def ancestral(steps: int) -> dict[str, Any]:
-    return {"_target_": "dalle.diffusion.samplers.Sampler", "method": "ddpm", "steps": steps}
-
-
-def denoiser(prediction: str, learned_variance: bool = False) -> dict[str, Any]:
-    return {
-        "_target_": "dalle.diffusion.denoiser.Denoiser",
-        "_partial_": True,
-        "prediction": prediction,
-        "learned_variance": learned_variance,
-        "schedule": dict(SCHEDULE),
-    }
-
-
-def of_clip(
-    frozen: Any, clip: Place, net: Mapping[str, Any], path: Path
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a manifest says of the CLIP, and what this makes of the empty caption.
-
-    Raises:
-        UserError: the network reads what another CLIP makes.
-    """
-    for name in ("embed_dim", "text_width", "context_length"):
-        if net[name] != (has := getattr(frozen, name)):
-            raise UserError(f"{path} works with a CLIP of {name}={net[name]}, but {clip} has {has}")
-    empty = frozen.embed_captions([""])
-    facts = {
-        "clip": {"weights": frozen.weights_hash, "embed_dim": frozen.embed_dim},
-        "tokenizer": tokenizer_facts(frozen.tokenizer),
-    }
-    return facts, {"empty_embed": empty["text_embed"][0], "empty_hidden": empty["text_hidden"][0]}
-
-
 def told(source: PublicWeights, part: str, key: str) -> int | None:
     """A number of a part's configuration, where it has one."""
     config = source.config.get(part, source.config)
@@ -228,25 +201,6 @@ def read_stats(stats: Place | None, path: Path) -> tuple[Tensor, Tensor]:
     if len(values) != 2:
         raise UserError(f"{stats} does not hold a mean and a deviation, but {len(values)} tensors")
     return values[0], values[1]
-
-
-def unet_sizes(found: Mapping[str, Tensor], prefix: str, path: Path, what: str) -> dict[str, Any]:
-    """What a U-Net's tensors say of its sizes."""
-    first, *_ = shape_of(found, f"{prefix}conv_in.weight", 4, path, what)
-    block = f"{prefix}down_blocks.{{}}.resnets.0.conv1.weight"
-    levels = count(found, block)
-    widths = [found[block.format(i)].shape[0] for i in range(levels)]
-    if not levels or any(width % first for width in widths):
-        raise UserError(f"{path} is another {what} than this version knows: its widths are {widths}")
-    told_by, *_ = shape_of(found, f"{prefix}down_blocks.0.resnets.0.time_emb_proj.weight", 2, path, what)
-    attention = f"{prefix}down_blocks.{{}}.attentions.0.to_q.weight"
-    return {
-        "width": first,
-        "multipliers": [width // first for width in widths],
-        "blocks": count(found, f"{prefix}down_blocks.0.resnets.{{}}.conv1.weight"),
-        "attention": [i for i in range(levels) if attention.format(i) in found],
-        "scale_shift": told_by == 2 * widths[0],
-    }
 
 
 # Karlo's own names
@@ -267,31 +221,6 @@ TEXT = {
     "clip_emb": "clip_image_embeddings_project_to_time_embeddings",
     "cf_param": "learned_classifier_free_guidance_embeddings",
 }  # fmt: skip
-UNET = {
-    "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
-    "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
-}  # fmt: skip
-RESNET = {
-    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj", "out_layers.0": "norm2",
-    "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
-}  # fmt: skip
-ATTENTION = {"norm": "group_norm", "proj_out": "to_out.0"}
-
-
-def renamed(name: str, table: Mapping[str, str]) -> str | None:
-    """By the entry of the table that is the name, or all of it but the last part."""
-    if name in table:
-        return table[name]
-    layer, _, kind = name.rpartition(".")
-    return f"{table[layer]}.{kind}" if layer in table else None
-
-
-def per_head(value: Tensor, parts: int, head_dim: int, path: Path) -> list[Tensor]:
-    """Query, key and value (or the latter two) of rows in which each head has its own after one another."""
-    if len(value) % (parts * head_dim):
-        raise UserError(f"{path}: {len(value)} rows are not {parts} of heads of {head_dim}; give the heads'")
-    rows = value.unflatten(0, (-1, parts, head_dim))
-    return [rows[:, i].flatten(0, 1) for i in range(parts)]
 
 
 def prior_names(found: Mapping[str, Tensor], path: Path, heads: int | None) -> dict[str, Tensor]:
@@ -318,55 +247,3 @@ def decoder_names(found: Mapping[str, Tensor], path: Path, head_dim: int) -> dic
     made = {f"text_proj.{new}": found[name] for new, name in text.items()}
     rest = {name: value for name, value in found.items() if name not in text.values()}
     return made | {f"decoder.{name}": value for name, value in unet_names(rest, path, head_dim).items()}
-
-
-def unet_names(found: Mapping[str, Tensor], path: Path, head_dim: int) -> dict[str, Tensor]:
-    """diffusers' names of a U-Net with guided-diffusion's, where blocks are numbered through all levels.
-
-    A level has as many blocks on the way up as there are before the first that also enlarges, and one less on
-    the way down, where shrinking is a block of its own.
-    """
-    ups = 1 + max((int(n.split(".")[1]) for n in found if n.startswith("output_blocks.")), default=0)
-    enlarging = [
-        int(name.split(".")[1])
-        for name in found
-        if name.startswith("output_blocks.") and name.split(".")[2] != "0" and ".in_layers.0." in name
-    ]
-    per_level = 1 + min(enlarging, default=ups - 1)
-    middle = sorted({int(name.split(".")[1]) for name in found if name.startswith("middle_block.")})
-    made: dict[str, Tensor] = {}
-    for name, value in found.items():
-        parts = name.split(".")
-        if (new := renamed(name, UNET)) is not None:
-            made[new] = value
-        elif parts[0] == "input_blocks" and len(parts) > 4:
-            level, i = divmod(int(parts[1]) - 1, per_level)
-            inner = f"resnets.{i}" if i < per_level - 1 else "downsamplers.0"
-            attention = f"attentions.{i}"
-            made |= _block(f"down_blocks.{level}.", inner, attention, parts[3:], value, path, head_dim)
-        elif parts[0] == "output_blocks" and len(parts) > 4:
-            level, i = divmod(int(parts[1]), per_level)
-            inner = "upsamplers.0" if parts[2] != "0" else f"resnets.{i}"
-            made |= _block(f"up_blocks.{level}.", inner, f"attentions.{i}", parts[3:], value, path, head_dim)
-        elif parts[0] == "middle_block" and len(parts) > 3:
-            inner = f"resnets.{0 if int(parts[1]) == middle[0] else 1}"
-            made |= _block("mid_block.", inner, "attentions.0", parts[2:], value, path, head_dim)
-        else:
-            made[name] = value
-    return made
-
-
-def _block(
-    level: str, resnet: str, attention: str, parts: list[str], value: Tensor, path: Path, head_dim: int
-) -> dict[str, Tensor]:
-    """One weight of a residual block or of an attention: the latter's are convolutions of width 1."""
-    name = ".".join(parts)
-    if new := renamed(name, RESNET):
-        return {f"{level}{resnet}.{new}": value}
-    value = value.flatten(1) if value.ndim == 3 else value
-    layer, _, kind = name.rpartition(".")
-    for known, ones in (("qkv", ("to_q", "to_k", "to_v")), ("encoder_kv", ("add_k_proj", "add_v_proj"))):
-        if layer == known:
-            rows = per_head(value, len(ones), head_dim, path)
-            return {f"{level}{attention}.{one}.{kind}": row for one, row in zip(ones, rows, strict=True)}
-    return {f"{level}{attention}.{renamed(name, ATTENTION) or name}": value}

@@ -30,12 +30,12 @@ from dalle.reading import read_json
 ADVICE = "get the file again"
 WEIGHTS = (  # names of files of weights in a folder, the first that is there counts
     "model.safetensors", "open_clip_model.safetensors", "diffusion_pytorch_model.safetensors",
-    "open_clip_pytorch_model.bin", "pytorch_model.bin", "diffusion_pytorch_model.bin",
+    "open_clip_pytorch_model.bin", "pytorch_model.bin", "diffusion_pytorch_model.bin", "latest.pth",
 )  # fmt: skip
-CONFIGS = ("config.json", "open_clip_config.json")
+CONFIGS = ("config.json", "open_clip_config.json", "prior_config.json")
 HALVES, MINI = ("encoder", "decoder"), "_mini"  # files of OpenAI's dVAE, and of min-dalle, in a folder
 ENDINGS = (".pkl", ".pt", f"{MINI}.pt", ".safetensors")
-WRAPPERS = ("state_dict", "model", "module")  # under which trainers keep the weights, beside other things
+WRAPPERS = ("ema_model", "state_dict", "model", "module")  # where trainers keep weights, beside other things
 STORAGES = {
     "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
     "DoubleStorage": torch.float64, "LongStorage": torch.int64, "IntStorage": torch.int32,
@@ -50,12 +50,15 @@ PACKED = 2**26  # bytes that an archive may hold beyond twice its size
 
 @dataclass
 class PublicWeights:
-    """What was found: tensors by name on the CPU, and the configuration beside them in a folder."""
+    """What was found: tensors by name on the CPU, the configuration beside them in a folder, and what a
+    trainer said in the file itself: `config` and `version`.
+    """
 
     path: Path
     tensors: dict[str, Tensor]
     config: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)  # SHA-256 by name
+    said: dict[str, Any] = field(default_factory=dict)
 
     def without(self, *prefixes: str) -> dict[str, Tensor]:
         """The tensors, less what names begin with that trainers and wrappers have put in front of all."""
@@ -92,15 +95,17 @@ def read_weights(path: Path, parts: tuple[str, ...] = ()) -> PublicWeights:
         for name in CONFIGS:
             if (path / name).is_file():
                 config |= read_json(path / name, dict, ADVICE)
-    tensors: dict[str, Tensor] = {}
+    tensors, said = dict[str, Tensor](), dict[str, Any]()
     halves = tuple(file.stem.removesuffix(MINI) for file in files) == HALVES
     for file in files:
         half = f"{file.stem.removesuffix(MINI)}." if halves else ""
-        tensors |= {half + name: value for name, value in _read(file).items()}
+        found, beside = _read(file)
+        tensors |= {half + name: value for name, value in found.items()}
+        said |= beside
     if not tensors:
         raise UserError(f"{path} holds no weights; give a file of weights or a folder that holds one")
     check_finite(tensors, path, "take another file")
-    return PublicWeights(path, tensors, config, {file.name: _digest(file) for file in files})
+    return PublicWeights(path, tensors, config, {file.name: _digest(file) for file in files}, said)
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -121,14 +126,14 @@ def _files_in(folder: Path) -> list[Path]:
     raise UserError(f"{folder} holds none of {', '.join(WEIGHTS)}; give the file of weights itself")
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():  # a pipe or a device may never end
         raise UserError(f"{path} is not there, or no file; {ADVICE}")
     try:
         with path.open("rb") as file:
             head = file.read(16)
         if path.suffix == ".safetensors" or head[8:10] == b'{"':  # a length, then JSON
-            return load_file(path)
+            return load_file(path), {}
         _check_packed(path)
         try:
             with warnings.catch_warnings():
@@ -136,7 +141,7 @@ def _read(path: Path) -> dict[str, Tensor]:
                 content = torch.load(path, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, ValueError, AttributeError, EOFError):
             content = _read_inert(path)
-        return dict(tensors_in(content, [MOST]))
+        return dict(tensors_in(content, [MOST])), said_in(content)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} cannot be read ({reason(error)}); {ADVICE}") from None
     except Exception as error:  # a damaged pickle raises whatever its halves lead to
@@ -152,6 +157,19 @@ def _check_packed(path: Path) -> None:
             whole = sum(member.file_size for member in archive.infolist())
         if whole > PACKED + 2 * path.stat().st_size:
             raise ValueError(f"{whole / 2**30:,.1f} GiB are packed in it, as in no file of weights")
+
+
+def said_in(content: Any) -> dict[str, Any]:
+    """What trainers say beside the weights: their configuration, and the version of their package."""
+    if not isinstance(content, Mapping):
+        return {}
+    config, version = content.get("config"), content.get("version")
+    if isinstance(version, Husk) and isinstance(version.state, dict):  # of the package packaging
+        _, release, *_ = (*getattr(version.state.get("_version"), "given", ()), None, None)
+        version = ".".join(map(str, release)) if isinstance(release, tuple) else None
+    said = {"config": config if isinstance(config, dict) else None,
+            "version": version if isinstance(version, str) else None}  # fmt: skip
+    return {key: value for key, value in said.items() if value is not None}
 
 
 def tensors_in(content: Any, room: list[int], name: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
@@ -187,9 +205,12 @@ class Husk:
     """What stands for an object of a class that is not to be imported: its state, and nothing it could do."""
 
     state: Any = None
+    given: tuple[Any, ...] = ()
 
-    def __new__(cls, *_: Any, **__: Any) -> "Husk":
-        return super().__new__(cls)
+    def __new__(cls, *given: Any, **__: Any) -> "Husk":
+        made = super().__new__(cls)
+        made.given = given
+        return made
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass

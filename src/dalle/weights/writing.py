@@ -92,6 +92,16 @@ def write_run(found: Imported, source: PublicWeights, run: Run, name: str, licen
     return run
 
 
+def refuse_others(path: Path, **given: Any) -> None:
+    """Refuses settings that are for weights of another kind: those that are not None.
+
+    Raises:
+        UserError: naming the first of them.
+    """
+    if names := [name for name, value in given.items() if value is not None]:
+        raise UserError(f"{path} holds weights of another kind than {names[0]}= is for; leave it out")
+
+
 def check_same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path, what: str) -> None:
     """Refuses weights that are not, each of them, one of the network's.
 
