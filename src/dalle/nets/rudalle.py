@@ -6,7 +6,7 @@ v2 put a start token before the caption, v3 none; sparse masks, counted from the
 for both, but v2's convolution goes round the picture's edges.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -115,7 +115,7 @@ class RuDalle(nn.Module):
         UserError: the heads do not divide the width.
     """
 
-    pads: Tensor
+    to_logits: Any
 
     def __init__(
         self,

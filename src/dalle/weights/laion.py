@@ -113,7 +113,7 @@ def _version(found: dict[str, Tensor], source: PublicWeights, version: str | Non
         )
     numbers = tuple(int(part) for part in said.split(".") if part.isdigit())
     known = next((code for code in VERSIONS if numbers >= code.since), None)
-    if known not in fits:
+    if known is None or known not in fits:
         raise UserError(f"{path} is not of version {said} of DALLE2-pytorch: it holds {fits[0].null}")
     return known
 

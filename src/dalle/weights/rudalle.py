@@ -111,7 +111,7 @@ def take_masks(
         UserError: they are other masks, or nothing says the version.
     """
     kept = {kind: found.pop(name).bool() for kind, name in MASKS.items() if name in found}
-    able = [
+    able: list[Version] = [
         one
         for one in VERSIONS
         if all(mask.equal(sparse_mask(kind, length, grid, one)) for kind, mask in kept.items())
