@@ -144,4 +144,4 @@ def test_the_wrong_kind(tmp_path, refused):
     torch.manual_seed(0)
     torch.save(Released(TAMING, 32, 64, False).state_dict(), tmp_path / "w.pt")
     assert "is no dVAE of OpenAI's: it lacks encoder.blocks.input.w" in refused("dvae", tmp_path / "w.pt")
-    assert "no CLIP with a vision transformer" in refused("clip", tmp_path / "w.pt")
+    assert "is no CLIP: it lacks token_embedding.weight" in refused("clip", tmp_path / "w.pt")
