@@ -112,8 +112,10 @@ def test_sizes_of_public_weights_are_not_known(command_line):
         command_line("model=prior", "clip=open_clip")
 
 
-def test_the_table_of_the_papers_presets_is_what_the_command_says(command_line):
-    rows = [line for line in command_line("model=dvae_paper").splitlines() if "`dvae_paper`" in line]
+@pytest.mark.parametrize("preset", ["dvae_paper", pytest.param("dalle_paper", marks=pytest.mark.slow)])
+def test_the_table_of_the_papers_presets_is_what_the_command_says(command_line, preset):
+    """dalle_paper, of 12B, is sharded."""
+    rows = [line for line in command_line(f"model={preset}").splitlines() if f"`{preset}`" in line]
     assert len(rows) == 5
     assert set(rows) <= set((ROOT / "docs" / "paper_presets.md").read_text(encoding="utf-8").splitlines())
 
