@@ -224,7 +224,7 @@ class DalleMiniBPE:
         """Of the words of vocab.json and the lines of merges.txt. Raises ValueError where these are none."""
         if [vocab.get(word) for word in ("<s>", "<pad>", "</s>")] != [0, 1, 2]:
             raise ValueError("its <s>, <pad> and </s> are not 0, 1 and 2")
-        pairs = [tuple(line.split()) for line in merges if line and not line.startswith("#version")]
+        pairs: Any = [tuple(line.split()) for line in merges if line and not line.startswith("#version")]
         if any(len(pair) != 2 for pair in pairs):
             raise ValueError("a line of the merges is no pair")
         return cls(Tokenizer(models.BPE(vocab, pairs, unk_token="<unk>")), vocab_size, context_length)
@@ -274,7 +274,7 @@ class GlideBPE:
         """Of the words of encoder.json and the lines of vocab.bpe. Raises ValueError where these are none."""
         if sorted(vocab.values()) != list(range(len(vocab))):
             raise ValueError("its ids are not those from 0 on, each once")
-        pairs = [tuple(line.split()) for line in merges]
+        pairs: Any = [tuple(line.split()) for line in merges]
         if any(len(pair) != 2 for pair in pairs):
             raise ValueError("a line of the merges is no pair")
         bpe = Tokenizer(models.BPE(vocab, pairs))

@@ -209,9 +209,10 @@ class Edited(Pipeline):
             job = Job(image, caption, wanted, rng, self.settings, options)
             done.append(self.kind.do(self.module, job))
         made = torch.cat([pictures for pictures, _, _ in done])
-        device = self.module.device
+        clip: Any = self.module.clip
+        device: Any = self.module.device
         asked = captions if captions and all(captions) else ()
-        rows = similarities(self.module.clip, made.to(device), real.to(device), asked)
+        rows = similarities(clip, made.to(device), real.to(device), asked)
         rows |= {name: finite(values) for name, values in likeness(made, real).items()}
         if self.kind.repairs:
             spoilt = torch.stack([before for _, before, _ in done if before is not None])

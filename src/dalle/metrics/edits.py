@@ -44,7 +44,8 @@ def kept_outside(before: Reading, after: Reading, masks: Bool[Tensor, "N H W"]) 
     was, now, size = before.scenes, after.scenes, masks.shape[-1]
     radius = torch.tensor(list(SIZES.values()))[was.size.clamp(min=0)]
     columns = (was.shape, was.x.float(), was.y.float(), radius)
-    covered = coverage(*(column.flatten() for column in columns), size).unflatten(0, was.shape.shape) > 0
+    shape, x, y, r = (column.flatten() for column in columns)
+    covered = coverage(shape, x, y, r, size).unflatten(0, was.shape.shape) > 0
     standing = (was.shape >= 0) & ~(covered & masks[:, None]).flatten(2).any(2)
     same = torch.ones(len(masks), 2, 2, dtype=torch.bool)
     for one, other in ((was.colour, now.colour), (was.shape, now.shape), (was.size, now.size)):

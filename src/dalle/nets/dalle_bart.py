@@ -187,7 +187,8 @@ class DalleBart(nn.Module):
         causal = None if m == 1 else torch.ones(m, at + m, dtype=torch.bool, device=x.device).tril(at)
         for layer, own, text in zip(self.decoder.layers, cache.own, cache.text, strict=True):
             x = layer(x, own, text, causal, cache.real, at)
-        weight = self.decoder.lm_head.weight[: self.image_vocab]
+        head: Any = self.decoder.lm_head
+        weight = head.weight[: self.image_vocab]
         return F.linear(self.decoder.final_ln(x), weight).float()
 
     def started(self, codes: Int64[Tensor, "B P"]) -> Int64[Tensor, "B M"]:

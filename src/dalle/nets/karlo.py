@@ -342,7 +342,9 @@ class KarloUNet(nn.Module):
 
         h = self.conv_in(x)
         skips = [h]
-        for level in self.down_blocks:
+        downs: Any = self.down_blocks
+        ups: Any = self.up_blocks
+        for level in downs:
             for i in range(len(level.resnets)):
                 h = run(level, i, h)
                 skips.append(h)
@@ -351,7 +353,7 @@ class KarloUNet(nn.Module):
                 skips.append(h)
         h = run(self.mid_block, 0, h)
         h = self.mid_block.resnets[1](h, time)
-        for level in self.up_blocks:
+        for level in ups:
             for i in range(len(level.resnets)):
                 h = run(level, i, torch.cat((h, skips.pop()), dim=1))
             if (larger := level.part("upsamplers")) is not None:

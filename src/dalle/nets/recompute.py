@@ -28,8 +28,8 @@ def keep_products(context: Any, operation: Any, *arguments: Any, **options: Any)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def recomputed(how: Checkpoint, layer: Callable[..., Any], *inputs: Any) -> Any:
-    """`layer(*inputs)`, of which only the inputs are kept, or also what `how` says."""
+def recomputed(how: bool | str, layer: Callable[..., Any], *inputs: Any) -> Any:
+    """`layer(*inputs)`, of which only the inputs are kept, or also what `how`, a `Checkpoint`, says."""
     if how == "selective":
         contexts = partial(create_selective_checkpoint_contexts, keep_products)
         return checkpoint(layer, *inputs, use_reentrant=False, context_fn=contexts)

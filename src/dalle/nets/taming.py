@@ -116,6 +116,7 @@ class Encoder(nn.Module):
 
     def forward(self, image: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B Z h w"]:
         x = self.conv_in(image)
+        part: Any
         for part in self.down:
             x = run_level(x, part)
             x = part.downsample(x) if hasattr(part, "downsample") else x
@@ -139,6 +140,7 @@ class Decoder(nn.Module):
 
     def forward(self, z: Float[Tensor, "B Z h w"]) -> Float[Tensor, "B 3 H W"]:
         x = run_middle(self.conv_in(z), self.mid)
+        part: Any
         for part in reversed(self.up):
             x = run_level(x, part)
             x = part.upsample(x) if hasattr(part, "upsample") else x

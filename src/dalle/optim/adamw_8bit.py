@@ -139,7 +139,8 @@ class AdamW8bit(Optimizer):
         # filled on the device: copies of numbers would wait for it
         given = [torch.full((), x, device=device) for x in (lr, beta1, beta2, group["eps"], kept)]
         rates = torch.stack([*given, 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]])
-        grad = p.grad if p.grad.stride() == p.stride() else torch.empty_like(p).copy_(p.grad)  # pyright: ignore[reportOptionalMemberAccess]
+        grad: Any = p.grad
+        grad = grad if grad.stride() == p.stride() else torch.empty_like(p).copy_(grad)
         step = compiled(quantized_step) if can_compile(device) else quantized_step
         step(in_memory(p), in_memory(grad), state["codes"], state["scales"], self.books[device], rates, bad)
 

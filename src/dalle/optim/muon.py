@@ -92,8 +92,8 @@ class Muon(Optimizer):
         grads: Any = [p.grad for p in params]
         averages = [self.state[p]["momentum"] for p in params]
         kept = 1 - group["lr"] * group["weight_decay"]
-        if self.found_inf is not None:  # what is then done to averages and weights leaves them as they are
-            bad = self.found_inf > 0
+        bad = None if self.found_inf is None else self.found_inf > 0
+        if bad is not None:  # what is then done to averages and weights leaves them as they are
             grads = [torch.where(bad, average, grad) for average, grad in zip(averages, grads, strict=True)]
             kept = torch.where(bad, 1.0, kept)
         torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
@@ -102,7 +102,7 @@ class Muon(Optimizer):
         torch._foreach_mul_(params, kept)
         for shape, pairs in alike.items():  # matrices of one shape in one product
             updates = orthogonalize(torch.stack([update for _, update in pairs]))
-            if self.found_inf is not None:
+            if bad is not None:
                 updates = torch.where(bad, 0.0, updates)
             steps = [u.view_as(p) for u, (p, _) in zip(updates, pairs, strict=True)]
             torch._foreach_add_([p for p, _ in pairs], steps, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)

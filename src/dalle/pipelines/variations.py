@@ -128,9 +128,9 @@ class Varying:
             for image in (a, b):
                 self.check_size(image)
             with torch.inference_mode():
-                ends = [self.clip.embed_image(image[None].to(self.device)).float() for image in (a, b)]
+                start, end = (self.clip.embed_image(image[None].to(self.device)).float() for image in (a, b))
             noise = self._noise(seed).expand(frames, -1, -1, -1)
-            return self._decoded(turned(*ends, t), noise, self._told(decoder, 0.0), seed, **options)
+            return self._decoded(turned(start, end, t), noise, self._told(decoder, 0.0), seed, **options)
         first, last = inverted or (self.invert(a, decoder, precision), self.invert(b, decoder, precision))
         x_T = slerp(first.x_T, last.x_T, t)
         return self._decoded(turned(first.z_i, last.z_i, t), x_T, self._told(decoder, 0.0), **options)

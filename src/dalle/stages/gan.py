@@ -122,8 +122,9 @@ class GanStage(Stage):
             logits = self.discriminator(self.seen(image), **text_of(batch))
             penalty = r1(logits, image, self.r1_gamma)
         self.manual_step(self.r1_every * penalty, self.discriminator, DISCRIMINATOR)
-        if self.guard.deferred:
-            self.r1 = torch.where(self.guard.bad, self.r1, penalty.detach())
+        bad = self.guard.bad
+        if self.guard.deferred and bad is not None:
+            self.r1 = torch.where(bad, self.r1, penalty.detach())
         elif not self.guard.left_out:
             self.r1 = penalty.detach()
 

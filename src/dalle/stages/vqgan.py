@@ -120,7 +120,7 @@ class VQGANStage(Stage):
         if self.adversarial_weight > 0:
             # `adaptive_weight` goes back through the network twice before its step does: where that is
             # compiled, nothing that the backward pass reads may be written over.
-            torch._functorch.config.donated_buffer = False
+            torch._functorch.config.donated_buffer = False  # pyright: ignore[reportAttributeAccessIssue]  # torch has no stubs of it
         if self.perceptual_weight:
             self.frozen = (self.make_perceptual().requires_grad_(False),)
 

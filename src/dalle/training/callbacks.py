@@ -271,7 +271,11 @@ class Compile(lightning.Callback):
     def on_validation_end(self, *_: Any) -> None:
         torch.compiler.set_stance("default")
 
-    on_test_start, on_test_end = on_validation_start, on_validation_end
+    def on_test_start(self, *_: Any) -> None:
+        torch.compiler.set_stance("force_eager")
+
+    def on_test_end(self, *_: Any) -> None:
+        torch.compiler.set_stance("default")
 
     def on_exception(self, *_: Any) -> None:
         torch.compiler.set_stance("default")

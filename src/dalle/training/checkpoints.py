@@ -185,7 +185,7 @@ class LastCheckpoint(Checkpoint):
         self.wait()
         number = slurm.job() if self.requeue else None
         again = number and trainer.strategy.reduce_boolean_decision(self.out_of_time, all=False)
-        if again and trainer.is_global_zero:
+        if number and again and trainer.is_global_zero:
             print(f"\n{slurm.requeue(number)}", flush=True)
         raise KeyboardInterrupt
 

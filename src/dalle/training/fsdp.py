@@ -93,7 +93,8 @@ class FullyShard(ModelParallelStrategy):
                 setattr(net, name, torch.autocast(kind, torch.bfloat16)(getattr(net, name)))
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        for _, _, buffer in kept_buffers(self.lightning_module):  # as DDP does
+        stage: Any = self.lightning_module
+        for _, _, buffer in kept_buffers(stage):  # as DDP does
             torch.distributed.broadcast(buffer, 0)
         return super().training_step(*args, **kwargs)
 

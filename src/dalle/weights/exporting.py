@@ -190,7 +190,7 @@ def unet_config(net: KarloUNet, image_size: int, context: int | None = None) -> 
         "in_channels": net.conv_in.in_channels,
         "out_channels": net.conv_out.out_channels,
         "layers_per_block": len(downs[0].resnets),  # pyright: ignore[reportArgumentType]  # a ModuleList
-        "block_out_channels": [level.resnets[0].conv1.out_channels for level in downs],  # pyright: ignore[reportIndexIssue]  # the same
+        "block_out_channels": [level.resnets[0].conv1.out_channels for level in downs],  # pyright: ignore[reportIndexIssue, reportAttributeAccessIssue]  # the same
         "down_block_types": kinds("Down", attending),
         "up_block_types": kinds("Up", [hasattr(level, "attentions") for level in ups]),
         "resnet_time_scale_shift": "scale_shift" if first.scale_shift else "default",
