@@ -9,13 +9,14 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import stat
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +25,7 @@ from io import FileIO
 from itertools import product
 from pathlib import Path
 from threading import Lock
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from tqdm import tqdm
@@ -40,9 +41,12 @@ FORMAT = 2  # raise it when the kept files or `index_tar` change
 MOST = 1_000_000  # shards that a pattern may stand for
 READERS = 8  # shards that are indexed at a time
 LONG = 20  # shards from which a progress bar is shown
-TRIES, PAUSE = 3, 2.0  # of a copy, and seconds before the second try
+TRIES, PAUSE = 5, 2.0  # of a network that fails, and seconds before the second try; then twice as long each
+SILENCE = 60.0  # seconds without a byte after which a server has failed, however long it sends
 BRACES = re.compile(r"\{([^{}]*)\}")
 NUMBERS = re.compile(r"([0-9]{1,18})\.\.([0-9]{1,18})")
+Result = TypeVar("Result")
+log = logging.getLogger(__name__)
 REMOTE = re.compile(r"[a-z][a-z0-9+.-]*://", re.I)
 
 
@@ -50,9 +54,11 @@ def cache_home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dalle" / "shards"
 
 
-def addresses(given: str | Path | Sequence[str], setting: str) -> list[str]:
-    """The tar files that a pattern (`PATH/{00000..00099}.tar`, `PATH/*.tar`), a folder, or a list of such
-    stands for, in order. Several in one text are separated by `::`.
+def addresses(
+    given: str | Path | Sequence[str], setting: str, suffixes: tuple[str, ...] = (".tar",)
+) -> list[str]:
+    """The tar files (or others, by suffix) that a pattern (`PATH/{00000..00099}.tar`, `PATH/*.tar`), a
+    folder, or a list of such stands for, in order. Several in one text are separated by `::`.
 
     Raises:
         UserError: nothing is there, or a command is meant.
@@ -63,7 +69,7 @@ def addresses(given: str | Path | Sequence[str], setting: str) -> list[str]:
         if part.startswith("pipe:"):
             raise UserError(f"{setting}={shown(part)} would run a program; give files or addresses")
         for place in expanded(part, setting):
-            found += _matching(place, setting)
+            found += _matching(place, setting, suffixes)
     if double := [address for address, count in Counter(found).items() if count > 1]:
         raise UserError(
             f"{setting} names {shown(double[0])} more than once; data.resample=true repeats shards"
@@ -92,25 +98,29 @@ def expanded(pattern: str, setting: str) -> list[str]:
     return ["".join(parts) for parts in product(*choices)]
 
 
-def _matching(place: str, setting: str) -> list[str]:
+def _matching(place: str, setting: str, suffixes: tuple[str, ...]) -> list[str]:
     place = place.removeprefix("file://")
     if REMOTE.match(place):
-        if not has_magic(place.partition("?")[0]) and place.endswith(".tar"):
+        if not has_magic(place.partition("?")[0]) and place.endswith(suffixes):
             return [place]
         files, path = file_system(place)
-        with _explained(place):
-            found = files.glob(path if has_magic(path) else f"{path.rstrip('/')}/**/*.tar")
-        found = [files.unstrip_protocol(one) for one in sorted(found) if one.endswith(".tar")]
+        try:
+            found = tried(place, lambda: files.glob(path if has_magic(path) else f"{path.rstrip('/')}/**"))
+        except FileNotFoundError:
+            found = []
+        found = [files.unstrip_protocol(one) for one in sorted(found) if one.endswith(suffixes)]
     else:
         place = os.path.abspath(os.path.expanduser(place))
         if os.path.isdir(place):
-            found = sorted(glob(f"{glob_escape(place)}/**/*.tar", recursive=True))
+            found = sorted(glob(f"{glob_escape(place)}/**", recursive=True))
+            found = [one for one in found if one.endswith(suffixes)]
         elif has_magic(place) and not os.path.exists(place):
             found = sorted(glob(place, recursive=True))
         else:
             return [place]
     if not found:
-        raise UserError(f"{setting}={shown(place)}: there are no tar files")
+        kind = suffixes[0].removeprefix(".")
+        raise UserError(f"{setting}={shown(place)}: there are no {kind} files")
     return found
 
 
@@ -122,8 +132,14 @@ def file_system(address: str) -> tuple[Any, str]:
     """fsspec's file system of an address, and the path in it. Raises UserError where it is not known."""
     import fsspec
 
+    options: dict[str, Any] = {}
     try:
-        return fsspec.core.url_to_fs(address)
+        if address.lower().startswith(("http://", "https://")):
+            from aiohttp import ClientTimeout  # its own would break off whatever takes five minutes
+
+            patience = ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
+            options["client_kwargs"] = {"timeout": patience}
+        return fsspec.core.url_to_fs(address, **options)
     except ImportError as error:
         raise UserError(f"{shown(address)} needs a package: {' '.join(str(error).split())}") from None
     except Exception as error:  # some reach out for their place at once, each in its own way
@@ -131,16 +147,42 @@ def file_system(address: str) -> tuple[Any, str]:
         raise UserError(f"{shown(address)} cannot be read ({why})") from None
 
 
-@contextlib.contextmanager
-def _explained(address: str) -> Iterator[None]:
-    """One line for what a network says."""
-    try:
-        yield
-    except (UserError, FileNotFoundError):
-        raise
-    except Exception as error:  # every file system of fsspec has its own
-        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"{shown(address)} cannot be read ({why})") from None
+def tried(address: str, read: Callable[[], Result]) -> Result:
+    """What reading from elsewhere gives; tried anew, after a pause, where a network fails.
+
+    Raises:
+        FileNotFoundError: nothing is there, as the other side says.
+        UserError: it fails again and again.
+    """
+    for attempt in range(TRIES):
+        try:
+            return read()
+        except UserError:  # of the disk here
+            raise
+        except Exception as error:  # every file system of fsspec has its own
+            if _is_absence(error):
+                raise FileNotFoundError(address) from None
+            cause = error.__cause__ if isinstance(error, FileNotFoundError) else error
+            why = " ".join(f"{type(cause).__name__}: {cause}".split())[:200]
+            if attempt + 1 == TRIES:
+                raise UserError(
+                    f"{shown(address)} cannot be read, {TRIES} times in a row ({why}); a run goes on with "
+                    "resume=true"
+                ) from None
+            log.info("%s: %s; trying again in %g s", address, why, PAUSE * 2**attempt)
+            time.sleep(PAUSE * 2**attempt)
+    raise AssertionError
+
+
+def _is_absence(error: BaseException | None) -> bool:
+    """fsspec also calls absent what a failing server does not say anything of."""
+    if not isinstance(error, FileNotFoundError):
+        return False
+    cause = error.__cause__
+    if getattr(cause, "status", None) in (404, 410):
+        return True
+    failed = isinstance(cause, OSError) or type(cause).__module__.startswith("aiohttp")
+    return not failed or _is_absence(cause)
 
 
 @dataclass(frozen=True)
@@ -165,12 +207,7 @@ class Shard:
             if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
                 raise OSError(errno.EINVAL, "no regular file")
             return f"{status.st_size} {status.st_mtime_ns}"
-        files, path = file_system(self.address)
-        with _explained(self.address):
-            facts = files.info(path)
-        marks = [str(facts[key]) for key in ("ETag", "etag", "mtime", "LastModified", "updated", "created")
-                 if facts.get(key)]  # fmt: skip
-        return " ".join([str(facts.get("size")), *marks])
+        return remote_stamp(self.address)
 
     def local(self) -> Path:
         """The file itself, or a copy of it, made where it is missing.
@@ -180,7 +217,7 @@ class Shard:
         """
         if not self.remote:
             return Path(self.address)
-        place = cache_home() / "copies" / f"{_key(self.address)}.tar"
+        place = cache_home() / "copies" / f"{_key(f'{self.address} {self.stamp()}')}.tar"
         if not _touched(place):
             place.parent.mkdir(parents=True, exist_ok=True)
             with locked(place.with_suffix(".lock"), wait=True):
@@ -190,23 +227,12 @@ class Shard:
         return place
 
     def _fetch(self, place: Path) -> None:
-        files, path = file_system(self.address)
-        for attempt in range(TRIES):
-            try:
-                with atomic_path(place, sync=False) as hidden:
-                    files.get_file(path, str(hidden))
-                return
-            except FileNotFoundError:
-                raise
-            except Exception as error:
-                if isinstance(error, UserError):  # of the disk here
-                    raise
-                if attempt + 1 == TRIES:
-                    why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-                    raise UserError(
-                        f"{shown(self.address)} cannot be copied ({why}); a run goes on with resume=true"
-                    ) from None
-                time.sleep(PAUSE * 2**attempt)
+        def copy() -> None:
+            files, path = file_system(self.address)
+            with atomic_path(place, sync=False) as hidden:
+                files.get_file(path, str(hidden))
+
+        tried(self.address, copy)
 
     def read(self, offset: int, size: int) -> bytes:
         """Bytes of a member. Raises BadPicture where they cannot be had any more."""
@@ -221,6 +247,21 @@ class Shard:
         if len(content) < size:
             raise BadPicture("cut short since it was indexed")
         return content
+
+
+@lru_cache(maxsize=MOST)
+def remote_stamp(address: str) -> str:
+    """As of `Shard.stamp`, asked for once in a process, until shards are indexed anew."""
+    facts = tried(address, lambda: _facts(address))
+    names = ("ETag", "etag", "Last-Modified", "LastModified", "mtime", "updated", "created")
+    marks = [str(facts[key]) for key in names if facts.get(key)]
+    return " ".join([str(facts.get("size")), *marks])
+
+
+def _facts(address: str) -> dict[str, Any]:
+    files, path = file_system(address)
+    files.invalidate_cache()
+    return files.info(path)
 
 
 class Reader:
@@ -286,6 +327,7 @@ def index(
     shards: Sequence[Shard], max_bytes: int, texts: bool = True, sieve: Sieve | None = None
 ) -> list[TarIndex | str]:
     """The index of each shard, or why it has none; arguments as of `index_tar`."""
+    remote_stamp.cache_clear()
     with ThreadPoolExecutor(READERS) as pool:
         work = pool.map(lambda shard: _indexed(shard, max_bytes, texts, sieve), shards)
         return list(tqdm(work, "Indexing shards", len(shards), disable=len(shards) < LONG, unit=""))
@@ -316,6 +358,37 @@ def _indexed(shard: Shard, max_bytes: int, texts: bool, sieve: Sieve | None) -> 
     with contextlib.suppress(OSError, UserError):
         _save(place, made)
     return made
+
+
+def kept_sizes(
+    shards: Sequence[Shard],
+    parts: Sequence[np.ndarray],
+    max_pixels: int,
+    measure: Callable[[Shard, np.ndarray], np.ndarray],
+) -> list[np.ndarray]:
+    """What `measure` says of each shard's rows, (n, 2) whole numbers, kept beside the shards' indices."""
+
+    def one(shard: Shard, rows: np.ndarray) -> np.ndarray:
+        facts = f"sizes {FORMAT} {shard.address} {shard.stamp()} {max_pixels} "
+        digest = hashlib.sha256(facts.encode("utf-8", "surrogateescape") + rows.tobytes()).hexdigest()[:24]
+        place = cache_home() / "index" / f"{digest}.npy"
+        with contextlib.suppress(OSError, ValueError, EOFError):
+            sizes = np.load(place, allow_pickle=False)
+            if sizes.shape == (len(rows), 2):
+                return sizes
+        sizes = measure(shard, rows)
+        with (
+            contextlib.suppress(OSError, UserError),
+            atomic_path(place, sync=False) as hidden,
+            hidden.open("wb") as file,
+        ):
+            np.save(file, sizes)
+        return sizes
+
+    with ThreadPoolExecutor(READERS) as pool:
+        work = pool.map(one, shards, parts)
+        bar = tqdm(work, "Measuring pictures", len(shards), disable=len(shards) < LONG, unit="")
+        return list(bar)
 
 
 def _save(place: Path, made: TarIndex) -> None:
