@@ -1,8 +1,9 @@
 """What a training would take on machines that are not here: `dalle costs model=decoder_paper devices=8,64`.
 
 Memory of a device and time of a step, from a step on no device at all and stated rates: memory= (bytes) rate=
-share= stream= near= far= machine= of a device; an H100's to begin with. All other words are those of `dalle
-train`. Nothing is trained, and nothing needs to have been.
+share= stream= near= far= machine= of a device; an H100's to begin with. items= says how many pictures there
+are where they are not here. All other words are those of `dalle train`. Nothing is trained, and nothing needs
+to have been.
 """
 
 import tempfile
@@ -18,22 +19,24 @@ DEVICES = (8, 32, 128, 512, 1024)
 
 def main(arguments: list[str]) -> None:
     if any(word in ("-h", "--help") for word in arguments):
-        print(f"{(__doc__ or '').strip()}\n\nusage: dalle costs [model=...] [devices=8,64] SETTING=VALUE ...")
+        usage = "dalle costs [model=...] [devices=8,64] [items=N] SETTING=VALUE ..."
+        print(f"{(__doc__ or '').strip()}\n\nusage: {usage}")
         raise SystemExit(0)
     from dalle.instantiate import check_arguments
     from dalle.training import costs
 
-    names = ("devices", "model", *costs.settings())
+    names = ("devices", "model", "items", *costs.settings())
     own = {word.partition("=")[0]: word for word in arguments if word.partition("=")[0] in names}
     rest = [word for word in arguments if word not in own.values()]
     given = {name: number(own[name]) for name in costs.settings() if name in own}
     check_arguments(costs.Device, given, "", partial_call=True)
     device = costs.Device(**given)
+    items = number(own["items"]) if "items" in own else None
     devices = [int(number(f"devices={n}")) for n in values(own.get("devices"))] or DEVICES
     print(costs.described(device), end="\n\n")
     print("\n".join(costs.HEAD))
     for model in values(own.get("model")) or PAPERS:
-        print("\n".join(costs.table(model, step_of(model, rest), devices, device)), flush=True)
+        print("\n".join(costs.table(model, step_of(model, rest, items), devices, device)), flush=True)
 
 
 def values(word: str | None) -> list[str]:
@@ -46,13 +49,17 @@ def number(word: str) -> Any:
         value = float(text)
     except ValueError:
         value = 0.0
-    if not 0 < value < float("inf") or (name in ("devices", "machine") and value != int(value)):
+    if not 0 < value < float("inf") or (name in ("devices", "machine", "items") and value != int(value)):
         raise UserError(f"{word}: give a number above 0")
     return int(value) if value == int(value) else value
 
 
-def step_of(model: str, words: list[str]) -> Any:
-    """What a step of a preset takes; the networks that it needs are of no weight, either."""
+def step_of(model: str, words: list[str], items: int | None) -> Any:
+    """What a step of a preset takes; the networks that it needs are of no weight, either.
+
+    Args:
+        items: pictures that are not here; None: `words` say where they are.
+    """
     import torch
 
     from dalle.cli.train import upstream
@@ -66,6 +73,12 @@ def step_of(model: str, words: list[str]) -> Any:
         for stage, run in fit.missing_runs(job.config).items():
             first += compose("train", upstream(job.words, stage, run))
         configs = [one.config for one in first] + [job.config]
+        if items is not None:
+            for config in configs:
+                config["data"] = config["datamodule"]["source"] = {
+                    "_target_": "dalle.data.shapes.Shapes", "_partial_": True, "size": items,
+                    "image_size": config["data"].get("image_size", 64),
+                }  # fmt: skip
         for config, stage, datamodule in ladder.built(configs, here=False):
             if config["paths"]["run"] == job.config["paths"]["run"]:  # before it is frozen for another stage
                 with torch.device("meta"):

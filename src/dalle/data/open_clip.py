@@ -130,6 +130,17 @@ def load_open_clip(
     return FrozenCLIP(net, ClipBPE(net.context_length), bf16)
 
 
+def without_weights(name: str) -> FrozenCLIP:
+    """The model of such a name on the meta device: its sizes. Raises UserError where it is not known."""
+    open_clip = _open_clip()
+    if name not in open_clip.list_models():
+        raise UserError(f"open_clip knows no model {name!r}")
+    with torch.device("meta"):
+        model = open_clip.create_model(name, load_weights=False)
+    net = OpenClipNet(model).to("meta")
+    return FrozenCLIP(net, ClipBPE(net.context_length))
+
+
 def _open_clip() -> Any:
     try:
         return importlib.import_module("open_clip")

@@ -17,6 +17,7 @@ import lightning
 import torch
 
 from dalle.data.frozen import FROZEN, Frozen, FrozenCLIP, FrozenTokenizer
+from dalle.data.open_clip import without_weights
 from dalle.instantiate import instantiate
 from dalle.machine import settle_threads
 from dalle.run_dir import IMAGE_TOKENIZERS, Run
@@ -26,6 +27,7 @@ from dalle.training.fit import check_least_batch, check_machine, prepare, quiet,
 from dalle.training.preflight import SHORT, average_of, in_time, total_steps
 
 Config = dict[str, Any]
+PUBLIC = "dalle.data.open_clip.load_open_clip"
 WARM, TIMED = 2, 5  # steps of a rehearsal
 SECONDS = 10.0  # no step of a rehearsal begins after so long
 WORTH = 200  # trainings of fewer steps are not rehearsed
@@ -54,7 +56,7 @@ def built(configs: Sequence[Config], here: bool = True) -> Iterator[tuple[Config
     only a public CLIP's weights could say is left for later.
 
     Args:
-        here: they are to be trained on this machine.
+        here: they are to be trained on this machine. Else a public CLIP does without its weights, too.
     """
     made: dict[Path, Frozen] = {}
     for config in map(copy.deepcopy, configs):
@@ -65,14 +67,17 @@ def built(configs: Sequence[Config], here: bool = True) -> Iterator[tuple[Config
         check_machine(config)
         parts = {key: config["datamodule"].get(key) for key in FROZEN}
         places = {key: Path(part["path"]) for key, part in parts.items() if part and "path" in part}
-        if any(part and key not in places for key, part in parts.items()) or any(
+        public = {key: part for key, part in parts.items() if part and part.get("_target_") == PUBLIC}
+        public = {} if here else {key: without_weights(part["name"]) for key, part in public.items()}
+        if any(part and key not in {**places, **public} for key, part in parts.items()) or any(
             place not in made and not Run(place).finished for place in places.values()
         ):
             continue
         frozen = {key: made[place] for key, place in places.items() if place in made}
-        datamodule, _ = prepare(config, run, **frozen)
+        datamodule, _ = prepare(config, run, **frozen, **public)
         with torch.device("meta"):
             stage = build_stage(config["model"])
+        datamodule.suit(stage.net)
         yield config, stage, datamodule
         if (frozen_net := as_frozen(config, stage, datamodule)) is not None:
             made[run.path] = frozen_net
