@@ -4,9 +4,11 @@ import re
 import sys
 
 import datasets
+import numpy as np
 import pytest
 from formats import coco, idx, packed, parquet, picture, write, zipped
 from made_tars import shards
+from PIL import Image
 from tiny import ROOT
 
 from dalle.cli import command as cli
@@ -19,7 +21,10 @@ BLOCKS = [
     for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     if "python " in block
 ]
-SAMPLES = {"COCO", "Hugging Face", "Tables", "Zip files", "MNIST and its like", "Filters", "Mixtures"}
+SAMPLES = {
+    "COCO", "Hugging Face", "Tables", "Zip files", "MNIST and its like", "Filters", "Mixtures",
+    "Pictures in their own shape",
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -39,6 +44,12 @@ def samples(tmp_path, monkeypatch):
     parquet(tmp_path / "PACKED.parquet", packed(tmp_path / "loose", 12))
     zipped(tmp_path / "PICTURES.zip", 12)
     idx(tmp_path / "MNIST")
+    for k in range(24):
+        size = ((30, 40), (40, 30))[k % 2]
+        pixels = np.random.default_rng(k).integers(0, 256, (*size, 3), np.uint8)
+        (tmp_path / "PHOTOS").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "PHOTOS" / f"{k}.png")
+        write(tmp_path / "PHOTOS" / f"{k}.txt", f"thing {k}")
     return tmp_path
 
 
@@ -55,7 +66,7 @@ def test_the_lines_train_sample_and_evaluate_as_they_stand(title, block, shell, 
         elif line.startswith(("sample", "evaluate")):
             shell(line)
     runs = [Run(path) for path in (samples / "logs").glob("*/*") if (path / "manifest.json").exists()]
-    assert len(runs) == {"COCO": 3, "Tables": 2}.get(title, 1)
+    assert len(runs) == {"COCO": 3, "Tables": 2, "Pictures in their own shape": 4}.get(title, 1)
     assert list((samples / "logs").rglob("*.png")) or title != "COCO"
 
 

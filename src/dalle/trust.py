@@ -55,8 +55,8 @@ LISTED = {  # what runs and recipes are made of: the whole of it, a test says wh
     ),
     "sources": (
         "dalle.data.coco.Coco", "dalle.data.encoded.Encoded", "dalle.data.folder.Folder",
-        "dalle.data.hf.HuggingFace", "dalle.data.idx.Idx", "dalle.data.imagefolder.ImageFolder",
-        "dalle.data.mixture.Mixture",
+        "dalle.data.hf.HuggingFace", "dalle.data.hf.hugging_face", "dalle.data.idx.Idx",
+        "dalle.data.imagefolder.ImageFolder", "dalle.data.mixture.Mixture",
         "dalle.data.shapes.Shapes", "dalle.data.table.Table",
         "dalle.data.webdataset.WebDataset",
     ),

@@ -14,11 +14,11 @@ def test_what_is_known_are_pixels_and_where_they_are():
     assert not known[1].any()
 
 
-@pytest.mark.parametrize("size", [16, 37])
+@pytest.mark.parametrize("size", [(16, 16), (37, 37), (24, 40)])
 def test_masks_hide_parts_of_all_sizes_and_everything_in_a_share(size):
     torch.manual_seed(0)
-    masks = random_masks(2000, size, all_hidden=0.3)
-    assert masks.shape == (2000, size, size)
+    masks = random_masks(2000, *size, all_hidden=0.3)
+    assert masks.shape == (2000, *size)
     hidden = masks.flatten(1).float().mean(1)
     assert (hidden == 1).float().mean() == pytest.approx(0.3, abs=0.03)
     assert hidden.min() > 0.02
@@ -33,6 +33,6 @@ def test_masks_follow_the_seed():
     drawn = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        drawn.append(random_masks(4, 16, 0.25))
+        drawn.append(random_masks(4, 16, 16, 0.25))
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])

@@ -85,7 +85,7 @@ def test_xl_2_has_the_published_size():
 
 
 def test_positions_differ_and_neighbours_are_alike():
-    table = positions(6, 32)
+    table = positions(6, 6, 32)
     assert table.shape == (36, 32)
     nearness = table @ table.T
     torch.testing.assert_close(nearness.diagonal(), torch.full((36,), 16.0))

@@ -7,7 +7,8 @@ from tiny import ROOT
 from torch import nn
 
 from dalle.errors import UserError
-from dalle.nets.sizes import cut, map_sides, padded
+from dalle.nets.dit import positions
+from dalle.nets.sizes import cut, map_sides, padded, stretched
 from dalle.training.defaults import fill_sizes
 from dalle.trust import composed
 
@@ -56,7 +57,7 @@ def test_every_size_has_networks(size):
         assert 3 <= nets[name].grid <= 20
     assert 6 <= nets["model/net/dit"].side <= 16 or size < 24
     for name in ("model/net/small_unet", "model/net/unet"):
-        assert nets[name].factor <= 64
+        assert nets[name].whole <= 64
         assert (
             size <= nets[name].positions[0].shape[-1] * nets[name].patch
             if name.endswith("small_unet")
@@ -104,6 +105,40 @@ def test_what_is_given_stays_and_the_rest_follows_it():
     assert node("model/gan", 64, multipliers=[1, 2])["attention"] == [32]
     assert node("model/gan", 64, patch=4)["multipliers"] == [1, 2, 4]
     assert node("model/clip", 64, patch_size=8)["vision_layers"] == 2
+
+
+@pytest.mark.parametrize("name", ["small_unet", "unet", "dit"])
+def test_decoders_draw_oblong_pictures(name):
+    """With attention, learned places and what is known of the picture stretched to their shape."""
+    torch.manual_seed(0)
+    net = made(f"model/net/{name}", 32, inpaint=True)
+    for p in net.parameters():  # zero at birth
+        nn.init.normal_(p, std=0.05)
+    given = {
+        "image_embed": torch.randn(2, 32), "text_embed": torch.randn(2, 32),
+        "text_hidden": torch.randn(2, 12, 16), "text_mask": torch.ones(2, 12, dtype=torch.bool),
+    }  # fmt: skip
+    for height, width in ((24, 40), (44, 23)):
+        image, known = torch.randn(2, 3, height, width), torch.randn(2, 4, height, width)
+        drawn = net(image, torch.rand(2), **given, known=known)
+        assert drawn.shape == image.shape
+        assert drawn.std() > 0
+        places = [p for key, p in net.named_parameters() if "position" in key or "sketch" in key]
+        net.zero_grad()
+        drawn.square().sum().backward()
+        assert all(p.grad.abs().sum() > 0 for p in places)
+
+
+def test_what_is_learned_of_places_is_stretched():
+    table = torch.linspace(-1, 1, 8).expand(1, 1, 8, 8)
+    assert stretched(table, 8, 8) is table
+    wide = stretched(table, 6, 12)
+    assert wide.shape == (1, 1, 6, 12)
+    torch.testing.assert_close(wide, wide[:, :, :1].expand_as(wide))
+    assert wide[0, 0, 0].diff().min() >= 0
+    torch.testing.assert_close(wide.flip(3), -wide)
+    large, oblong = positions(6, 6, 16).view(6, 6, 16), positions(4, 6, 16).view(4, 6, 16)
+    assert torch.equal(large[:4], oblong)
 
 
 def test_padding_repeats_the_edge_and_is_cut_again():

@@ -61,7 +61,7 @@ def test_pictures_a_grid_and_a_recipe(make, capsys):
     [
         ["n=2", "sampler=ddpm", "precision=bf16"],
         ["sampler=heun", "seed=3", "batch_size=1", "n=2", "sampler.churn=0.5"],
-        ["pipeline.prior=null", "text_guidance=1.5"],
+        ["pipeline.prior=null", "text_guidance=1.5", "size=24x12"],
         ["pipeline.prior_candidates=3", "pipeline.prior_guidance=2.0", "pipeline.prior_sampler.method=ddpm"],
     ],
     ids=" ".join,
@@ -73,6 +73,12 @@ def test_a_recipe_makes_its_pictures_again_byte_for_byte(make, settings):
     assert pngs(again) == pngs(first)
     recipes = [yaml.safe_load((folder / "recipe.yaml").read_text()) for folder in (first, again)]
     assert recipes[0] == recipes[1]
+
+
+def test_pictures_of_another_shape(make):
+    out = make("oblong", PROMPT, "size=24x12", "n=2")
+    assert Image.open(out / "000-01.png").size == (24, 12)
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["options"]["decoder"]["size"] == [12, 24]
 
 
 def test_every_setting_changes_the_pictures(make):
@@ -179,6 +185,9 @@ def test_an_occupied_folder_stays_as_it_is(make, tmp_path):
         ([PROMPT, "name=nobody"], "nobody.decoder holds no finished run"),
         (["prompt=" + "a red circle and " * 60], r"is too long: CLIP reads .* tokens"),
         ([PROMPT, "recipe=nowhere.yaml"], "nowhere.yaml cannot be read"),
+        ([PROMPT, "size=24"], "size must be"),
+        ([PROMPT, "size=24x"], "size=24x: give width x height of the pictures, as size=80x48"),
+        ([PROMPT, "size=24x999"], "size=24x999 is not what this decoder of 16 px can draw"),
     ],
 )
 def test_mistakes_write_nothing(make, tmp_path, settings, message):

@@ -94,6 +94,46 @@ class TestStep:
         assert out["loss"] == out["per_sample"].mean()
 
 
+class TestSize:
+    def test_pictures_of_a_size_that_is_given_or_that_the_batch_has(self):
+        stage, batch = make_stage(), make_batch()
+        embeds = conditions(batch)
+        assert stage.sample(embeds).shape == (3, 3, 16, 16)
+        assert stage.sample(embeds, size=(12, 24)).shape == (3, 3, 12, 24)
+        assert stage.sample({**embeds, "image": torch.zeros(3, 3, 20, 12)}).shape == (3, 3, 20, 12)
+        guided = make_stage(guidance=2.0, inpaint=True)
+        known = known_of(torch.zeros(1, 3, 12, 24), torch.ones(1, 12, 24, dtype=torch.bool))
+        assert guided.sample(embeds, size=(12, 24), known=known).shape == (3, 3, 12, 24)
+
+    def test_trains_on_oblong_pictures(self):
+        stage, batch = make_stage(inpaint=True), make_batch()
+        out = stage.step({**batch, "image": torch.rand(3, 3, 12, 24)})
+        out["loss"].backward()
+        assert out["loss"].isfinite()
+
+    @pytest.mark.parametrize("size", [(4, 16), (16, 65)])
+    def test_nothing_out_of_reach(self, size):
+        with pytest.raises(UserError, match="is not what this decoder of 16 px can draw"):
+            make_stage().sample(conditions(make_batch()), size=size)
+
+    def test_networks_of_squares(self):
+        class Squares(nn.Module):
+            image_size, channels, embed_dim = 16, 3, EMBED
+
+            def __init__(self, net: UNet) -> None:
+                super().__init__()
+                self.net = net
+
+            def forward(self, *args, **conditions):
+                return self.net(*args, **conditions)
+
+        stage = make_stage()
+        stage.denoiser.net = Squares(stage.net)
+        assert stage.sample(conditions(make_batch()), size=(16, 16)).shape[2:] == (16, 16)
+        with pytest.raises(UserError, match="draws squares of 16 px only; leave size out"):
+            stage.sample(conditions(make_batch()), size=(12, 24))
+
+
 class TestBranches:
     """Weights and conditions; `guide` itself is tested in tests/diffusion."""
 

@@ -9,6 +9,7 @@ class Batch(TypedDict, total=False):
     """Every DataModule fills the keys its stage needs. B batch, T text, D width, E embedding, N tokens."""
 
     image: Tensor  # (B, 3, H, W) float32 in [-1, 1]; until the batch is on its device it may be uint8
+    square: Tensor  # (B, 3, S, S), the same in the shape that CLIP sees, where pictures are oblong
     low: Tensor  # (B, 3, h, w) float32 in [-1, 1], the same pictures made small, for an upsampler
     caption: list[str]  # B captions
     index: Tensor  # (B,) int64, the item's number in its split

@@ -54,6 +54,7 @@ class Coco(Folder):
         max_pixels: PositiveInt = MAX_PIXELS,
         fit: Fit = "crop",
         filters: Filters | None = None,
+        buckets: bool = False,
     ):
         self.annotations = (annotations,) if isinstance(annotations, str) else tuple(annotations or ())
         super().__init__(
@@ -67,6 +68,7 @@ class Coco(Folder):
             max_pixels,
             fit=fit,
             filters=filters,
+            buckets=buckets,
         )
 
     def captioner(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -18,11 +18,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from dalle.data.buckets import Buckets, nearest, shapes, with_enough
 from dalle.data.code_cache import CodeCache, CodeDataset, cached_codes
 from dalle.data.embed_norm import EmbedNorm
 from dalle.data.embedding_cache import CachedDataset, EmbeddingCache, cached_embeddings, chunks
 from dalle.data.encoded import Encoded
 from dalle.data.frozen import FrozenCLIP, FrozenTokenizer
+from dalle.data.pictures import say
 from dalle.data.sources import (
     EpochSampler,
     Source,
@@ -99,6 +101,8 @@ class SourceDataModule(L.LightningDataModule):
     """
 
     clip: FrozenCLIP | None = None  # of those whose batches hold its embeddings
+    # Whether pictures may be in buckets; aside: squares are read
+    oblong: Literal["no", "aside", "yes"] = "no"
 
     def __init__(
         self,
@@ -119,13 +123,68 @@ class SourceDataModule(L.LightningDataModule):
         self.limits = {"train": train_items, "val": val_items, "test": test_items}
         self._splits: dict[str, Source] = {}
         self._place: Callable[[], tuple[int, int]] | None = None
+        self._whole: int | None = None  # of which sides of pictures in buckets are multiples
+        self._buckets: dict[tuple[str, int], Buckets] = {}
         self._left: dict[str, int] = {}  # of the checkpoint with which a run goes on
 
     def split(self, name: str) -> Source:
         """The source of `train`, `val` or `test`."""
         if name not in self._splits:
-            self._splits[name] = self.make_source(split=name)
+            source = self.make_source(split=name)
+            if getattr(source, "buckets", False):
+                self._check_buckets()
+            self._splits[name] = source
         return self._splits[name]
+
+    def _check_buckets(self) -> None:
+        if self.oblong == "no":
+            raise UserError(
+                "data.buckets=true keeps the shape of pictures, and this stage's network reads squares; "
+                "buckets are for model=decoder and model=upsampler"
+            )
+        if self.oblong == "aside":
+            say("data.buckets=true: CLIP sees squares, so this stage does; decoder and upsampler see shapes")
+
+    @property
+    def in_buckets(self) -> bool:
+        """Whether batches hold pictures in shapes of their own."""
+        return self.oblong == "yes" and getattr(self.split("train"), "buckets", False)
+
+    def suit(self, net: Any) -> None:
+        """Takes from a network what sides of pictures in buckets must be multiples of.
+
+        Raises:
+            UserError: it takes only squares.
+        """
+        if self.in_buckets:
+            self._buckets.clear()
+            self._whole = getattr(net, "whole", None)
+            if self._whole is None:
+                raise UserError(
+                    f"data.buckets=true: {type(net).__name__} draws squares only; leave it out, or take "
+                    "another network (model/net=small_unet, unet, dit)"
+                )
+
+    def shapes_of(self, name: str) -> Buckets | None:
+        """The shapes of a split's pictures. Tests draw and compare squares, as `evaluate` does."""
+        if name == "test" or not self.in_buckets:
+            return None
+        world = self.trainer.world_size if self.trainer else 1
+        train: Any = self.split("train")
+        if (name, world) not in self._buckets:
+            used = train.aspects[: self.items("train")]
+            all_shapes = shapes(train.image_size, self._whole or max(1, train.image_size // 8))
+            chosen = with_enough(used, all_shapes, self.batch_size * world)
+            source: Any = self.split(name)
+            made = Buckets(chosen, nearest(source.aspects, chosen))
+            self._buckets[name, world] = made
+            if name == "train":
+                few = len(all_shapes) - len(chosen)
+                joined = (
+                    f"; {few} shapes with less than a batch are joined to their neighbours" if few else ""
+                )
+                say(f"buckets, width x height (pictures): {made.told(len(used))}{joined}")
+        return self._buckets[name, world]
 
     def items(self, name: str) -> int:
         """How many items of a split are used."""
@@ -189,8 +248,9 @@ class SourceDataModule(L.LightningDataModule):
 
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
         """Pictures travel as the bytes they are in files, and become numbers in [-1, 1] here."""
-        if "image" in batch and batch["image"].dtype == torch.uint8:
-            batch["image"] = from_uint8(batch["image"])
+        for key in ("image", "square"):
+            if key in batch and batch[key].dtype == torch.uint8:
+                batch[key] = from_uint8(batch[key])
         return batch
 
     def pictures(self, made: Tensor) -> Tensor:
@@ -212,6 +272,7 @@ class SourceDataModule(L.LightningDataModule):
                 "items": {name: self.items(name) for name in names},
             },
             "image_size": self.split("train").image_size,
+            **({"buckets": buckets.shapes} if (buckets := self.shapes_of("train")) else {}),
         }
 
     def state_dict(self) -> dict[str, int]:
@@ -255,6 +316,7 @@ class SourceDataModule(L.LightningDataModule):
         return (0 if overfit else left["epoch"] + more), start
 
     def _sampler(self, name: str, shuffle: bool = False, drop_last: bool = False) -> EpochSampler:
+        buckets = self.shapes_of(name)
         return EpochSampler(
             len(self.split(name)),
             self.batch_size,
@@ -265,6 +327,7 @@ class SourceDataModule(L.LightningDataModule):
             world=self.trainer.world_size if self.trainer else 1,
             limit=self.limits.get(name),
             order=getattr(self.split(name), "order", None),
+            buckets=buckets.numbers if buckets else None,
         )
 
     def _loader(self, name: str, sampler: EpochSampler) -> DataLoader:
@@ -301,6 +364,8 @@ class TextImageDataModule(SourceDataModule):
     Args:
         tokenizer: a tokenizer, or what makes one from a list of captions: those of the training split.
     """
+
+    oblong = "aside"
 
     def __init__(
         self,
@@ -373,6 +438,7 @@ class EmbeddingDataModule(SourceDataModule):
     """
 
     with_images = False
+    oblong = "aside"
 
     def __init__(
         self,
@@ -431,10 +497,10 @@ class EmbeddingDataModule(SourceDataModule):
             self.norm.fit(train.images(range(min(NORM_ITEMS, len(train)))))
 
     def dataset(self, name: str) -> SourceDataset:
-        source, seed = self.split(name), self.seed if name == "train" else None
+        source, seed, buckets = self.split(name), self.seed if name == "train" else None, self.shapes_of(name)
         if cache := self._caches.get(name):
-            return CachedDataset(source, cache, self.clip.tokenizer, images=self.with_images, seed=seed)
-        return SourceDataset(source, self.clip.tokenizer, seed=seed)
+            return CachedDataset(source, cache, self.clip.tokenizer, self.with_images, seed, buckets)
+        return SourceDataset(source, self.clip.tokenizer, True, seed, buckets, squares=buckets is not None)
 
     @torch.no_grad()
     def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
@@ -442,7 +508,7 @@ class EmbeddingDataModule(SourceDataModule):
         batch = super().on_after_batch_transfer(batch, dataloader_idx)
         if "image_embed" not in batch:
             self.clip.to(batch["text"].device)
-            batch["image_embed"] = self.clip.embed_image(batch["image"])
+            batch["image_embed"] = self.clip.embed_image(batch.pop("square", batch["image"]))
             if not self.with_images:
                 del batch["image"]
         if "text_embed" not in batch:
@@ -559,6 +625,7 @@ class ImageEmbeddingDataModule(EmbeddingDataModule):
     """The batches of `EmbeddingDataModule` and `image`: what a decoder trains on."""
 
     with_images = True
+    oblong = "yes"
 
 
 class CodeDataModule(TextImageDataModule):
@@ -575,6 +642,8 @@ class CodeDataModule(TextImageDataModule):
         UserError: dropout for a tokenizer that has none. Of `sizes`: pictures of another size than the
             image tokenizer's.
     """
+
+    oblong = "no"
 
     def __init__(
         self,

@@ -20,8 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dalle.data.batch import Batch
+from dalle.data.buckets import Buckets
 from dalle.data.frozen import FrozenCLIP
-from dalle.data.sources import Source, SourceDataset, Tokenize, captions_of, stored_images
+from dalle.data.sources import Source, SourceDataset, Tokenize, captions_of
 from dalle.files import atomic_folder, reserve, write_json
 
 FORMAT = 1  # raise it when the files change
@@ -91,9 +92,15 @@ class CachedDataset(SourceDataset):
     """A `SourceDataset` whose embeddings come from a cache; only what is not in it is asked of the source."""
 
     def __init__(
-        self, source: Source, cache: EmbeddingCache, tokenize: Tokenize, images: bool, seed: int | None
+        self,
+        source: Source,
+        cache: EmbeddingCache,
+        tokenize: Tokenize,
+        images: bool,
+        seed: int | None,
+        buckets: Buckets | None = None,
     ):
-        super().__init__(source, None if cache.has_text else tokenize, images, seed)
+        super().__init__(source, None if cache.has_text else tokenize, images, seed, buckets)
         self.cache = cache
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
@@ -106,7 +113,7 @@ class CachedDataset(SourceDataset):
             batch = Batch(index=torch.tensor(items), caption=[self.cache.captions[row] for row in rows])
             batch.update(self.cache.texts(rows))  # pyright: ignore[reportCallIssue, reportArgumentType]  # keys of a batch, which the hint does not say
             if self.with_images:
-                batch["image"] = stored_images(self.source, items, epoch)
+                batch["image"] = self.pictures(items, epoch)
         batch["image_embed"] = self.cache.images(items)
         return batch
 

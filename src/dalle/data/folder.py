@@ -41,6 +41,7 @@ class Folder(Pictures):
         lines: of a .txt beside a picture, `first` or `all` are its captions.
         fit: how a picture becomes a square: `crop`, or `pad` with white, or `squash`.
         filters: which pictures are used; None: all.
+        buckets: decoders and upsamplers see pictures in their own shapes, see `buckets`.
 
     Raises:
         UserError: nothing usable; says what was looked for and what was found.
@@ -62,6 +63,7 @@ class Folder(Pictures):
         lines: Literal["first", "all"] = "all",
         fit: Fit = "crop",
         filters: Filters | None = None,
+        buckets: bool = False,
     ):
         self.root = Path(root).expanduser()
         packed = is_zip(self.root)
@@ -73,7 +75,8 @@ class Folder(Pictures):
         captioner = self.captioner(listing, captions, wanted, lines == "first")
         files = (ZipFiles if packed else Files)(self.root, listing, captioner)
         super().__init__(
-            split, files, image_size, crop, val_fraction, test_fraction, seed, max_pixels, fit, filters
+            split, files, image_size, crop, val_fraction, test_fraction, seed, max_pixels, fit, filters,
+            buckets,
         )  # fmt: skip
 
     def captioner(

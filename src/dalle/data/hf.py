@@ -25,6 +25,7 @@ from dalle.data.image_files import MAX_PIXELS, BadPicture, Fit
 from dalle.data.imagefolder import sentences
 from dalle.data.picture_index import Stamp
 from dalle.data.pictures import Catalogue, Pictures, say
+from dalle.data.sources import Source
 from dalle.data.splits import Split, split_names
 from dalle.data.text import read_text, shown
 from dalle.errors import UserError
@@ -35,6 +36,45 @@ LOADERS = ("parquet", "arrow", "imagefolder", "json", "csv", "cache")  # of the 
 SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves
 HUB = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")  # NAME or OWNER/NAME
 BATCH = 1000  # rows whose captions are read at a time
+
+
+def hugging_face(
+    split: Split,
+    path: Place | Sequence[Text],
+    image_size: Side,
+    subset: Text | None = None,
+    image_column: Text | None = None,
+    caption_column: Text | Sequence[Text] | None = None,
+    template: Text | Annotated[Sequence[Text], MinLen(1)] = "a photo of a {}",
+    streaming: bool = False,
+    shuffle_window: PositiveInt | None = 10_000,
+    crop: Literal["center", "random"] = "center",
+    val_fraction: Fraction = 0.05,
+    test_fraction: Fraction = 0.05,
+    seed: Seed = 0,
+    max_pixels: PositiveInt = MAX_PIXELS,
+    fit: Fit = "crop",
+    filters: Filters | None = None,
+    buckets: bool = False,
+) -> Source:
+    """A `HuggingFace`; a `ParquetStream` where streaming, to which alone `shuffle_window` matters.
+
+    Raises:
+        UserError: as these do; streaming, with what needs to have seen all pictures.
+    """
+    where = (split, path, image_size, subset, image_column, caption_column, template, crop)
+    how = (val_fraction, test_fraction, seed, max_pixels, fit)
+    if not streaming:
+        return HuggingFace(*where, *how, filters, buckets)
+    for name, given in (("filters", filters), ("buckets", buckets)):
+        if given:
+            raise UserError(
+                f"data.{name} needs to have seen all pictures, and data.streaming=true sees each when it is "
+                "needed; leave one of them out"
+            )
+    from dalle.data.parquet_stream import ParquetStream
+
+    return ParquetStream(*where, *how, shuffle_window)
 
 
 class HuggingFace(Pictures):
@@ -69,11 +109,22 @@ class HuggingFace(Pictures):
         max_pixels: PositiveInt = MAX_PIXELS,
         fit: Fit = "crop",
         filters: Filters | None = None,
+        buckets: bool = False,
     ):
         self.templates = sentences(template)
         rows = rows_of(path, subset, columns(image_column, caption_column, filters), self.templates)
         super().__init__(
-            split, rows, image_size, crop, val_fraction, test_fraction, seed, max_pixels, fit, filters
+            split,
+            rows,
+            image_size,
+            crop,
+            val_fraction,
+            test_fraction,
+            seed,
+            max_pixels,
+            fit,
+            filters,
+            buckets,
         )
         self.has_classes = all(table.labels for table in rows.splits.values())
 
@@ -197,8 +248,8 @@ class SplitRows:
         import datasets
 
         features = data.features
-        self.image_column = _image_column(features, columns)
-        self.caption_columns = _caption_columns(features, columns, self.image_column)
+        self.image_column = image_column_of(features, columns)
+        self.caption_columns = caption_columns_of(features, columns, self.image_column)
         images = data.select_columns([self.image_column])
         if isinstance(features[self.image_column], datasets.Image):
             images = images.cast_column(self.image_column, datasets.Image(decode=False))
@@ -207,7 +258,7 @@ class SplitRows:
         self.names = list(features)
         self.beside = columns.of_values(self.names)
         self.numbers = data.select_columns(list(self.beside.values())) if self.beside else None
-        self.readers = {name: _reader(features[name]) for name in self.caption_columns}
+        self.readers = {name: reader_of(features[name]) for name in self.caption_columns}
         self.labels = all(isinstance(features[name], datasets.ClassLabel) for name in self.caption_columns)
         files = [_stamp(held["filename"]) for held in data.cache_files]
         self.stamp = sum(size for size, _ in files), max((time for _, time in files), default=0)
@@ -248,7 +299,7 @@ def _batches(rows: Any) -> Iterator[Mapping[str, Any]]:
 Reader = Callable[[Any, Sequence[str]], list[str]]
 
 
-def _reader(feature: Any) -> Reader:
+def reader_of(feature: Any) -> Reader:
     """What turns a cell into captions."""
     import datasets
 
@@ -266,7 +317,7 @@ def _reader(feature: Any) -> Reader:
     return lambda cell, templates: texts(cell)
 
 
-def _image_column(features: Mapping[str, Any], columns: Columns) -> str:
+def image_column_of(features: Mapping[str, Any], columns: Columns) -> str:
     import datasets
 
     names = list(features)
@@ -295,7 +346,7 @@ def _image_column(features: Mapping[str, Any], columns: Columns) -> str:
     )
 
 
-def _caption_columns(features: Mapping[str, Any], columns: Columns, picture: str) -> list[str]:
+def caption_columns_of(features: Mapping[str, Any], columns: Columns, picture: str) -> list[str]:
     names = [name for name in features if name != picture]
     found = columns.of_captions(names)
     if columns.captions and len(found) < len(columns.captions):
@@ -371,6 +422,28 @@ def _load(rows: Rows) -> Mapping[str, Any]:
         if isinstance(loaded, dict)
         else {"train": loaded}
     )
+
+
+def files_of_builder(name: str, subset: str | None) -> dict[str, list[str]]:
+    """Addresses of the files of a data set at the hub, by its splits.
+
+    Raises:
+        UserError: the hub does not say; or its files are not tables of pictures.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise UserError("Hugging Face data sets need a package: pip install 'dalle[data]'") from None
+    say(f"data.path={name}: no such file here, so it is asked for at the Hugging Face hub")
+    _look_for_the_hub(name)
+    try:
+        files = datasets.load_dataset_builder(name, subset).config.data_files or {}
+    except Exception as error:  # the library raises whatever its formats and the network give rise to
+        why = " ".join(f"{type(error).__name__}: {error.__cause__ or error}".split())[:240]
+        raise UserError(
+            f"data.path={shown(name)} is no file or folder here, and the hub does not give it ({why})"
+        ) from None
+    return {str(split): list(map(str, some)) for split, some in files.items()}
 
 
 def _only_here(folder: Path) -> None:

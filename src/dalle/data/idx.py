@@ -63,13 +63,15 @@ class Idx(Pictures):
         max_pixels: PositiveInt = MAX_PIXELS,
         fit: Fit = "crop",
         filters: Filters | None = None,
+        buckets: bool = False,
     ):
         self.templates = sentences(template)
         files = idx_files(Path(root).expanduser())
         names = None if classes is None else tuple(classes)
         pictures = IdxPictures(Path(root).expanduser(), files, names, self.templates)
         super().__init__(
-            split, pictures, image_size, crop, val_fraction, test_fraction, seed, max_pixels, fit, filters
+            split, pictures, image_size, crop, val_fraction, test_fraction, seed, max_pixels, fit, filters,
+            buckets,
         )  # fmt: skip
 
 

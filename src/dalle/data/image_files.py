@@ -71,7 +71,7 @@ class Look(NamedTuple):
     """What `inspect` sees of a file."""
 
     digest: str  # changes with the content
-    width: int
+    width: int  # as it is seen, turned as its EXIF says
     height: int
     odd_profile: bool  # its colour profile is broken, and left aside
 
@@ -88,13 +88,23 @@ def inspect(where: Path | bytes, max_pixels: int) -> Look:
             _decode(image)  # odd, but often still readable
         profile = image.info.get("icc_profile")
         odd = bool(profile) and _to_srgb(profile) == "broken"
-        return Look(hashlib.sha256(content).hexdigest()[:32], *image.size, odd)
+        return Look(hashlib.sha256(content).hexdigest()[:32], *_upright(image), odd)
 
 
 def size_of(where: Path | bytes, max_pixels: int) -> tuple[int, int]:
-    """Width and height as a file's head says. Raises BadPicture."""
+    """Width and height as a file's head says, turned as its EXIF says. Raises BadPicture."""
     with _open(_content(where, max_pixels), max_pixels) as image:
+        return _upright(image)
+
+
+def _upright(image: Image.Image) -> tuple[int, int]:
+    """Width and height of a picture that is not decoded yet."""
+    if image.format == "TIFF" or "exif" not in image.info:  # Pillow turns the former by itself
         return image.size
+    turned = False
+    with contextlib.suppress(Exception):  # EXIF that cannot be read turns nothing
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    return image.size[::-1] if turned else image.size
 
 
 def read(where: Path | bytes, size: int, aspect: int, max_pixels: int, fit: Fit = "crop") -> np.ndarray:
@@ -123,6 +133,22 @@ def read(where: Path | bytes, size: int, aspect: int, max_pixels: int, fit: Fit 
     if box == (0, 0, *rgb.size) and target == rgb.size:
         return np.asarray(rgb)
     return np.asarray(rgb.resize(target, FILTER, box=box))
+
+
+def read_oblong(where: Path | bytes, height: int, width: int, max_pixels: int, fit: Fit) -> np.ndarray:
+    """The same as (height, width, 3) uint8: the middle of the picture (crop), or the whole of it.
+
+    Raises:
+        BadPicture: as `inspect`.
+    """
+    with _open(_content(where, max_pixels), max_pixels) as image:
+        image.draft(None, (2 * max(height, width),) * 2)
+        rgb = _decode(image)
+    if fit == "squash":
+        return np.asarray(rgb.resize((width, height), FILTER))
+    if fit == "pad":
+        return np.asarray(ImageOps.pad(rgb, (width, height), FILTER, color="white"))
+    return np.asarray(ImageOps.fit(rgb, (width, height), FILTER))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -41,6 +41,7 @@ class ImageFolder(Folder):
         max_pixels: PositiveInt = MAX_PIXELS,
         fit: Fit = "crop",
         filters: Filters | None = None,
+        buckets: bool = False,
     ):
         self.templates = sentences(template)
         super().__init__(
@@ -54,6 +55,7 @@ class ImageFolder(Folder):
             max_pixels,
             fit=fit,
             filters=filters,
+            buckets=buckets,
         )
 
     def captioner(

@@ -76,6 +76,11 @@ class Mixture:
         for name, source in zip(sources, self.sources, strict=True):
             if not isinstance(source, Source):
                 raise UserError(f"data.sources.{name} is no source of pictures but a {type(source).__name__}")
+            if getattr(source, "buckets", False):
+                raise UserError(
+                    f"data.sources.{name}.buckets=true: places of a mixture are shared out one by one; "
+                    "leave it out"
+                )
         self.sizes = np.array([len(source) for source in self.sources], np.int64)
         self.fixed = all(source.fixed for source in self.sources)
         # Of all items in a row: those of each source lie evenly

@@ -19,7 +19,7 @@ from dalle.data.text import encoded
 from dalle.errors import UserError
 from dalle.files import atomic_path
 
-FORMAT = 1  # raise it when the file or `inspect` changes
+FORMAT = 2  # raise it when the file or `inspect` changes
 WORTH = 2_000  # pictures from which a file is kept
 DIGEST = 16  # bytes
 

@@ -14,7 +14,8 @@ from jaxtyping import Float, UInt8
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from dalle.data.image_files import BROKEN, BadPicture, Fit, Memory, read
+from dalle.data.buckets import SPARE, Shape
+from dalle.data.image_files import BROKEN, BadPicture, Fit, Memory, read, read_oblong
 from dalle.data.sources import mix
 from dalle.data.splits import Split
 from dalle.data.text import shown
@@ -28,7 +29,7 @@ NAMED = 3  # pictures named in a report
 
 class PictureReader:
     """What sources of encoded pictures share. They say how many there are (`remember`), `picture_of(item)`,
-    and for messages `called(item)` and `place`.
+    and for messages `called(item)` and `place`; with buckets also the `aspects` of all.
     """
 
     def __init__(
@@ -39,9 +40,13 @@ class PictureReader:
         seed: int,
         max_pixels: int,
         fit: Fit,
+        buckets: bool = False,
     ) -> None:
+        if buckets and crop == "random":
+            raise UserError("data.crop=random cuts squares, and data.buckets=true keeps shapes; choose one")
         self.split, self.image_size, self.seed, self.max_pixels = split, image_size, seed, max_pixels
         self.fit: Fit = fit
+        self.buckets = buckets
         self.random_crop = crop == "random" and split == "train"
         self.fixed = not self.random_crop
 
@@ -49,6 +54,8 @@ class PictureReader:
         """Makes room for so many pictures where that is little."""
         slot = 3 * self.image_size**2 * (LONGEST if self.random_crop else 1)
         self._memory = Memory(items, slot if slot * items <= MEMORY else 0)
+        slot = int(3 * self.image_size**2 * (1 + SPARE)) if self.buckets else 0
+        self._oblong = Memory(items, slot if slot * items <= MEMORY else 0)
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -65,6 +72,11 @@ class PictureReader:
     def place(self) -> str:
         raise NotImplementedError
 
+    @property
+    def aspects(self) -> np.ndarray:
+        """(n,) width over height of each picture, for buckets."""
+        raise NotImplementedError
+
     def images(self, items: Sequence[int], epoch: int = 0) -> Float[Tensor, "b 3 s s"]:
         """(B, 3, S, S) float32 in [-1, 1]. A picture that turns out broken is replaced by the next one."""
         return from_uint8(self.pixels(items, epoch))
@@ -78,6 +90,27 @@ class PictureReader:
             top, left = self._corner(picture.shape, item, epoch)
             row[:] = picture[top : top + size, left : left + size]
         return torch.from_numpy(batch).permute(0, 3, 1, 2)
+
+    def oblong(self, items: Sequence[int], shape: Shape) -> UInt8[Tensor, "b 3 h w"]:
+        """The same in another shape than the square, of the whole pictures or, by `crop`, of their middle."""
+        batch = np.empty((len(items), *shape, 3), np.uint8)
+        for row, item in zip(batch, items, strict=True):
+            row[:] = self._shaped(item, shape)
+        return torch.from_numpy(batch).permute(0, 3, 1, 2)
+
+    def _shaped(self, item: int, shape: Shape) -> np.ndarray:
+        while True:
+            item = self._readable(item)
+            if (kept := self._oblong.get(item)) is not None and kept.shape[:2] == shape:
+                return kept
+            try:
+                picture = read_oblong(self.picture_of(item), *shape, self.max_pixels, self.fit)
+            except BadPicture as error:
+                self._give_up(item, error)
+            else:
+                if kept is None and picture.size <= self._oblong.slot:
+                    self._oblong.put(item, picture)
+                return picture
 
     def _picture(self, item: int) -> np.ndarray:
         """(H, W, 3) uint8, H or W = S; read from disk once where memory allows."""

@@ -16,6 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import numpy as np
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from tqdm import tqdm
 
@@ -109,6 +110,7 @@ class Pictures(PictureReader):
         max_pixels: larger pictures are left out, as their size may be a lie that eats the memory.
         fit: how a picture becomes a square: `crop`, or `pad` with white, or `squash`.
         filters: which pictures are used; None: all.
+        buckets: decoders and upsamplers see pictures in their own shapes, see `buckets`.
 
     Raises:
         UserError: nothing usable; says what was looked for and what was found.
@@ -128,13 +130,15 @@ class Pictures(PictureReader):
         max_pixels: int,
         fit: Fit,
         filters: Filters | None = None,
+        buckets: bool = False,
     ):
         check_options(image_size, crop, val_fraction, test_fraction, fit)
-        super().__init__(split, image_size, crop, seed, max_pixels, fit)
+        super().__init__(split, image_size, crop, seed, max_pixels, fit, buckets)
         self.collection = collection
         self.scan = scanned = scan(collection, max_pixels, filters or None)
         splits = scanned.divided(val_fraction, test_fraction, seed)
-        introduce(collection, scanned, {split: len(names) for split, names in splits.items()}, fit, crop)
+        sizes = {split: len(names) for split, names in splits.items()}
+        introduce(collection, scanned, sizes, "buckets" if buckets else fit, crop)
         self.names = splits[split]
         self.remember(len(self.names))
 
@@ -143,6 +147,11 @@ class Pictures(PictureReader):
 
     def captions(self, item: int) -> list[str]:
         return self.scan.captions[self.names[self._readable(item)]]
+
+    @cached_property
+    def aspects(self) -> np.ndarray:
+        looks = [self.scan.looks[name] for name in self.names]
+        return np.array([look.width / look.height for look in looks])
 
     def fingerprint(self) -> str:
         return self._fingerprint

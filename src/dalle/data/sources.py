@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from dalle.data.batch import Batch
+from dalle.data.buckets import Buckets
 from dalle.errors import UserError
 from dalle.instantiate import instantiate
 from dalle.trust import Trust, composed
@@ -108,12 +109,21 @@ class SourceDataset(Dataset):
         tokenize: adds `text` where given.
         images: adds `image` when True; as `stored_images` gives them.
         seed: which caption of an item is used in which epoch; None = always the first (validation).
+        buckets: shapes of the images; None: squares.
+        squares: adds the squares, as `square`.
     """
 
     def __init__(
-        self, source: Source, tokenize: Tokenize | None = None, images: bool = True, seed: int | None = None
+        self,
+        source: Source,
+        tokenize: Tokenize | None = None,
+        images: bool = True,
+        seed: int | None = None,
+        buckets: Buckets | None = None,
+        squares: bool = False,
     ):
         self.source, self.tokenize, self.with_images, self.seed = source, tokenize, images, seed
+        self.buckets, self.with_squares = buckets, squares
 
     def __len__(self) -> int:
         return len(self.source)
@@ -125,11 +135,20 @@ class SourceDataset(Dataset):
         epoch, items = self.split_virtual(indices)
         batch = Batch(index=torch.tensor(items, dtype=torch.int64))
         if self.with_images:  # first: a picture found broken while being read takes its caption with it
-            batch["image"] = stored_images(self.source, items, epoch)
+            batch["image"] = self.pictures(items, epoch)
+        if self.with_squares:
+            batch["square"] = stored_images(self.source, items, epoch)
         batch["caption"] = self.choose(epoch, items, captions_of(self.source, items))
         if self.tokenize is not None:
             batch["text"] = self.tokenize(batch["caption"])
         return batch
+
+    def pictures(self, items: Sequence[int], epoch: int) -> Tensor:
+        """Of one batch, so of one bucket."""
+        if self.buckets is None:
+            return stored_images(self.source, items, epoch)
+        source: Any = self.source
+        return source.oblong(items, self.buckets.shape(items[0]))
 
     def split_virtual(self, indices: Sequence[int]) -> tuple[int, list[int]]:
         """Epoch and item numbers; a batch never straddles two epochs."""
@@ -166,6 +185,7 @@ class EpochSampler(Sampler[list[int]]):
         whole: epochs are a multiple of so many batches, those of an accumulated step; for `drop_last`.
         order: of a shuffled epoch, where the source has one of its own: `order(seed, epoch, items)` gives
             what maps places in the epoch to items. Else a permutation of all.
+        buckets: (n,) number of each item's bucket; the items of a batch, over all ranks, are of one.
         position: asked at every `iter` for (epoch, batches already seen in it), so a resumed run goes on with
             exactly the batches it would have seen; without it `set_epoch` says.
     """
@@ -184,8 +204,9 @@ class EpochSampler(Sampler[list[int]]):
         position: Callable[[], tuple[int, int]] | None = None,
         whole: int = 1,
         order: Callable[[int, int, int], Order] | None = None,
+        buckets: np.ndarray | None = None,
     ):
-        self.order = order
+        self.order, self.buckets = order, buckets
         self.n, self.batch_size, self.shuffle, self.drop_last = n, batch_size, shuffle, drop_last
         self.seed, self.rank, self.world, self.position, self.whole = seed, rank, world, position, whole
         self.used = n if limit is None else min(n, limit)
@@ -197,10 +218,12 @@ class EpochSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Batches in a whole epoch on one rank, also when the epoch is entered midway."""
+        counts = [self.used] if self.buckets is None else np.bincount(self.buckets[: self.used]).tolist()
+        step = self.batch_size * self.world
         if self.drop_last:
-            batches = self.used // (self.batch_size * self.world)
+            batches = sum(count // step for count in counts)
             return batches - batches % self.whole
-        return -(-self.used // (self.batch_size * self.world))
+        return sum(-(-count // step) for count in counts)
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch, start = self.position() if self.position else (self.epoch, self.start)
@@ -208,11 +231,27 @@ class EpochSampler(Sampler[list[int]]):
 
     def _batches(self, epoch: int, start: int) -> Iterator[list[int]]:
         order, step = self._order(epoch), self.batch_size * self.world
+        if self.buckets is not None:
+            batches = self._of_buckets(order(np.arange(self.used)), self.buckets, step)
+            for items in batches[start : len(self)]:
+                yield (epoch * self.n + items[self.rank :: self.world]).tolist()
+            return
         # Without drop_last the ranks are filled up, so that each has as many
         end = len(self) * step if self.drop_last else -(-self.used // self.world) * self.world
         for b in range(start, len(self)):
             places = np.arange(b * step + self.rank, min((b + 1) * step, end), self.world)
             yield (epoch * self.n + order(places % self.used)).tolist()
+
+    def _of_buckets(self, items: np.ndarray, buckets: np.ndarray, step: int) -> list[np.ndarray]:
+        """The batches over all ranks of items in their order; each stands where its middle item stood."""
+        kinds, found = buckets[items], []
+        for kind in np.unique(kinds):
+            places = np.flatnonzero(kinds == kind)
+            end = len(places) // step * step if self.drop_last else len(places)
+            found += [places[at : min(at + step, end)] for at in range(0, end, step)]
+        found.sort(key=lambda places: places[len(places) // 2])
+        # Without drop_last the ranks are filled up here, too
+        return [items[np.resize(some, len(some) + -len(some) % self.world)] for some in found]
 
     def _order(self, epoch: int) -> Order:
         """From places in an epoch to items."""

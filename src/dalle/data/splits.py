@@ -5,7 +5,9 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
 
 from dalle.data.text import encoded
 
@@ -102,3 +104,13 @@ def divide(
 def _place(name: str, seed: int) -> float:
     """A number in [0, 1) that depends on nothing but the name and the seed."""
     return int.from_bytes(hashlib.sha256(f"{seed}/".encode() + encoded(name)).digest()[:6]) / 2**48
+
+
+def owners(places: np.ndarray, asked: Mapping[Any, float]) -> np.ndarray:
+    """For each thing 0, to train on, or the number of a split: those of the lowest places, at least one."""
+    owner, start = np.zeros(len(places), np.int64), 0
+    for k, share in enumerate(asked.values(), 1):
+        end = start + max(1, round(share * len(places)))
+        owner[np.argsort(places, kind="stable")[start:end]] = k
+        start = end
+    return owner

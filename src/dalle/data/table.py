@@ -61,6 +61,7 @@ class Table(Pictures):
         max_pixels: PositiveInt = MAX_PIXELS,
         fit: Fit = "crop",
         filters: Filters | None = None,
+        buckets: bool = False,
     ):
         wanted = columns(image_column, caption_column, filters)
         files = tables_of(path)
@@ -75,7 +76,17 @@ class Table(Pictures):
         else:
             table = table_pictures(files, root, wanted)
         super().__init__(
-            split, table, image_size, crop, val_fraction, test_fraction, seed, max_pixels, fit, filters
+            split,
+            table,
+            image_size,
+            crop,
+            val_fraction,
+            test_fraction,
+            seed,
+            max_pixels,
+            fit,
+            filters,
+            buckets,
         )
 
 

@@ -5,6 +5,7 @@ A crop and what spoils its small picture are functions of (seed, epoch, item): a
 an uninterrupted one would have seen, whatever the number of ranks and of workers.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dalle.data.batch import Batch
+from dalle.data.buckets import Buckets
 from dalle.data.datamodules import SourceDataModule
 from dalle.data.degradations import Kind, degradation_of, shrunk
 from dalle.data.sources import Source, SourceDataset, SourceFactory, mix
@@ -27,13 +29,21 @@ class UpsamplingDataset(SourceDataset):
 
     Args:
         factor: how many times smaller `low` is.
-        side: of the crops, in pixels; the whole picture where there is no seed.
+        side: of the crops of a square, in pixels; the whole picture where there is no seed. Crops of other
+            shapes are the same share of each side.
+        buckets: shapes of the pictures; None: squares.
     """
 
     def __init__(
-        self, source: Source, factor: int, side: int, degradation: Kind, seed: int | None = None
+        self,
+        source: Source,
+        factor: int,
+        side: int,
+        degradation: Kind,
+        seed: int | None = None,
+        buckets: Buckets | None = None,
     ) -> None:
-        super().__init__(source, seed=seed)
+        super().__init__(source, seed=seed, buckets=buckets)
         self.factor, self.side, self.degrade = factor, side, degradation_of(degradation)
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
@@ -49,13 +59,18 @@ class UpsamplingDataset(SourceDataset):
 
     def pair(
         self, image: Float[Tensor, "3 H W"], epoch: int, item: int
-    ) -> tuple[Float[Tensor, "3 S S"], Float[Tensor, "3 s s"]]:
+    ) -> tuple[Float[Tensor, "3 S T"], Float[Tensor, "3 s t"]]:
         """A crop, which begins at a pixel of the small picture, and its small picture."""
         rng = np.random.default_rng(mix(self.seed or 0, epoch, item))
-        room = (image.shape[-1] - self.side) // self.factor
-        top, left = (self.factor * int(start) for start in rng.integers(0, room + 1, 2))
-        crop = image[:, top : top + self.side, left : left + self.side]
+        height, width = (self.cropped(whole) for whole in image.shape[-2:])
+        room = [(image.shape[1] - height) // self.factor + 1, (image.shape[2] - width) // self.factor + 1]
+        top, left = (self.factor * int(start) for start in rng.integers(0, room))
+        crop = image[:, top : top + height, left : left + width]
         return crop, self.degrade(crop, self.factor, rng)
+
+    def cropped(self, whole: int) -> int:
+        """A side of the crops of pictures with such a side."""
+        return self.factor * max(2, round(self.side * whole / self.source.image_size / self.factor))
 
 
 class UpsamplingDataModule(SourceDataModule):
@@ -69,6 +84,8 @@ class UpsamplingDataModule(SourceDataModule):
     Raises:
         UserError: the factor does not divide the pictures or the crops.
     """
+
+    oblong = "yes"
 
     def __init__(
         self,
@@ -110,7 +127,15 @@ class UpsamplingDataModule(SourceDataModule):
 
     def dataset(self, name: str) -> UpsamplingDataset:
         seed = self.seed if name == "train" else None
-        return UpsamplingDataset(self.split(name), self.factor, self.side, self.degradation, seed)
+        return UpsamplingDataset(
+            self.split(name), self.factor, self.side, self.degradation, seed, self.shapes_of(name)
+        )
+
+    def suit(self, net: Any) -> None:
+        """Small pictures of buckets have whole pixels, too."""
+        super().suit(net)
+        if self._whole:
+            self._whole = math.lcm(self._whole, self.factor)
 
     @property
     def sizes(self) -> dict[str, int]:

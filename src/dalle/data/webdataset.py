@@ -10,7 +10,8 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -22,9 +23,9 @@ from dalle.data.folder import columns
 from dalle.data.image_files import BYTES_PER_PIXEL, MAX_PIXELS, BadPicture, Fit, size_of
 from dalle.data.picture_reader import PictureReader
 from dalle.data.pictures import check_options, say
-from dalle.data.shards import Shard, addresses, index, told
+from dalle.data.shards import Shard, addresses, index, kept_sizes, told
 from dalle.data.shuffling import ShardOrder
-from dalle.data.splits import FEWEST, Split, folder_splits
+from dalle.data.splits import FEWEST, Split, folder_splits, owners
 from dalle.data.tar_index import ROW, TarIndex, counted
 from dalle.data.text import lines as lines_of
 from dalle.data.text import shown, tidy
@@ -80,9 +81,14 @@ class WebDataset(PictureReader):
         max_pixels: PositiveInt = MAX_PIXELS,
         fit: Fit = "crop",
         filters: Filters | None = None,
+        buckets: bool = False,
     ):
         check_options(image_size, crop, val_fraction, test_fraction, fit)
-        super().__init__(split, image_size, crop, seed, max_pixels, fit)
+        super().__init__(split, image_size, crop, seed, max_pixels, fit, buckets)
+        if buckets and resample:
+            raise UserError(
+                "data.buckets=true needs each sample once in an epoch; leave data.resample=true out"
+            )
         self.texts = Texts(columns(None, caption_column, None), lines, filters or None)
         self.columns, self.lines = self.texts.columns, lines
         self.shuffle_window, self.resample = shuffle_window, resample
@@ -124,6 +130,12 @@ class WebDataset(PictureReader):
         if self.shuffle_window is None and not self.resample:
             return None
         return lambda *which: ShardOrder(self.first, self.shuffle_window, self.resample, *which)
+
+    @cached_property
+    def aspects(self) -> np.ndarray:
+        """Of a sample that is broken, 1."""
+        sizes = measured(self.shards, [self.rows[a:b] for a, b in pairwise(self.first)], self.max_pixels)
+        return sizes[:, 0] / sizes[:, 1]
 
     def fingerprint(self) -> str:
         facts = (
@@ -230,11 +242,30 @@ class Sieve:
         return said if isinstance(said, dict) else {}
 
     def _size(self, shard: Shard, row: np.void) -> tuple[int, int]:
-        start, whole = int(row["picture"]), int(row["bytes"])
-        if whole > HEAD:
-            with contextlib.suppress(BadPicture):  # a long head
-                return size_of(shard.read(start, HEAD), self.max_pixels)
-        return size_of(shard.read(start, whole), self.max_pixels)
+        return size_in(shard, row, self.max_pixels)
+
+
+def size_in(shard: Shard, row: np.void, max_pixels: int) -> tuple[int, int]:
+    """Width and height of a sample's picture, of which the head is read. Raises BadPicture."""
+    start, whole = int(row["picture"]), int(row["bytes"])
+    if whole > HEAD:
+        with contextlib.suppress(BadPicture):  # a long head
+            return size_of(shard.read(start, HEAD), max_pixels)
+    return size_of(shard.read(start, whole), max_pixels)
+
+
+def measured(shards: Sequence[Shard], parts: Sequence[np.ndarray], max_pixels: int) -> np.ndarray:
+    """Width and height (n, 2) of the pictures of all rows; of what is broken 1, 1."""
+
+    def one(shard: Shard, rows: np.ndarray) -> np.ndarray:
+        sizes = np.ones((len(rows), 2), np.int32)
+        for k, row in enumerate(rows):
+            with contextlib.suppress(BadPicture):
+                sizes[k] = size_in(shard, row, max_pixels)
+        return sizes
+
+    found = kept_sizes(shards, parts, max_pixels, one)
+    return np.concatenate(found) if found else np.ones((0, 2), np.int32)
 
 
 Part = tuple[list[Shard], np.ndarray, np.ndarray, str]  # shards, rows, first item of each, digest
@@ -310,7 +341,7 @@ def _divided(
     else:
         places = np.concatenate([made.rows["place"] for _, made in pool])
         places, by = (places + seed * 0.6180339887498949) % 1, "by a hash of their keys"
-    owner = _owners(places, asked)
+    owner = owners(places, asked)
     for k, name in enumerate(("train", *asked)):
         if by == "by shards":
             parts[name] = _part([pool[i] for i in np.flatnonzero(owner == k)])
@@ -328,16 +359,6 @@ def _folders(places: Sequence[str]) -> dict[str, str]:
         common += len(parts[0]) + 1
     found = folder_splits([place[common:] for place in places])
     return {place: found[place[common:]] for place in places if place[common:] in found}
-
-
-def _owners(places: np.ndarray, asked: dict[str, float]) -> np.ndarray:
-    """For each thing 0, to train on, or the number of a split: those of the lowest places, at least one."""
-    owner, start = np.zeros(len(places), np.int64), 0
-    for k, share in enumerate(asked.values(), 1):
-        end = start + max(1, round(share * len(places)))
-        owner[np.argsort(places, kind="stable")[start:end]] = k
-        start = end
-    return owner
 
 
 def _part(pairs: Pairs, mask: np.ndarray | None = None) -> Part:

@@ -108,10 +108,10 @@ class Pipeline(Target):
 
     def __init__(self, config: dict[str, Any]) -> None:
         kind = config["pipeline"].get("kind")
-        for setting in ("init_image", "progress_strip"):
+        for setting in ("init_image", "progress_strip", "size"):
             if config.get(setting):
                 raise UserError(
-                    f"{setting} is for dalle sample; dalle evaluate draws whole pictures from captions"
+                    f"{setting} is for dalle sample; dalle evaluate draws whole squares from captions"
                 )
         unused = {"prompt": None, "prompts": None, "n": 1, "device": "auto", "out": None, "recipe": None}
         if kind == "upsampler":

@@ -21,12 +21,14 @@ from dalle.nets.sizes import cut, map_sides, padded, patch_for
 from dalle.ranges import Depth, Dropout, Length, PositiveInt, Side, Width
 
 
-def positions(side: int, width: int) -> Float[Tensor, "N D"]:
+def positions(
+    rows: int, columns: int, width: int, device: torch.device | None = None
+) -> Float[Tensor, "N D"]:
     """Fixed 2-D sinusoids: a quarter of the width each for sin and cos of row and column."""
-    frequency = 10000.0 ** (-torch.arange(width // 4) / (width // 4))
-    angle = torch.arange(side)[:, None] * frequency  # (side, D/4)
+    frequency = 10000.0 ** (-torch.arange(width // 4, device=device) / (width // 4))
+    angle = torch.arange(max(rows, columns), device=device)[:, None] * frequency  # (places, D/4)
     line = torch.cat((angle.sin(), angle.cos()), dim=1)
-    row, column = line[:, None].expand(-1, side, -1), line[None].expand(side, -1, -1)
+    row, column = line[:rows, None].expand(-1, columns, -1), line[None, :columns].expand(rows, -1, -1)
     return torch.cat((row, column), dim=2).flatten(0, 1)
 
 
@@ -89,11 +91,12 @@ class DiT(nn.Module):
         self.image_size, self.channels, self.out_channels = image_size, channels, out_channels
         self.embed_dim, self.text_width = embed_dim, text_width
         self.patch, self.width, self.checkpoint, self.inpaint = patch, width, checkpoint, inpaint
+        self.whole = patch
         self.conditioning = Conditioning(width, width, embed_dim, text_width, image_tokens, pooled_text)
         self.proj_in = nn.Linear(channels * patch**2, width)
         self.conv_known = KnownPixels(channels, width, patch, kernel=1) if inpaint else None
         (self.side,) = map_sides(image_size, patch, 1)
-        self.register_buffer("position", positions(self.side, width), persistent=False)
+        self.register_buffer("position", positions(self.side, self.side, width), persistent=False)
         self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(depth))
         self.modulation = nn.Linear(width, (6 * depth + 2) * width)
         self.context = nn.Linear(width, 2 * depth * width)
@@ -135,9 +138,11 @@ class DiT(nn.Module):
         *modulations, last = self.modulation(F.silu(vector)).split(6 * self.width, dim=1)
         contexts = self.context(context).split(2 * self.width, dim=2)
 
-        k, size = self.patch, x.shape[-1]
+        k, (height, width) = self.patch, x.shape[-2:]
+        rows, columns = -(-height // k), -(-width // k)
         x = rearrange(padded(x, k), "b c (h p) (w q) -> b (h w) (p q c)", p=k, q=k)
-        x = self.proj_in(x) + self.position
+        square = rows == columns == self.side
+        x = self.proj_in(x) + (self.position if square else positions(rows, columns, self.width, x.device))
         if self.conv_known is not None and known is not None:
             x = x + self.conv_known(padded(known, k)).flatten(2).mT
         for block, modulation, keys in zip(self.blocks, modulations, contexts, strict=True):
@@ -146,5 +151,5 @@ class DiT(nn.Module):
             else:
                 x = block(x, modulation, keys)
         x = self.proj_out(modulate(self.norm(x), *last.chunk(2, dim=1)))
-        x = rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.side, p=k, q=k)
-        return cut(x, size)
+        x = rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=k, q=k)
+        return cut(x, height, width)

@@ -28,7 +28,8 @@ class DecoderNet(Called, Protocol):
 
     image_size: side of the pictures; channels: of x, 3; embed_dim: E, of CLIP's embeddings. `forward` gives
     (B, O, H, W), O = channels, or twice that with learned_variance. keep_image, keep_text: False where the
-    condition is dropped, so that it can be guided.
+    condition is dropped, so that it can be guided. A network that also draws oblong pictures has `whole`, of
+    which their sides are best multiples.
     """
 
     image_size: int

@@ -39,17 +39,27 @@ def multipliers_for(levels: int) -> list[int]:
 
 
 def padded(image: Float[Tensor, "B C h w"], factor: int) -> Float[Tensor, "B C H W"]:
-    """Repeats the last row and column of square pictures until `factor` divides the side.
+    """Repeats the last row and column of pictures until `factor` divides the sides.
 
     So networks fold and halve pictures of any size; what they draw is cut to that size again.
     """
-    more = -image.shape[-1] % factor
-    return F.pad(image, (0, more, 0, more), mode="replicate") if more else image
+    below, right = (-side % factor for side in image.shape[-2:])
+    return F.pad(image, (0, right, 0, below), mode="replicate") if below or right else image
 
 
-def cut(image: Float[Tensor, "B C H W"], size: int) -> Float[Tensor, "B C h w"]:
-    """What `padded` has added taken off again."""
-    return image if image.shape[-1] == size else image[..., :size, :size]
+def cut(image: Float[Tensor, "B C H W"], height: int, width: int | None = None) -> Float[Tensor, "B C h w"]:
+    """What `padded` has added taken off again; without a width the picture is a square."""
+    width = width or height
+    return image if image.shape[-2:] == (height, width) else image[..., :height, :width]
+
+
+def stretched(table: Float[Tensor, "B C s s"], height: int, width: int) -> Float[Tensor, "B C h w"]:
+    """What a network has learned for each place of a square, for oblong pictures: it belongs to the same
+    part of the picture there.
+    """
+    if table.shape[-2:] == (height, width):
+        return table
+    return F.interpolate(table, (height, width), mode="bilinear", align_corners=False)
 
 
 def enlarged(low: Float[Tensor, "B 3 h w"], height: int, width: int) -> Float[Tensor, "B 3 H W"]:

@@ -29,7 +29,7 @@ from dalle.nets.blocks import (
     nearest,
 )
 from dalle.nets.recompute import Checkpoint, recomputed
-from dalle.nets.sizes import cut, levels_for, map_sides, padded, patch_for
+from dalle.nets.sizes import cut, levels_for, map_sides, padded, patch_for, stretched
 from dalle.ranges import Depth, Dropout, Length, Multipliers, PositiveInt, Side, Width
 
 
@@ -98,7 +98,7 @@ class SmallUNet(nn.Module):
         self.embed_dim, self.text_width = embed_dim, text_width
         self.patch, self.checkpoint, self.inpaint = patch, checkpoint, inpaint
         check_sizes(image_size, patch, width, multipliers, attention, head_dim)
-        self.factor = patch << len(multipliers) - 1
+        self.whole = patch << len(multipliers) - 1
         if len(blocks) != len(multipliers):
             raise UserError(
                 f"blocks {list(blocks)} needs a number for each of multipliers {list(multipliers)}."
@@ -127,7 +127,8 @@ class SmallUNet(nn.Module):
         self.shrink = nn.ModuleList(
             nn.Conv2d(widths[i], widths[i + 1], 3, stride=2, padding=1) for i in range(lowest)
         )
-        self.sketch = nn.Linear(condition_width, widths[-1] * sides[-1] ** 2)
+        self.lowest = sides[-1]
+        self.sketch = nn.Linear(condition_width, widths[-1] * self.lowest**2)
         self.middle = level(lowest)
         self.grow = nn.ModuleList(nn.Conv2d(widths[i + 1], widths[i], 1) for i in reversed(range(lowest)))
         self.up = nn.ModuleList(level(i) for i in reversed(range(lowest)))
@@ -193,22 +194,23 @@ class SmallUNet(nn.Module):
         modulation = self.modulation(vector).float().split(self.modulations, dim=1)
         given = iter(modulation), iter(self.context(context).split(self.keys, dim=2))
 
-        size = x.shape[-1]
-        x = self.conv_in(F.pixel_unshuffle(padded(x, self.factor), self.patch))
+        height, width = x.shape[-2:]
+        x = self.conv_in(F.pixel_unshuffle(padded(x, self.whole), self.patch))
         if self.conv_known is not None and known is not None:
-            x = x + self.conv_known(padded(known, self.factor))
-        x = x + self.positions[0].to(x.dtype)
+            x = x + self.conv_known(padded(known, self.whole))
+        x = x + stretched(self.positions[0], *x.shape[-2:]).to(x.dtype)
         skips = []
         for blocks, shrink, positions in zip(self.down, self.shrink, self.positions[1:], strict=True):
             x = self.run(blocks, x, *given)
             skips.append(x)
             x = shrink(x)
-            x = x + positions.to(x.dtype)
-        x = x + self.sketch(vector).to(x.dtype).view(-1, *x.shape[1:])
+            x = x + stretched(positions, *x.shape[-2:]).to(x.dtype)
+        sketch = self.sketch(vector).view(-1, x.shape[1], self.lowest, self.lowest)
+        x = x + stretched(sketch, *x.shape[-2:]).to(x.dtype)
         x = self.run(self.middle, x, *given)
         for grow, blocks in zip(self.grow, self.up, strict=True):
             x = nearest(grow(x), 2) + skips.pop()
             x = self.run(blocks, x, *given)
         scale, shift = modulation[-1].chunk(2, dim=1)
         x = self.conv_out(self.conv_norm_out(x, 1 + scale, shift))
-        return cut(F.pixel_shuffle(x, self.patch), size)
+        return cut(F.pixel_shuffle(x, self.patch), height, width)

@@ -27,7 +27,7 @@ from dalle.nets.blocks import (
     check_sizes,
 )
 from dalle.nets.recompute import Checkpoint, recomputed
-from dalle.nets.sizes import cut, levels_for, map_sides, multipliers_for, padded, patch_for
+from dalle.nets.sizes import cut, levels_for, map_sides, multipliers_for, padded, patch_for, stretched
 from dalle.ranges import Depth, Dropout, Length, Multipliers, PositiveInt, Side, Width
 
 
@@ -95,7 +95,7 @@ class UNet(nn.Module):
         self.embed_dim, self.text_width = embed_dim, text_width
         self.patch, self.checkpoint, self.inpaint = patch, checkpoint, inpaint
         check_sizes(image_size, patch, width, multipliers, attention, head_dim)
-        self.factor = patch << len(multipliers) - 1
+        self.whole = patch << len(multipliers) - 1
         if resample not in ("conv", "block"):
             raise UserError(f"resample is 'conv' or 'block', not {resample!r}.")
         self.conditioning = Conditioning(4 * width, width, embed_dim, text_width, image_tokens, pooled_text)
@@ -191,11 +191,12 @@ class UNet(nn.Module):
         contexts = self.context(context).split(self.keys, dim=2)
         given = iter(scales), iter(shifts), iter(contexts)
 
-        size = x.shape[-1]
-        x = self.conv_in(F.pixel_unshuffle(padded(x, self.factor), self.patch))
+        height, width = x.shape[-2:]
+        x = self.conv_in(F.pixel_unshuffle(padded(x, self.whole), self.patch))
         if self.conv_known is not None and known is not None:
-            x = x + self.conv_known(padded(known, self.factor))
-        x = x if self.positions is None else x + self.positions.to(x.dtype)
+            x = x + self.conv_known(padded(known, self.whole))
+        if self.positions is not None:
+            x = x + stretched(self.positions, *x.shape[-2:]).to(x.dtype)
         skips = [x]
         for layer in self.down:
             x = self.run(layer, x, *given)
@@ -205,7 +206,8 @@ class UNet(nn.Module):
         for layer in self.up:
             x = torch.cat((x, skips.pop()), dim=1) if needs_skip(layer) else x
             x = self.run(layer, x, *given)
-        return cut(F.pixel_shuffle(self.conv_out(self.conv_norm_out(x)), self.patch), size)
+        x = F.pixel_shuffle(self.conv_out(self.conv_norm_out(x)), self.patch)
+        return cut(x, height, width)
 
 
 def needs_skip(layer: nn.Module) -> bool:

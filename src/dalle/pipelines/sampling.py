@@ -71,6 +71,7 @@ OPTIONS: dict[str, Any] = {  # of stages, where they are given in words and numb
     "tile": PositiveInt,
     "folder": Text,
     "digests": list[Text],
+    "size": list[PositiveInt],
 }
 PRIOR_TAKES = {  # by stage that makes image embeddings, what it can be told
     "prior": ("sampler", "guidance", "candidates"),
@@ -79,6 +80,7 @@ PRIOR_TAKES = {  # by stage that makes image embeddings, what it can be told
 # that pipelines are made of
 RUNS = ("clip", "prior", "decoder", "dalle", "image_tokenizer", "gan", "vae", "upsampler")
 UPSAMPLER = "upsampler_{}"  # what the stages of `upsamplers` are called in recipes: 1, 2 ...
+SIDES = re.compile(r"(\d{1,5})x(\d{1,5})")  # width and height
 UPSAMPLING = ("sampler", "noise_level", "tile")  # what they can be told
 
 
@@ -200,6 +202,7 @@ class UnclipSamplingConfig(SamplingConfig):
 
     prior: Text | None
     sampler: dict[str, Any]
+    size: Text | None
     steps: Steps | None
     text_guidance: Guidance | None
     progress_strip: bool
@@ -207,7 +210,7 @@ class UnclipSamplingConfig(SamplingConfig):
     main = "decoder"
     takes: ClassVar = {
         "prior": tuple(dict.fromkeys(key for some in PRIOR_TAKES.values() for key in some)),
-        "decoder": ("sampler", "guidance", "text_guidance"),
+        "decoder": ("sampler", "guidance", "text_guidance", "size"),
     }
 
     def runs(self) -> dict[str, str | None]:
@@ -222,7 +225,10 @@ class UnclipSamplingConfig(SamplingConfig):
             )
         if self.steps is not None:
             sampler["steps"] = self.steps
-        decoder = {"sampler": sampler, "guidance": self.guidance, "text_guidance": self.text_guidance}
+        decoder: dict[str, Any] = {"sampler": sampler, "guidance": self.guidance}
+        decoder["text_guidance"] = self.text_guidance
+        if self.size is not None:
+            decoder["size"] = sides(self.size)
         return {"prior": prior_options(self.pipeline) if self.pipeline["prior"] else {}, "decoder": decoder}
 
     @staticmethod
@@ -238,6 +244,13 @@ class UnclipSamplingConfig(SamplingConfig):
     ) -> Float[Tensor, "N F 3 H W"]:
         told, estimates = watched(recipe, options)
         return estimates.strip(SamplingConfig.draw(pipeline, recipe, told, **more)[:, 0])
+
+
+def sides(size: str) -> list[int]:
+    """Height and width of WIDTHxHEIGHT. Raises UserError."""
+    if not (found := SIDES.fullmatch(size)) or min(map(int, found.groups())) < 1:
+        raise UserError(f"size={shown(size)}: give width x height of the pictures, as size=80x48")
+    return [int(found[2]), int(found[1])]
 
 
 def watched(
@@ -676,6 +689,8 @@ def make_recipe(request: SamplingConfig, prompts: list[str], edit: Edit | None =
     kind = request.pipeline["kind"]
     if edit and getattr(request, "progress_strip", False) and not EDITS[kind][edit.kind].strip:
         raise UserError(f"progress_strip is not for edit={edit.kind} of pipeline={kind}; leave it out")
+    if edit and getattr(request, "size", None):
+        raise UserError("size is not for edits, which keep the picture's; leave it out")
     if request.upsamplers and getattr(request, "progress_strip", False):
         raise UserError("progress_strip shows pictures at the size they are drawn at; leave out upsamplers")
     device = pick_device(request.device)

@@ -8,7 +8,7 @@ A network with `inpaint` is also trained to paint what random masks hide (GLIDE,
 2.4); of a share of the pictures everything is hidden, so that it stays a decoder.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -27,6 +27,7 @@ from dalle.optim.factory import OptimizerFactory
 from dalle.ranges import Fraction, Guidance
 from dalle.stages.base import Stage
 
+LARGER = 4  # times its own side, and no less than as small a part of it, a decoder is asked for
 CONDITIONS = ("image_embed", "text_embed", "text_hidden", "text_mask")
 
 
@@ -86,7 +87,7 @@ class DecoderStage(Stage):
         keep_text = torch.rand(len(image), device=image.device) >= self.text_dropout
         cond: dict[str, Any] = {key: batch[key] for key in CONDITIONS}
         if self.inpaint:
-            masks = random_masks(len(image), image.shape[-1], self.all_hidden, image.device)
+            masks = random_masks(len(image), *image.shape[-2:], self.all_hidden, image.device)
             cond["known"] = known_of(image, masks)
         losses, t = self.denoiser.losses(image, **cond, keep_image=keep_image, keep_text=keep_text)
         return {"loss": losses.mean(), "per_sample": losses, "t": t}
@@ -105,10 +106,13 @@ class DecoderStage(Stage):
         strength: float = 1.0,
         noise: Float[Tensor, "B 3 H W"] | None = None,
         known: Float[Tensor, "#B 4 H W"] | None = None,
+        size: Sequence[int] | None = None,
     ) -> Float[Tensor, "B 3 H W"]:
         """Images in [-1, 1] for the embeddings and captions in `batch`; without the former, for captions.
 
         Args:
+            size: their height and width; None: those of the batch's `image` where it has one, else a square
+                of the network's.
             wrap: puts in what is known of the images (`dalle.diffusion.restoration.given`).
             start: images to begin with; `strength` says how much of the way they go (`Sampler`).
             noise: to begin with; None draws it.
@@ -116,7 +120,7 @@ class DecoderStage(Stage):
                 (`dalle.diffusion.inpainting.known_of`).
 
         Raises:
-            UserError: `known` is for another network.
+            UserError: `known` or the size is for another network.
         """
         if known is not None and not self.inpaint:
             raise UserError("this decoder was not trained with masks; train one with inpaint=true")
@@ -124,11 +128,26 @@ class DecoderStage(Stage):
             batch = cast(Batch, {**batch, "known": known.expand(len(batch["text_embed"]), -1, -1, -1)})
         guided = self.guided(batch, guidance, text_guidance)
         guided = wrap(guided) if wrap else guided
-        n, size, device = len(batch["text_embed"]), self.net.image_size, batch["text_embed"].device
-        like = torch.empty(n, self.net.channels, size, size, device=device)
+        n, device = len(batch["text_embed"]), batch["text_embed"].device
+        like = torch.empty(n, self.net.channels, *self.sides(batch, size), device=device)
         noise = (randn(like) if noise is None else noise).contiguous(memory_format=torch.channels_last)
         run = partial(sampler or self.sampler, start=start, strength=strength)
         return run(guided, noise, self.denoiser.schedule, randn=randn, on_step=on_step).clamp(-1, 1)
+
+    def sides(self, batch: Batch, size: Sequence[int] | None) -> tuple[int, int]:
+        """Height and width of the images that `sample` makes. Raises UserError."""
+        if size is None and "image" in batch:
+            size = batch["image"].shape[-2:]
+        square = self.net.image_size
+        height, width = size or (square, square)
+        if not (height == width == square or hasattr(self.net, "whole")):
+            raise UserError(f"this decoder's network draws squares of {square} px only; leave size out")
+        if not square // LARGER < min(height, width) <= max(height, width) <= LARGER * square:
+            raise UserError(
+                f"size={width}x{height} is not what this decoder of {square} px can draw; give sides of more "
+                f"than {square // LARGER} and at most {LARGER * square} px"
+            )
+        return height, width
 
     @torch.inference_mode()
     def invert(

@@ -65,6 +65,7 @@ def train(config: Config) -> dict[str, float]:
     if line and is_main_process():
         print(line, flush=True)
     stage = build_stage(config["model"])
+    datamodule.suit(stage.net)
     if config.get("init_from"):
         init_from.keep_norm(datamodule, config["init_from"])
     if config.get("init_from") and not resuming:

@@ -107,6 +107,8 @@ def check(
             if "world_size" in noted:
                 then_ranks, now_ranks = noted["world_size"]
                 print(other_ranks(then_ranks, now_ranks, config["batch_size"]))
+                if config["data"].get("buckets"):
+                    print("batches of buckets are made up anew: in this epoch some items may come twice")
         entry = {"step": checkpoint["global_step"], "changed": {k: list(v) for k, v in noted.items()}}
         config["resumed"] = [*history, entry]
 
