@@ -249,7 +249,7 @@ class UnclipSamplingConfig(SamplingConfig):
 def sides(size: str) -> list[int]:
     """Height and width of WIDTHxHEIGHT. Raises UserError."""
     if not (found := SIDES.fullmatch(size)) or min(map(int, found.groups())) < 1:
-        raise UserError(f"size={shown(size)}: give width x height of the pictures, as size=80x48")
+        raise UserError(f"size={size}: give width x height of the pictures, as size=80x48")
     return [int(found[2]), int(found[1])]
 
 
