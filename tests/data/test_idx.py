@@ -51,7 +51,7 @@ def head(*shape, kind=8):
         ("train-images-idx3-ubyte", head(2**31, 2**31, 4), "no idx file with anything in it"),
         ("train-images-idx3-ubyte", head(4, 4, 4) + bytes(64), "12.* labels of 4 pictures"),
         ("train-images-idx3-ubyte", head(4, 4) + bytes(16), "holds no pictures"),
-        ("train-labels-idx1-ubyte", gzip.compress(b"x"), "no idx file of bytes"),
+        ("train-labels-idx1-ubyte", gzip.compress(b"x", mtime=0), "no idx file of bytes"),
     ],
 )
 def test_bad_files_are_one_line(tmp_path, name, content, message):
