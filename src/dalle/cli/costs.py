@@ -73,8 +73,9 @@ def step_of(model: str, words: list[str], items: int | None) -> Any:
         for stage, run in fit.missing_runs(job.config).items():
             first += compose("train", upstream(job.words, stage, run))
         configs = [one.config for one in first] + [job.config]
-        if items is not None:
-            for config in configs:
+        for config in configs:
+            config["trainer"] |= {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
+            if items is not None:
                 config["data"] = config["datamodule"]["source"] = {
                     "_target_": "dalle.data.shapes.Shapes", "_partial_": True, "size": items,
                     "image_size": config["data"].get("image_size", 64),
