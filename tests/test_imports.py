@@ -29,7 +29,7 @@ LIBRARIES = {
     "optim": PURE,
     "data": PURE
     | {"lightning", "torchvision", "PIL", "numpy", "tokenizers", "tqdm", "open_clip", "safetensors"}
-    | {"datasets", "emoji", "fsspec", "huggingface_hub", "pyarrow"},
+    | {"aiohttp", "datasets", "emoji", "fsspec", "huggingface_hub", "pyarrow"},
     "metrics": PURE | {"torchmetrics", "lightning", "torch_fidelity", "open_clip", "timm"},
     "stages": PURE | {"torchmetrics", "lightning"},
     "pipelines": PURE | {"yaml", "tqdm"},

@@ -136,7 +136,7 @@ def without_weights(name: str) -> FrozenCLIP:
     if name not in open_clip.list_models():
         raise UserError(f"open_clip knows no model {name!r}")
     with torch.device("meta"):
-        model = open_clip.create_model(name, load_weights=False)
+        model = open_clip.create_model(name, load_weights=False, device="meta")
     net = OpenClipNet(model).to("meta")
     return FrozenCLIP(net, ClipBPE(net.context_length))
 
