@@ -104,7 +104,8 @@ def _upright(image: Image.Image) -> tuple[int, int]:
     turned = False
     with contextlib.suppress(Exception):  # EXIF that cannot be read turns nothing
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-    return image.size[::-1] if turned else image.size
+    width, height = image.size
+    return (height, width) if turned else (width, height)
 
 
 def read(where: Path | bytes, size: int, aspect: int, max_pixels: int, fit: Fit = "crop") -> np.ndarray:
@@ -142,7 +143,8 @@ def read_oblong(where: Path | bytes, height: int, width: int, max_pixels: int, f
         BadPicture: as `inspect`.
     """
     with _open(_content(where, max_pixels), max_pixels) as image:
-        image.draft(None, (2 * max(height, width),) * 2)
+        most = 2 * max(height, width)
+        image.draft(None, (most, most))
         rgb = _decode(image)
     if fit == "squash":
         return np.asarray(rgb.resize((width, height), FILTER))

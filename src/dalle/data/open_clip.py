@@ -6,6 +6,7 @@ name says (open_clip only warns), images are resized as tensors, and text states
 
 import difflib
 import importlib
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -135,8 +136,10 @@ def without_weights(name: str) -> FrozenCLIP:
     open_clip = _open_clip()
     if name not in open_clip.list_models():
         raise UserError(f"open_clip knows no model {name!r}")
+    logging.disable(logging.WARNING)  # that it has no weights
     with torch.device("meta"):
         model = open_clip.create_model(name, load_weights=False, device="meta")
+    logging.disable(logging.NOTSET)
     net = OpenClipNet(model).to("meta")
     return FrozenCLIP(net, ClipBPE(net.context_length))
 

@@ -210,7 +210,7 @@ def opened(
     if out:
         named = ", ".join(f"{shown(file)}: {why}" for file, why in list(out.items())[:NAMED])
         rank_zero_warn(f"{shown(given[0])}: {len(out)} of {len(footers)} files are left out ({named})")
-    groups = {
+    groups: dict[Split, list[Group]] = {
         split: [Group(f, k, n) for f in some if f in whole for k, n in enumerate(whole[f].sizes) if n]
         for split, some in files.items()
     }
@@ -301,7 +301,7 @@ def divided(
     owner = owners(rng.permutation(len(pool) if by_groups else total), asked)
     for k, split in enumerate(("train", *asked)):
         if by_groups:
-            parts[split] = _part([pool[i] for i in np.flatnonzero(owner == k)])
+            parts[split] = _part([pool[i] for i in np.flatnonzero(owner == k).tolist()])
         else:
             parts[split] = _part(pool, owner == k)
     return parts, ", ".join([*how, "by row groups" if by_groups else "by a draw of rows"])

@@ -87,7 +87,8 @@ class DecoderStage(Stage):
         keep_text = torch.rand(len(image), device=image.device) >= self.text_dropout
         cond: dict[str, Any] = {key: batch[key] for key in CONDITIONS}
         if self.inpaint:
-            masks = random_masks(len(image), *image.shape[-2:], self.all_hidden, image.device)
+            height, width = image.shape[-2:]
+            masks = random_masks(len(image), height, width, self.all_hidden, image.device)
             cond["known"] = known_of(image, masks)
         losses, t = self.denoiser.losses(image, **cond, keep_image=keep_image, keep_text=keep_text)
         return {"loss": losses.mean(), "per_sample": losses, "t": t}
