@@ -105,11 +105,18 @@ def test_a_network_that_other_stages_freeze_is_counted(command_line):
     assert line.startswith("| `clip` | 8 | ddp | 1 x ")
 
 
-def test_sizes_of_public_weights_are_not_known(command_line):
-    with pytest.raises(
-        UserError, match="costs of model=prior are not known: it takes its sizes from weights"
-    ):
-        command_line("model=prior", "clip=open_clip")
+def test_a_public_clip_does_without_its_weights(command_line):
+    pytest.importorskip("open_clip")
+    rows = command_line("model=prior", "clip=open_clip", "devices=8").splitlines()
+    assert rows[-1].startswith("| `prior` | 8 |")
+    with pytest.raises(UserError, match="open_clip knows no model 'ViT-Z'"):
+        command_line("model=prior", "clip=open_clip", "clip.name=ViT-Z")
+
+
+def test_recipes_whose_pictures_and_devices_are_not_here(command_line):
+    recipe = ("experiment=coco_1gpu", "data.root=NOWHERE", "clip=run", "devices=1", "items=118000")
+    (row,) = [line for line in command_line("model=decoder", *recipe).splitlines() if "`decoder`" in line]
+    assert "| 1 x 64 |" in row
 
 
 @pytest.mark.parametrize("preset", ["dvae_paper", pytest.param("dalle_paper", marks=pytest.mark.slow)])

@@ -146,7 +146,7 @@ def today(argument: str) -> str:
 
 
 def quoted(argument: str) -> str:
-    """A prompt is plain text, and so is a pattern of shards: commas, quotes, braces in it are not Hydra's;
+    """A prompt is plain text, and so is a pattern of files: commas, quotes, braces in it are not Hydra's;
     and a name may be a number.
 
     Lists, and values that are quoted as a whole, stay as they are.
@@ -154,8 +154,9 @@ def quoted(argument: str) -> str:
     key, equals, value = argument.partition("=")
     if key == "name":  # of one run, or of several jobs
         return key + equals + re.sub(r"(?<![^,])[-+]?\.?\d[\w.+-]*(?![^,])", r"'\g<0>'", value)
-    shards = re.fullmatch(r"data\.(val_|test_)?shards", key.lstrip("+")) and "{" in value
-    if not (key.lstrip("+") == "prompt" or shards) or not equals or value in ("", "null"):
+    files = r"data\.(sources\.[^.]+\.)?((val_|test_)?shards|path)"
+    pattern = re.fullmatch(files, key.lstrip("+")) and "{" in value
+    if not (key.lstrip("+") == "prompt" or pattern) or not equals or value in ("", "null"):
         return argument
     if len(value) > 1 and value[0] + value[-1] in ("[]", "''", '""'):
         return argument
