@@ -88,7 +88,9 @@ class Demo:
         shared = {"embed_dim": frozen.embed_dim, "text_width": frozen.text_width}
 
         config = configs["prior"]["model"]
-        self.prior_sizes = sized(config["net"], context_length=CONTEXT_LENGTH, **shared)
+        self.prior_sizes = sized(
+            config["net"], context_length=CONTEXT_LENGTH, vocab_size=tokenizer.vocab_size, **shared
+        )
         self.prior = PriorStage(
             Prior(**self.prior_sizes),
             denoiser(config),

@@ -51,7 +51,9 @@ NETS: dict[str, Net] = {
         "model=decoder", "model/net=dit", *PICTURES, "optimizer=adamw", "model.net.patch=4",
         "model.net.width=1152", "model.net.depth=28", "model.net.heads=16",
     ),
-    "prior": ("model=prior_paper", *CONDITIONED, f"model.net.context_length={CAPTION}"),
+    "prior": (
+        "model=prior_paper", *CONDITIONED, f"model.net.context_length={CAPTION}", "model.net.vocab_size=2",
+    ),
 }  # fmt: skip
 BATCH = {"dalle_1b": 16, "dalle_1b sparse": 16, "unet": 64, "dit": 64, "prior": 256}
 TINY: dict[str, Net] = {

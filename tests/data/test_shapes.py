@@ -263,7 +263,7 @@ def test_any_resolution_shows_the_same_scene(size, item):
     assert image.max() <= 1
     error = (image - torch.nn.functional.avg_pool2d(large, 8)).abs()
     assert error.max() < 0.75  # only in the pixel of a corner: no edge is off by half a pixel
-    assert error.mean() < 0.01
+    assert error.mean() < 0.012
 
 
 def test_largest_pictures():
