@@ -24,5 +24,5 @@ class Batch(TypedDict, total=False):
 
 def text_of(batch: Batch, ids: bool = False) -> dict[str, Any]:
     """The part of a batch that says what the caption says; with the token `ids`, for who reads them anew."""
-    keys = ("text_embed", "text_hidden", "text_mask")
-    return {key: batch[key] for key in (*keys, "text")[: 3 + ids]}
+    said = {key: batch[key] for key in ("text_embed", "text_hidden", "text_mask")}
+    return said | {"text": batch["text"]} if ids else said

@@ -272,10 +272,10 @@ class Compile(lightning.Callback):
         torch.compiler.set_stance("default")
 
     def on_test_start(self, *_: Any) -> None:
-        torch.compiler.set_stance("force_eager")
+        self.on_validation_start()
 
     def on_test_end(self, *_: Any) -> None:
-        torch.compiler.set_stance("default")
+        self.on_validation_end()
 
     def on_exception(self, *_: Any) -> None:
         torch.compiler.set_stance("default")
