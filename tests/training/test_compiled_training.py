@@ -79,14 +79,13 @@ def test_compiling_happens_in_the_first_step_only(model, logs, monkeypatch):
 def test_a_discriminators_weight_goes_back_through_a_compiled_network(logs, monkeypatch):
     torch.compiler.reset()
     compile_module = nn.Module.compile
-    monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
     monkeypatch.setattr(
         nn.Module, "compile", lambda self, **options: compile_module(self, backend="aot_eager", **options)
     )
     place = f"paths.run='{logs / 'run' / 'vqgan'}'"
-    training.train(
-        configure("vqgan", logs, place, "model.disc_start=1", "compile=true", "trainer.max_steps=3")
-    )
+    config = configure("vqgan", logs, place, "model.disc_start=1", "compile=true", "trainer.max_steps=3")
+    with torch._functorch.config.patch(donated_buffer=True):
+        training.train(config)
 
 
 def test_kernels_are_kept_with_what_else_is(tmp_path, monkeypatch):
