@@ -15,6 +15,7 @@ from tiny import ROOT
 from dalle.cli import entry
 from dalle.errors import UserError
 from dalle.pipelines import sampling
+from dalle.pipelines.request import UnclipSamplingConfig
 from dalle.pipelines.sampling import new_folder, next_folder, sample
 
 FAST = ("steps=2", "pipeline.prior_sampler.steps=2", "precision=fp32")
@@ -130,13 +131,13 @@ def test_processes_that_choose_a_folder_at_once_get_one_each(tmp_path, monkeypat
 
 
 def test_pictures_that_were_overtaken_get_another_folder(make, untrained_stages, tmp_path, monkeypatch):
-    samples, drawn = tmp_path / "mine" / "samples", sampling.UnclipSamplingConfig.draw
+    samples, drawn = tmp_path / "mine" / "samples", UnclipSamplingConfig.draw
 
     def draw(*given, **more):
         (samples / "001").mkdir(parents=True)
         return drawn(*given, **more)
 
-    monkeypatch.setattr(sampling.UnclipSamplingConfig, "draw", staticmethod(draw))
+    monkeypatch.setattr(UnclipSamplingConfig, "draw", staticmethod(draw))
     decoder = f"pipeline.decoder='{untrained_stages}/default/decoder'"
     place = (f"paths.logs='{tmp_path}'", "name=mine", decoder, "pipeline.prior=null")
     assert make("unused", PROMPT, "out=null", *place) == samples / "002"

@@ -8,7 +8,8 @@ from conftest import files_below
 
 from dalle.errors import UserError
 from dalle.pipelines.recipe import SampleRecipe
-from dalle.pipelines.sampling import arguments, check_parts, kind_of, read_prompts
+from dalle.pipelines.request import kind_of, read_prompts
+from dalle.pipelines.sampling import arguments, check_parts
 
 DDIM = {"method": "ddim", "steps": 2}
 

@@ -20,7 +20,8 @@ from dalle.evaluation.stability import stability
 from dalle.evaluation.targets import MAIN
 from dalle.launch.overrides import quote
 from dalle.launch.processes import REASON, STOPPED, call, child_command
-from dalle.pipelines.sampling import REQUESTS, SamplingConfig, new_folder
+from dalle.pipelines.request import REQUESTS, SamplingConfig
+from dalle.pipelines.sampling import new_folder
 from dalle.run_dir import Run
 
 

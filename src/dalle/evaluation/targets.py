@@ -44,7 +44,8 @@ from dalle.metrics.reconstruction import Likeness, Perceptual, likeness
 from dalle.metrics.upsampling import bicubic, upsampling_rows
 from dalle.pipelines.load import PRIORS, load_any_clip, load_prior, no_stages, with_upsamplers
 from dalle.pipelines.recipe import SampleRecipe
-from dalle.pipelines.sampling import arguments, draw, kind_of, load, make_recipe, prior_options
+from dalle.pipelines.request import kind_of, prior_options
+from dalle.pipelines.sampling import arguments, draw, load, make_recipe
 from dalle.pipelines.unclip import PRIOR
 from dalle.pipelines.unconditional import Unconditional
 from dalle.run_dir import IMAGE_TOKENIZERS, Run, load_clip, load_image_tokenizer
