@@ -1,5 +1,7 @@
 """Pictures mended by a decoder as the prior: its network is the exact denoiser of some of `shapes`."""
 
+import math
+
 import pytest
 import torch
 from pipelines.test_unclip import UNIT, E, FakeCLIP, FakePrior
@@ -14,6 +16,7 @@ from dalle.diffusion.schedule import Schedule
 from dalle.errors import UserError
 from dalle.images import from_uint8, to_uint8
 from dalle.metrics.reconstruction import likeness
+from dalle.pipelines.masks import check_picture
 from dalle.pipelines.repair import GUESSES, NOISES
 from dalle.pipelines.unclip import UnCLIP
 from dalle.stages.decoder import DecoderStage
@@ -63,6 +66,7 @@ def psnr(made: torch.Tensor, image: torch.Tensor) -> float:
 
 HOLE = torch.zeros(SIZE, SIZE, dtype=torch.bool)
 HOLE[3:9, 4:12] = True
+NO_NUMBERS = torch.full((3, SIZE, SIZE), math.nan)
 
 
 @pytest.mark.parametrize("number", [3, 17])
@@ -198,6 +202,14 @@ def test_little_strength_keeps_the_picture_and_all_of_it_follows_the_prompt(pipe
             lambda p: p.fill(torch.zeros(3, 16, 16), HOLE[:8]),
             "the mask has 16 x 8 px, but the picture 16 x 16",
         ),
+        (lambda p: p.denoise(torch.zeros(3, 16, 16), noise=math.inf), r"noise is .* not inf"),
+        (lambda p: p.deblur(torch.zeros(3, 16, 16), blur_sigma=math.nan), r"blur is .* not nan"),
+        (lambda p: p.denoise(NO_NUMBERS), "the picture holds values that are no finite numbers"),
+        (lambda p: p.enhance(NO_NUMBERS[:, :8, :8]), "the picture holds values that are no finite"),
+        (lambda p: p.restyle(NO_NUMBERS, "a"), "the picture holds values that are no finite numbers"),
+        (lambda p: p.inpaint(NO_NUMBERS, HOLE, "a"), "the picture holds values that are no finite numbers"),
+        (lambda p: p.outpaint(NO_NUMBERS, "a", left=4), "the picture holds values that are no finite"),
+        (lambda p: p.invert(NO_NUMBERS), "the picture holds values that are no finite numbers"),
         (lambda p: p.restyle(torch.zeros(3, 16, 16), "a", strength=0.0), "strength is more than 0"),
         (lambda p: p.restyle(torch.zeros(3, 16, 16), "a " * 9), "is too long: CLIP reads 8 tokens"),
     ],
@@ -234,3 +246,16 @@ def test_a_decoder_that_was_trained_with_masks_is_told_what_is_known_and_draws_o
     assert net.known[0, 3].sum() == SIZE * (SIZE - 6)
     pipeline.sample(["a red ring"])
     assert net.known is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (torch.zeros(1, 3, 8, 8), r"not \(1, 3, 8, 8\) of torch.float32"),
+        (torch.zeros(1, 8, 8), r"a picture is \(3, height, width\) of floats in \[-1, 1\], not \(1, 8, 8\)"),
+        (torch.zeros(3, 8, 8, dtype=torch.uint8), r"not \(3, 8, 8\) of torch.uint8"),
+    ],
+)
+def test_what_is_no_picture_is_one_line(wrong, message):
+    with pytest.raises(UserError, match=message):
+        check_picture(wrong)

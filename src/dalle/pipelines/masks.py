@@ -24,12 +24,25 @@ class Sides(NamedTuple):
     bottom: int = 0
 
 
+def check_picture(image: Tensor) -> None:
+    """Raises UserError for what is no picture (3, H, W) of numbers."""
+    if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
+        raise UserError(
+            f"a picture is (3, height, width) of floats in [-1, 1], not {tuple(image.shape)} of {image.dtype}"
+        )
+    if not image.isfinite().all():
+        raise UserError("the picture holds values that are no finite numbers; give one without")
+
+
 def check_mask(image: Float[Tensor, "3 H W"], mask: Bool[Tensor, "h w"], size: int) -> None:
     """Whether this part of this picture can be drawn by what draws pictures of `size` px.
 
     Raises:
-        UserError: another size, or nothing to draw.
+        UserError: no picture, a mask of something else than true and false, another size, nothing to draw.
     """
+    check_picture(image)
+    if mask.dtype != torch.bool:
+        raise UserError(f"a mask is true where something is to be drawn, not {mask.dtype}; give mask > 0.5")
     (height, width), (rows, columns) = image.shape[-2:], mask.shape
     if (height, width) != (size, size):
         raise UserError(f"the picture has {width} x {height} px; what draws it draws {size} x {size}")
@@ -142,8 +155,9 @@ def outpainted(
         inpaint: called with a window, its mask, and `seed=`.
 
     Raises:
-        UserError: nothing to add, a picture smaller than a window.
+        UserError: no picture, nothing to add, a picture smaller than a window.
     """
+    check_picture(image)
     plan = windows(image.shape[-2:], more, size)
     made = []
     for j in range(n):

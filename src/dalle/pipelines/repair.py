@@ -4,6 +4,7 @@
 Copy j is drawn from noise of its own, seeded by (seed, 0, j), as picture j of a pipeline's first caption is.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -27,7 +28,7 @@ from dalle.diffusion.restoration import (
     shrinking,
 )
 from dalle.errors import UserError
-from dalle.pipelines.masks import Sides, check_mask, outpainted, pasted
+from dalle.pipelines.masks import Sides, check_mask, check_picture, outpainted, pasted
 from dalle.pipelines.upsampling import DECODER, FIT
 
 ROUNDING = 0.01  # standard deviation of what is not known of 8-bit pictures, with some room for a wrong H
@@ -83,7 +84,7 @@ class Repairing:
             UserError: a picture of another size, no blur.
         """
         self.check_size(image)
-        if not blur_sigma > 0:
+        if not 0 < blur_sigma < math.inf:
             raise UserError(
                 f"blur is the standard deviation of a Gaussian in pixels, above 0, not {blur_sigma}"
             )
@@ -120,6 +121,7 @@ class Repairing:
         Raises:
             UserError: a picture that is no whole number of times smaller.
         """
+        check_picture(image)
         height, width = image.shape[-2:]
         factor = self.image_size // max(height, 1)
         if height != width or factor < 2 or factor * height != self.image_size:
@@ -229,9 +231,10 @@ class Repairing:
             options: n, seed, batch_size, precision, truncate, as those of `sample`.
 
         Raises:
-            UserError: noise that is no positive number.
+            UserError: no picture, noise that is no positive number.
         """
-        if not noise > 0:
+        check_picture(y)
+        if not 0 < noise < math.inf:
             raise UserError(f"noise is a standard deviation in units of [-1, 1], above 0, not {noise}")
         seen = y[None].to(self.device)
         known = partial(
@@ -303,7 +306,8 @@ class Repairing:
         return {"known": known_of(image[None], mask[None]).to(self.device)}
 
     def check_size(self, image: Float[Tensor, "3 H W"]) -> None:
-        """Raises UserError for a picture of another size than the decoder's."""
+        """Raises UserError for what is no picture, or one of another size than the decoder's."""
+        check_picture(image)
         if tuple(image.shape[-2:]) != (self.image_size, self.image_size):
             (height, width), size = image.shape[-2:], self.image_size
             raise UserError(f"the picture has {width} x {height} px; the decoder draws {size} x {size}")
