@@ -133,6 +133,17 @@ def test_noise_is_told_by_a_picture_that_is_smooth_elsewhere():
         assert seen == pytest.approx(noise, rel=0.1)
 
 
+def test_noise_is_told_where_it_was_cut_at_black_and_white():
+    generator = torch.Generator().manual_seed(0)
+    for black, white in ((0.0, 1.0), (0.4, 0.0), (0.3, 0.3)):
+        image = torch.zeros(3, 64, 64)
+        image[:, : round(64 * black)], image[:, 64 - round(64 * white) :] = -1.0, 1.0
+        for noise in (0.02, 0.1, 0.4):
+            spoilt = (image + noise * torch.randn(image.shape, generator=generator)).clamp(-1, 1)
+            assert estimated_noise(spoilt) == pytest.approx(noise, rel=0.12)
+    assert estimated_noise(torch.ones(3, 16, 16)) == 0
+
+
 def test_pictures_that_no_factor_divides():
     with pytest.raises(UserError, match="pictures of 8 px cannot be made 3 times smaller"):
         shrinking(8, 3)

@@ -27,6 +27,7 @@ from dalle.errors import UserError
 
 NOISIEST = 8.0  # sigma/alpha at which a denoiser tells where things are, by its conditions more than by x_t
 NOTHING = 1e-4  # singular values below it are rounding
+WHOLE, CUT = 0.6745, 0.3555  # median of |a - b - c + d| / 2 of Gaussian noise, whole and without its one half
 
 
 @runtime_checkable
@@ -178,7 +179,11 @@ def shrinking(size: int, factor: int) -> Separable:
 def estimated_noise(image: Float[Tensor, "3 H W"]) -> float:
     """Standard deviation of the noise in a picture that is smooth in most places: of its finest diagonal
     waves (Haar's), whose median edges do not move (Donoho & Johnstone 1994, sec. 4.1).
+
+    What was black or white has lost half of its noise there, to -1 or 1: twice as many values as lie at
+    these ends count as such.
     """
     even = image[:, : image.shape[1] // 2 * 2, : image.shape[2] // 2 * 2]
     diagonal = (even[:, ::2, ::2] - even[:, 1::2, ::2] - even[:, ::2, 1::2] + even[:, 1::2, 1::2]) / 2
-    return diagonal.abs().median().item() / 0.6745
+    at_ends = min(1.0, 2 * (image.abs() == 1).float().mean().item())
+    return diagonal.abs().median().item() / (WHOLE + (CUT - WHOLE) * at_ends)
