@@ -84,6 +84,14 @@ def test_the_light_one_spoils_less():
     assert 0.0001 < error(True) < 0.7 * error(False)
 
 
+def test_the_light_one_leaves_half_of_the_pictures_as_they_are():
+    image, degrade, rng = picture(16), degradation_of("bsr_light"), np.random.default_rng(0)
+    clean = shrunk(image, 2)
+    same = [torch.equal(degrade(image, 2, rng), clean) for _ in range(400)]
+    assert np.mean(same) == pytest.approx(0.5, abs=0.07)
+    assert not any(torch.equal(degradation_of("bsr")(image, 2, rng), clean) for _ in range(20))
+
+
 def test_what_is_spoilt_is_still_in_its_place():
     """No step may shift a picture: the mean of many is nearest to the clean one where it was."""
     image = torch.full((3, 64, 64), -1.0)

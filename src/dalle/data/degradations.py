@@ -84,14 +84,18 @@ class BSR:
     """Two blurs, two resizings, noise and JPEG in random order, and JPEG at the end.
 
     light: blurs a quarter as wide, hardly any noise, and JPEG of high quality: for pictures of few pixels.
+    probability: of being spoilt at all. One that has seen no clean pictures changes those.
     """
 
-    def __init__(self, light: bool = False) -> None:
+    def __init__(self, light: bool = False, probability: Fraction = 1.0) -> None:
+        self.probability = probability
         self.width = 0.25 if light else 1.0
         self.noise = (1, 2) if light else (2, 25)  # standard deviation, of 255
         self.quality = (80, 95) if light else (30, 95)
 
     def __call__(self, image: Float[Tensor, "3 H W"], factor: int, rng: Rng) -> Float[Tensor, "3 h w"]:
+        if self.probability < 1 and rng.random() >= self.probability:
+            return shrunk(image, factor)
         x = image[None]
         size = (image.shape[-2] // factor, image.shape[-1] // factor)
         if factor == 4 and rng.random() < 0.25:
@@ -163,7 +167,7 @@ def degradation_of(kind: Kind) -> Degradation:
     """By the names that configurations have for them."""
     if kind in ("none", "blur"):
         return GaussianBlur(probability=0.5 if kind == "blur" else 0.0)
-    return BSR(light=kind == "bsr_light")
+    return BSR(light=True, probability=0.5) if kind == "bsr_light" else BSR()
 
 
 def _mode(rng: Rng) -> Literal["bilinear", "bicubic", "area"]:
