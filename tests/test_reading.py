@@ -7,17 +7,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
 from dalle import schemas
+from dalle.data.caption_tables import Columns, NotATable, read_table
+from dalle.data.embedding_cache import read_meta
+from dalle.data.encoded import Rows
 from dalle.data.frozen import tensors_hash
+from dalle.data.guess import guesses
+from dalle.data.hf import files_of
+from dalle.data.text import read_text as read_words
 from dalle.data.tokenizers import load_tokenizer
 from dalle.errors import UserError
 from dalle.evaluation.results import Result
 from dalle.launch.sweeps import read as read_job
+from dalle.metrics.perceptual import LPIPS
 from dalle.pipelines.load import load_unclip
 from dalle.pipelines.recipe import SampleRecipe
 from dalle.reading import LARGEST, LARGEST_YAML, migrated, read_json, read_yaml, shaped
@@ -279,3 +287,27 @@ def test_a_manifest_of_a_later_schema_is_refused(tmp_path):
     for name, content in (("manifest.json", '{"schema": 99}'), ("model.safetensors", "")):
         (tmp_path / name).write_text(content)
     one_line(Run(tmp_path).manifest, "written with layout 99, this version reads 1")
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda path: read_json(path, dict, "delete it"),
+        read_words,
+        lambda path: guesses(str(path)),
+        lambda path: Rows([path], np.array([0, 1]), (1,), "f"),
+        lambda path: read_meta(path.parent, verify=True),
+        lambda path: read_table(path, Columns(None, ()), lambda _: True),
+        lambda path: files_of([str(path)], (".json",)),
+        lambda path: files_of([str(path.parent)], (".json",)),
+        LPIPS,
+    ],
+    ids=["json", "text", "guess", "encoded", "cache", "table", "hf", "hf folder", "lpips"],
+)
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["pipe", "device"]
+)
+def test_what_may_never_end_is_not_opened(tmp_path, make, read):
+    make(tmp_path / "meta.json")
+    with pytest.raises((UserError, OSError, NotATable), match=r"no file|cannot be read"):
+        read(tmp_path / "meta.json")

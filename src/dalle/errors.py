@@ -1,12 +1,21 @@
 """The one exception that means "the user can fix this": entry points print it as one line and exit with 1."""
 
+import argparse
 import difflib
 import unicodedata
 from collections.abc import Collection
+from typing import NoReturn
 
 
 class UserError(Exception):
     """Says in one line what is wrong and what to do about it."""
+
+
+class Words(argparse.ArgumentParser):
+    """A parser to which a mistake is one line as well."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help says more")
 
 
 def printable(text: str) -> str:

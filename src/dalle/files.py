@@ -122,6 +122,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     hidden = hidden_name(path)
+    made = [folder for folder in path.parents if not folder.exists()]
     clean(path.parent)  # what was being filled may be large
     with explained(path):
         shutil.rmtree(hidden, ignore_errors=True)  # of an earlier process of the same number
@@ -137,6 +138,9 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
                     raise
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
+        for folder in made:  # those that something is in by now stay
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def hidden_name(path: Path) -> Path:

@@ -1,10 +1,12 @@
 """Files that one process at a time holds: a lock that ends with its holder, however that ends."""
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from dalle.errors import UserError
 from dalle.files import explained
 
 
@@ -22,7 +24,7 @@ def locked(path: Path, wait: str | bool = False) -> Iterator[int | None]:
         yield 0
         return
     with explained(path):
-        file = path.open("a")
+        file = open(path, "ab", opener=_opened)  # noqa: SIM115
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -40,6 +42,15 @@ def locked(path: Path, wait: str | bool = False) -> Iterator[int | None]:
             yield file.fileno()
         finally:
             _held.discard(file.fileno())
+
+
+def _opened(path: str, flags: int) -> int:
+    """A file that is none would keep whoever opens it waiting (a pipe), or know no locks."""
+    number = os.open(path, flags & ~os.O_WRONLY | os.O_RDWR | getattr(os, "O_NONBLOCK", 0), 0o666)
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise UserError(f"{path} is no regular file, as it must be to be locked; move it away")
+    return number
 
 
 _held: set[int] = set()  # locks of this process

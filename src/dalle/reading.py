@@ -4,6 +4,7 @@ Whatever else is there (nothing, half of it, something else, no text, a bomb) is
 nothing in it is run. Shapes are those of `dalle.schemas`, checked by pydantic without any conversion.
 """
 
+import errno
 import functools
 import json
 import math
@@ -54,14 +55,29 @@ def read_text(path: str | Path, advice: str, largest: int = LARGEST) -> str:
         largest: bytes of such a file at most.
     """
     try:
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError("it is a folder" if stat.S_ISDIR(found.st_mode) else "it is no file")
-        if found.st_size > largest:
-            raise ValueError(f"{found.st_size / 2**20:,.0f} MB are more than any such file has")
+        check_file(path, largest)
         return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({_reason(error)}); {advice}") from None
+
+
+def check_file(path: str | Path, largest: int | None = None) -> None:
+    """Refuses what is no file, before it is opened: a pipe or a device may never end.
+
+    Args:
+        largest: bytes of such a file at most.
+
+    Raises:
+        OSError: it is none, not there, or too large.
+    """
+    found = os.stat(path)
+    why = ""
+    if not stat.S_ISREG(found.st_mode):
+        why = "it is a folder" if stat.S_ISDIR(found.st_mode) else "it is no file"
+    elif largest is not None and found.st_size > largest:
+        why = f"{found.st_size / 2**20:,.0f} MB are more than any such file has"
+    if why:
+        raise OSError(errno.EINVAL, why, str(path))
 
 
 def read_json(path: str | Path, shape: type[Shape], advice: str) -> Shape:

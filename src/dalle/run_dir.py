@@ -269,6 +269,16 @@ def build_stage(run: Run) -> Any:
     return stage
 
 
+def check_usable(path: str | Path) -> None:
+    """Raises UserError for a run that could not be used: everything of it is built and loaded once."""
+    stage, manifest = load_stage(path)
+    net, kind = stage.net, manifest.get("stage")
+    if kind == "clip":
+        Run(Path(path)).load_tokenizer_of("CLIP", net.context_length, net.vocab_size)
+    elif kind == "dalle":
+        Run(Path(path)).load_tokenizer_of("DALL-E", net.text_length, net.text_vocab)
+
+
 def load_clip(path: Place, bf16: bool = False) -> FrozenCLIP:
     """The CLIP of a finished `model=clip` run, frozen, with its tokenizer."""
     stage, _ = load_stage(path, "clip")

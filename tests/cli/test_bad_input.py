@@ -13,7 +13,9 @@ from conftest import Ended, files_below, untrained
 from PIL import Image
 from tiny import ROOT, overrides
 
+from dalle.cli import entry
 from dalle.errors import UserError
+from dalle.launch.processes import REASON
 
 
 @pytest.mark.parametrize(
@@ -93,6 +95,10 @@ from dalle.errors import UserError
         ),
         (["model=clip", "trainer.strategy=fast"], "trainer: You selected an invalid strategy"),
         (["model=clip", "trainer.devices=0"], "trainer.devices must be a whole number from 1 to 1024 or -1"),
+        (
+            ["model=clip", "trainer=ddp_cpu", "trainer.num_nodes=2"],
+            "trainer.num_nodes=2, but nothing has started this command on the other machines",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -329,3 +335,22 @@ def test_debug_shows_the_traceback(command, no_training, tmp_path):
     with pytest.raises(UserError, match=r"optimizer.lr must be a number"):  # as Python shows it
         command("train.py", "model=clip", "optimizer.lr=fast", "debug=true")
     assert files_below(tmp_path) == {}
+
+
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py"])
+def test_names_that_no_record_could_hold(command, no_training, tmp_path, script):
+    """Bytes that are no UTF-8 could be written into config.yaml, but never read again."""
+    odd = os.fsdecode(b"data.root=a\xff")
+    assert r"data.root=a\udcff: this is no text in UTF-8" in command(script, odd).error
+    assert files_below(tmp_path) == {}
+
+
+def test_why_a_job_failed_is_noted_whatever_bytes_are_in_it(tmp_path, monkeypatch):
+    monkeypatch.setenv(REASON, str(tmp_path / "why"))
+
+    def fail(_: list[str]) -> None:
+        raise UserError(os.fsdecode(b"a\xff is broken"))
+
+    with pytest.raises(SystemExit):
+        entry.run(fail, [])
+    assert (tmp_path / "why").read_text() == r"a\udcff is broken"

@@ -129,3 +129,22 @@ def test_a_run_keeps_what_was_typed(monkeypatch, tmp_path):
     dalle(monkeypatch, "train", *words)
     assert kept[-1] == typed
     assert started == [typed] * len(started) != []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["demo"], "the following arguments are required: runs; dalle demo --help"),
+        (["demo", "logs", "--n", "ten"], "argument --n: invalid int value: 'ten'; dalle demo --help"),
+        (["dashboard", "logs", "--foo"], "unrecognized arguments: --foo"),
+        (["gate"], "the following arguments are required: runs"),
+        (["data", "check"], "the following arguments are required: path"),
+        (["data"], "the following arguments are required: check"),
+        (["workspace"], "the following arguments are required"),
+    ],
+)
+def test_a_wrong_option_is_one_line(monkeypatch, capsys, arguments, line):
+    with pytest.raises(SystemExit) as ended:
+        dalle(monkeypatch, *arguments)
+    assert str(ended.value.code).startswith(f"error: {line}")
+    assert capsys.readouterr() == ("", "")

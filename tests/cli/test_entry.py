@@ -1,5 +1,9 @@
 """A user's mistake is one clear line: on the real exceptions of the installed Hydra."""
 
+import os
+import signal
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +17,8 @@ from tiny import ROOT, mistake
 from dalle.cli import entry
 from dalle.cli.compose import compose as compose_jobs
 from dalle.errors import UserError
+from dalle.files import atomic_folder, atomic_path
+from dalle.launch.processes import call
 
 
 @pytest.mark.parametrize(
@@ -158,6 +164,43 @@ def test_a_bug_is_no_users_mistake():
 def test_ctrl_c_is_no_traceback():
     with pytest.raises(SystemExit, match="stopped"):
         run_with(KeyboardInterrupt())
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_signals_end_a_command_as_ctrl_c_does(tmp_path, capsys, name, code):
+    number = getattr(signal, name)
+
+    def work(_: list[str]) -> None:
+        with atomic_folder(tmp_path / "new" / "folder") as folder, atomic_path(tmp_path / "file") as hidden:
+            (folder / "half").write_text("a")
+            hidden.write_text("half of it")
+            os.kill(os.getpid(), number)
+            time.sleep(60)
+
+    with pytest.raises(SystemExit) as ended:
+        entry.run(work, [])
+    assert ended.value.code == code
+    assert capsys.readouterr().err == f"\nstopped by {name}; files that were written are whole\n"
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_a_signal_that_is_to_be_ignored_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    try:
+        entry.run(lambda _: os.kill(os.getpid(), signal.SIGHUP), [])
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_child_is_told_of_signals_before_its_parent_ends(tmp_path):
+    """Else it would go on alone, with nobody to say what came of it."""
+    sleeper = "import os, signal, time; os.kill(os.getppid(), signal.SIGHUP); time.sleep(60)"
+
+    def work(_: list[str]) -> None:
+        assert call([sys.executable, "-c", sleeper]) == -signal.SIGHUP
+
+    entry.run(work, [])
 
 
 def read(argument: str) -> object:

@@ -20,12 +20,14 @@ from tiny import ROOT, overrides, weights
 import dalle.files as dalle_files
 from dalle.cli.encode import main
 from dalle.cli.entry import said
+from dalle.data import encoding
 from dalle.data.encoded import Encoded
 from dalle.data.webdataset import WebDataset
 from dalle.errors import UserError
 from dalle.files import _host, hidden_name
 from dalle.instantiate import instantiate
 from dalle.locks import locked
+from dalle.nets.clip import CLIP
 from dalle.run_dir import Run, load_clip, load_image_tokenizer
 from dalle.training import fit
 
@@ -158,6 +160,25 @@ def test_what_a_killed_process_has_left_is_removed(logs, shards, tmp_path, monke
     encode("clip", logs, shards, out, "splits=[train]")
     assert not dead.exists()
     assert other.exists()  # of a process that is at work
+
+
+def test_whoever_stops_it_is_told_what_stays(logs, shards, tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(encoding, "_write", stop)
+    with pytest.raises(KeyboardInterrupt):
+        encode("clip", logs, shards, tmp_path / "out")
+    assert "out: whole shards are kept; the same command goes on with the others\n" in capsys.readouterr().out
+
+
+def test_numbers_that_do_not_fit_are_not_written(logs, shards, tmp_path, monkeypatch):
+    made = CLIP.encode_image
+    monkeypatch.setattr(CLIP, "encode_image", lambda net, image: 1e9 * made(net, image))
+    with pytest.raises(UserError, match="too large for float16: give precision=fp32 and dtype=float32"):
+        encode("clip", logs, shards, tmp_path / "out", "dtype=float16")
+    assert not list((tmp_path / "out").rglob("*.npy"))
+    encode("clip", logs, shards, tmp_path / "large", "text_states=false")
 
 
 def test_a_full_disk_is_one_line(logs, shards, tmp_path, monkeypatch):

@@ -85,6 +85,9 @@ def test_captions_of_a_recipe_of_text_files_and_of_some_only(tmp_path):
     recipe.write(sampled / "recipe.yaml")
     target = Folder(str(sampled), tmp_path, None)
     assert target.captions(SOURCE, 3) == ["a ring", "a ring", "a cross"]
+    paint(sampled, ["002-00.png"])
+    with pytest.raises(UserError, match=r"002-00.png is none of the pictures of recipe.yaml, which has 2"):
+        Folder(str(sampled), tmp_path, None)
     beside = paint(tmp_path / "t", ["a.png", "b.png"])
     (beside / "a.txt").write_text("an a\n")
     assert not Folder(str(beside), tmp_path, None).captioned

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import files_below, untrained
 from hydra import compose, initialize_config_dir
@@ -82,6 +83,19 @@ def test_pictures_of_another_shape(make):
     assert yaml.safe_load((out / "recipe.yaml").read_text())["options"]["decoder"]["size"] == [12, 24]
 
 
+def test_pictures_that_are_no_numbers_are_not_written(make, tmp_path, monkeypatch):
+    def draw(*args, **more):
+        frames = drawn(*args, **more)
+        frames[1, ..., 3] = torch.nan
+        return frames
+
+    drawn = sampling.draw
+    monkeypatch.setattr(sampling, "draw", draw)
+    with pytest.raises(UserError, match=r"\A1 of 2 pictures are no numbers \(NaN\), so nothing is written: "):
+        make("none", PROMPT, "n=2")
+    assert not (tmp_path / "none").exists()
+
+
 def test_every_setting_changes_the_pictures(make):
     settings = {
         "plain": [],
@@ -112,7 +126,7 @@ def test_several_prompts_and_a_file_of_them(make, tmp_path):
 
 
 def test_folders_are_numbered(make, untrained_stages, tmp_path):
-    for name in ("001", "007", "grid"):
+    for name in ("001", "007", "8²", "grid"):  # ² is a digit, but no number
         (tmp_path / name).mkdir()
     assert next_folder(tmp_path) == tmp_path / "008"
     assert next_folder(tmp_path / "nowhere") == tmp_path / "nowhere" / "001"

@@ -227,6 +227,21 @@ def test_a_missing_upstream_that_is_being_trained_is_waited_for(run, capsys):
     assert "waiting for it" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: os.symlink("/dev/zero", path), os.mkdir])
+def test_what_is_no_file_is_not_waited_for(run, make):
+    """Whoever opens a pipe waits for somebody at its other end."""
+    (run.path / MARKER).unlink(missing_ok=True)
+    (run.path / "manifest.json").write_text('{"schema": 1, "stage": "clip", "weights": "0"}')
+    make(run.path / MARKER)
+    for claim in (claimed(run, overwrite=True), only_one(run.path)):
+        with (
+            pytest.raises(UserError, match=rf"\A[^\n]*{MARKER} (is no regular file|cannot be written)"),
+            claim,
+        ):
+            pass
+    assert run.checkpoint.exists()
+
+
 def test_copies_of_a_process_do_not_hold_its_lock(tmp_path):
     with locked(tmp_path / "lock") as lock:
         child = os.fork()

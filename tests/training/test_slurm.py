@@ -158,3 +158,32 @@ def test_a_job_out_of_time_goes_on_when_it_is_back(scontrol, tmp_path):
     assert code == 0, said
     assert list(column(run, "train/loss")) == list(range(step + 2))
     assert run.manifest()["steps"] == step + 2
+
+
+@pytest.mark.parametrize(
+    ("environment", "starts"),
+    [
+        ({}, False),
+        ({"NODE_RANK": "1"}, False),
+        ({"MASTER_ADDR": "a", "MASTER_PORT": "1"}, False),  # both would be the first
+        ({"NODE_RANK": "1", "MASTER_PORT": "1"}, False),
+        ({"NODE_RANK": "0", "MASTER_PORT": "1"}, True),
+        ({"NODE_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, True),
+        ({"GROUP_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, True),
+        ({"TORCHELASTIC_RUN_ID": "7"}, True),
+        ({**TASKS, "SLURM_PROCID": "0"}, True),
+    ],
+)
+def test_nobody_waits_for_machines_that_will_not_come(task, monkeypatch, environment, starts):
+    for name in ("NODE_RANK", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    slurm.check_started(1)
+    if starts:
+        slurm.check_started(2)
+    else:
+        with pytest.raises(
+            UserError, match=r"\Atrainer.num_nodes=2, but nothing has started .* NODE_RANK set\Z"
+        ):
+            slurm.check_started(2)

@@ -91,6 +91,52 @@ def test_changed_weights_are_refused(hub, untrained_stages, tmp_path):
         pull.main(["me/clip", "name=got", f"paths.logs={tmp_path / 'logs'}"])
 
 
+def without(name: str):
+    def damage(run: Path) -> None:
+        (run / name).unlink()
+
+    return damage
+
+
+def edited(name: str, old: str, new: str):
+    def damage(run: Path) -> None:
+        text = (run / name).read_text()
+        assert old in text
+        (run / name).write_text(text.replace(old, new))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    ("stage", "damage", "line"),
+    [
+        ("clip", without("tokenizer.json"), "tokenizer.json cannot be read"),
+        ("clip", edited("config.yaml", "embed_dim: 8", "embed_dim: 16"), "does not fit config.yaml"),
+        ("clip", edited("config.yaml", "dalle.nets.clip.CLIP", "os.system"), "os.system"),
+        ("clip", edited("manifest.json", '"stage": "clip"', '"stage": "prior"'), "is missing"),
+        ("prior", edited("manifest.json", '"image_embed_norm"', '"norm"'), "image_embed_norm"),
+        ("dalle", without("tokenizer.json"), "tokenizer.json cannot be read"),
+        ("dalle", edited("config.yaml", "depth: 2", "depth: 3"), "does not fit config.yaml"),
+        ("decoder", without("config.yaml"), "config.yaml cannot be read"),
+    ],
+)
+def test_what_could_not_be_used_is_refused_and_nothing_is_left(
+    hub, untrained_stages, tmp_path, stage, damage, line
+):
+    push.main([str(untrained_stages / "default" / stage), f"me/{stage}", "licence=mit"])
+    damage(hub / "me" / stage)
+    with pytest.raises(UserError, match=rf"\Ame/{stage} at the Hugging Face hub cannot be used: ") as refusal:
+        pull.main([f"me/{stage}", "name=got", f"paths.logs={tmp_path / 'logs'}"])
+    assert line in str(refusal.value)
+    assert ".tmp" not in str(refusal.value)
+    assert not (tmp_path / "logs").exists()
+
+
+def test_a_name_of_no_package_is_refused_before_anything_is_fetched(hub, tmp_path):
+    with pytest.raises(UserError, match="there is no package nobodys_lab"):
+        pull.main(["me/none", "name=got", f"paths.logs={tmp_path / 'logs'}", "trust=[nobodys_lab]"])
+
+
 def test_the_card_can_be_read_first(untrained_stages, capsys):
     push.main([str(untrained_stages / "default" / "decoder"), "me/decoder", "card=true", "licence=mit"])
     said = capsys.readouterr().out

@@ -24,7 +24,7 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 
 import dalle
-from dalle.cli.entry import check_whole, check_words, escaped, groups
+from dalle.cli.entry import check_text, check_whole, check_words, escaped, groups
 from dalle.errors import UserError
 
 VERSION = "1.3"  # of Hydra's behaviour
@@ -93,6 +93,7 @@ def compose(
         command: train, sample or evaluate; it names the primary config.
         task: called in Hydra's run, with the configuration of each job.
     """
+    check_text(arguments)
     given, rest = sources(escaped(arguments))
     folders = [Path(word.partition("=")[2]) for word in given if not word.startswith("--config-name")]
     choices = groups(conf_dir(), *folders)

@@ -4,7 +4,6 @@ Says which format it is, how many pictures, captions and splits there are, how l
 is left out and why, what is there twice, and the settings that read it, having read it by them.
 """
 
-import argparse
 import contextlib
 import os
 import re
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from dalle.cli.compose import compose
-from dalle.errors import UserError, printable
+from dalle.errors import UserError, Words, printable
 from dalle.launch.overrides import quote
 
 CHECKED = 100_000  # captions that are measured in tokens
@@ -32,7 +31,7 @@ SPLITS = ("train", "val", "test")
 
 
 def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="dalle data", description=(__doc__ or "").splitlines()[0])
+    parser = Words(prog="dalle data", description=(__doc__ or "").splitlines()[0])
     actions = parser.add_subparsers(dest="action", required=True, metavar="check")
     check = actions.add_parser("check", help="what is at a path, and which settings read it")
     check.add_argument(

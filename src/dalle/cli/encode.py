@@ -94,7 +94,11 @@ def encode(config: dict[str, Any]) -> None:
         raise UserError(
             f"pictures of {there} px do not fit a network of {needed} px; set data.image_size={needed}"
         )
-    written, whole, of = write(encoder, sources, {"node": with_places(config["data"])}, out)
+    try:
+        written, whole, of = write(encoder, sources, {"node": with_places(config["data"])}, out)
+    except KeyboardInterrupt:
+        print(f"\n{out}: whole shards are kept; the same command goes on with the others", flush=True)
+        raise
     done = f"{whole} of {of} shards are whole, {written} of them written now"
     more = f"data=encoded data.path={out} reads them" if whole == of else "the others are still at work"
     print(f"{out}: {done}; {more}")

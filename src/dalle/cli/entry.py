@@ -6,10 +6,12 @@ What was no user's mistake is a line as well, which says so. ``debug=true`` on t
 import contextlib
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +37,46 @@ def run(main: Callable[[list[str]], None], arguments: Sequence[str]) -> None:
         os.environ["GOMP_SPINCOUNT"] = "10000"
     warnings.formatwarning = warning
     try:
-        main(list(map(at_home, arguments)))
+        with told_to_stop() as told:
+            main(list(map(at_home, arguments)))
     except KeyboardInterrupt:
         _leave(STOPPED)
-        sys.exit(f"\n{STOPPED}")
+        if not told:
+            sys.exit(f"\n{STOPPED}")
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(f"\n{STOPPED} by {told[0].name}; files that were written are whole", file=sys.stderr)
+        sys.exit(128 + told[0])
     except Exception as error:
         line = said(error)
         _leave(line if BUG not in line else f"{type(error).__name__}: {one_line(error)}")
         if shown and not getattr(error, "missing_cfg_file", None):  # nor is debug=foo one
             raise
         sys.exit(printable(f"error: {line}"))
+
+
+@contextlib.contextmanager
+def told_to_stop() -> Iterator[list[signal.Signals]]:
+    """Lets SIGTERM and SIGHUP end a command as Ctrl-C does, with all that is cleared away then; gives the
+    signals that came. The second one ends it at once. A signal that somebody else answers, or that is to be
+    ignored (nohup), stays as it is.
+    """
+    told: list[signal.Signals] = []
+
+    def stop(number: int, frame: Any) -> None:
+        told.append(signal.Signals(number))
+        signal.signal(number, signal.SIG_DFL)
+        raise KeyboardInterrupt
+
+    known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    main = threading.current_thread() is threading.main_thread()
+    taken = [number for number in known if main and signal.getsignal(number) == signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, stop)
+    try:
+        yield told
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def warning(message: Any, category: Any, filename: str, lineno: int, line: str | None = None) -> str:
@@ -95,6 +127,24 @@ def check_words(arguments: Sequence[str], choices: Mapping[str, list[str]]) -> N
             raise UserError(f"{argument} leaves {key} as it is; name what is to change in it")
 
 
+def check_text(arguments: Sequence[str]) -> None:
+    """Refuses names of files whose bytes are no UTF-8: a run whose settings hold one could be written, but
+    never read again. Prompts are looked at where they are read.
+
+    Raises:
+        UserError: naming the word.
+    """
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            if not argument.lstrip("+").startswith("prompt="):
+                raise UserError(
+                    f"{argument}: this is no text in UTF-8, as settings that are kept with a run must be; "
+                    "rename the file or folder, or give a link to it"
+                ) from None
+
+
 def check_whole(arguments: Sequence[str], choices: Collection[str]) -> None:
     """Refuses settings that are taken away from, or added to, those that a command has; but for groups, and
     for parts of sources and samplers, of which some have others.
@@ -117,7 +167,7 @@ def _leave(reason: str) -> None:
     """Tells a sweep that has started this process why it ends; of several processes the first counts."""
     if path := os.environ.get(REASON):
         with contextlib.suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:
-            file.write(reason)
+            file.write(printable(reason))
 
 
 def at_home(argument: str) -> str:

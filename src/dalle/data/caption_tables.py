@@ -21,6 +21,7 @@ from typing import Any
 from dalle.data.text import lines, read_text, shown, tidy
 from dalle.data.zip_files import Member
 from dalle.errors import UserError
+from dalle.reading import check_file
 
 PARQUET = (".parquet", ".pq")
 SUFFIXES = (*PARQUET, ".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".txt", ".token")
@@ -197,6 +198,8 @@ def holds_pictures(path: Path, columns: Columns) -> bool:
 def _parquet_file(path: Path | Member) -> Any:
     from pyarrow import parquet
 
+    if isinstance(path, Path):
+        check_file(path)
     return parquet.ParquetFile(BytesIO(path.read_bytes()) if isinstance(path, Member) else path)
 
 

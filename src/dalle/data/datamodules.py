@@ -66,7 +66,9 @@ def workers_here() -> int:
     return max(0, min(MOST_WORKERS, cores() // torch.cuda.device_count() - 1))
 
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
+STOPPING = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+)
 
 
 class ResumableLoader(DataLoader):

@@ -24,6 +24,7 @@ from dalle.data.buckets import Buckets
 from dalle.data.frozen import FrozenCLIP
 from dalle.data.sources import Source, SourceDataset, Tokenize, captions_of
 from dalle.files import atomic_folder, reserve, write_json
+from dalle.reading import check_file
 
 FORMAT = 1  # raise it when the files change
 CHUNK = 256  # items or captions embedded at a time
@@ -181,6 +182,7 @@ def open_or_build(
 
 def read_meta(path: Path, verify: bool) -> dict[str, Any]:
     """The cache's `meta.json`. Raises BrokenCache where a file is cut short or, with `verify`, changed."""
+    check_file(path / "meta.json")
     meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
     if meta["format"] != FORMAT:
         raise BrokenCache(f"format {meta['format']}, not {FORMAT}")

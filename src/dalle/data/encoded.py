@@ -23,7 +23,7 @@ from dalle.data.sources import Source, source_of
 from dalle.data.splits import Split
 from dalle.errors import UserError
 from dalle.ranges import Place, PositiveInt, Side
-from dalle.reading import read_json
+from dalle.reading import check_file, read_json
 from dalle.schemas import EncodedManifest
 from dalle.trust import listed
 
@@ -101,6 +101,7 @@ class Rows:
 @lru_cache(maxsize=4096)
 def _mapped(path: Path) -> np.ndarray:
     try:
+        check_file(path)
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:100]}); {ADVICE}") from None
@@ -295,6 +296,7 @@ class Encoded:
         for k in range(self._shards):
             path = metadata_path(self.path, self.split, k, self._width)
             try:
+                check_file(path)
                 column = parquet.read_table(path, columns=["captions"]).column(0).combine_chunks()
                 counts.append(np.asarray(column.value_lengths().to_numpy(zero_copy_only=False), np.int64))
             except Exception as error:  # Arrow's own kinds

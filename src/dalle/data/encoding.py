@@ -128,11 +128,17 @@ class Encoder:
 
 
 def _numpy(tensor: Tensor, kind: np.dtype) -> np.ndarray:
-    return (
-        tensor.float().cpu().numpy().astype(kind)
-        if tensor.is_floating_point()
-        else tensor.cpu().numpy().astype(kind)
-    )
+    """Raises UserError for numbers that are none, or beyond what so few bits can hold."""
+    if not tensor.is_floating_point():
+        return tensor.cpu().numpy().astype(kind)
+    with np.errstate(over="ignore"):
+        made = tensor.float().cpu().numpy().astype(kind)
+    if not np.isfinite(made).all():
+        raise UserError(
+            f"the network gives numbers that are none, or too large for {kind}: give precision=fp32 and "
+            "dtype=float32; of a CLIP text_states=false leaves the states out, which are always float16"
+        )
+    return made
 
 
 class Portions(Dataset):

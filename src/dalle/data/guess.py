@@ -42,6 +42,8 @@ def guesses(path: str) -> list[Settings]:
 
 
 def _of_file(path: str, place: Path) -> list[Settings]:
+    if not place.is_file():
+        raise UserError(f"{shown(path)} is no file: a pipe or a device holds no data set")
     name = place.name.lower()
     parent = os.path.dirname(path) or "."
     if is_zip(place):

@@ -142,6 +142,7 @@ def rows_of(
     found = files_of(places, tuple(BUILDERS))
     if len(places) == 1 and os.path.isdir(places[0]):
         found, places = _everything(Path(places[0])), [os.path.abspath(places[0])]
+        _check_files(found)
     else:
         places = [os.path.abspath(file) for file in found]
         if odd := [file for file in places if Path(file).suffix.lower() not in BUILDERS]:
@@ -167,7 +168,14 @@ def files_of(places: Sequence[str], suffixes: tuple[str, ...]) -> list[str]:
         if not found and not os.path.isdir(place):
             raise UserError(f"data.path={shown(place)}: there is no such file")
         files += found
+    _check_files(files)
     return files
+
+
+def _check_files(files: Sequence[str]) -> None:
+    """Raises UserError where one of them may never end."""
+    if odd := [file for file in files if os.path.exists(file) and not os.path.isfile(file)]:
+        raise UserError(f"data.path: {shown(odd[0])} is no file (a pipe, a device); move it away")
 
 
 def _everything(folder: Path) -> list[str]:

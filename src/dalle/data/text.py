@@ -2,7 +2,10 @@
 
 import re
 import unicodedata
+from pathlib import Path
 from typing import Protocol, runtime_checkable
+
+from dalle.reading import check_file
 
 UTF16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks of what Windows calls Unicode
 
@@ -21,9 +24,9 @@ def read_text(path: str | Readable) -> str:
         OSError: it cannot be read.
         UnicodeDecodeError: it is no such text.
     """
-    if isinstance(path, str):
-        with open(path, "rb") as file:
-            content = file.read()
+    if isinstance(path, str | Path):
+        check_file(path)
+        content = Path(path).read_bytes()
     else:
         content = path.read_bytes()
     return content.decode("utf-16" if content.startswith(UTF16) else _unmarked(content))

@@ -4,7 +4,6 @@ It holds, by stage, facts, the panels of `dalle.training.dashboard_spec` and pic
 from what every run leaves in its directory whatever its loggers: metrics.csv, manifest.json, samples/.
 """
 
-import argparse
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from dalle import schemas
 from dalle.data.frozen import FROZEN
-from dalle.errors import UserError, printable
+from dalle.errors import UserError, Words, printable
 from dalle.evaluation.page import MOST_POINTS, Album, Chart, Picture, belongs, label, render, thinned
 from dalle.evaluation.plots import COLOURS, DASHES, NUMBER, chart, named
 from dalle.evaluation.report import Cell
@@ -239,6 +238,6 @@ def tested(tables: Sequence[Table]) -> list[tuple[str, list[Cell]]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="dalle dashboard", description=(__doc__ or "").splitlines()[0])
+    parser = Words(prog="dalle dashboard", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", type=Path, help="a folder of runs, such as logs/demo")
     print(printable(str(make(parser.parse_args(arguments).runs))))

@@ -6,7 +6,6 @@ Prompts are of `shapes`: one object, and two with their relation; of colour-shap
 of the others are right. Choose settings with `--split val`, whose unseen pairs are others; report the test's.
 """
 
-import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from dalle.data.scenes import draw
 from dalle.data.shapes import prompts
+from dalle.errors import Words
 from dalle.evaluation.seen_captions import captions_read
 from dalle.files import write_json
 from dalle.images import from_uint8, to_uint8
@@ -118,7 +118,7 @@ def shares(table: dict[str, float]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="dalle demo", description=(__doc__ or "").splitlines()[0])
+    parser = Words(prog="dalle demo", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", type=Path, help="folder with the runs of the stages, e.g. logs/demo")
     parser.add_argument("--pipeline", choices=["unclip", "dalle"], default="unclip")
     parser.add_argument("--prior", choices=PRIORS, default="prior", help="of unclip")

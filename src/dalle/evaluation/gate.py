@@ -4,14 +4,13 @@ Nothing is trained. `make gate` fails when a figure has left its recorded interv
 records anew. What the figures were made of is in the file beside them.
 """
 
-import argparse
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dalle import schemas
-from dalle.errors import UserError
+from dalle.errors import UserError, Words
 from dalle.evaluation.report import number
 from dalle.evaluation.results import Result, figure_of, flat
 from dalle.files import write_json
@@ -86,7 +85,7 @@ def compare(result: Result, recorded: dict[str, Any]) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="dalle gate", description=(__doc__ or "").splitlines()[0])
+    parser = Words(prog="dalle gate", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("runs", type=Path, help="folder with clip, prior and decoder, e.g. logs/demo")
     parser.add_argument("--file", type=Path, default=Path("benchmarks/gate.json"))
     parser.add_argument("--record", action="store_true", help="write the file instead of comparing with it")

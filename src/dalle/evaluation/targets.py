@@ -356,7 +356,14 @@ class Folder(Target):
 
     def _captions(self, recipe: SampleRecipe | None) -> list[str]:
         if recipe:
-            return [recipe.prompts[int(Path(name).stem.split("-")[0])] for name in self.names]
+            numbers = [int(Path(name).stem.split("-")[0]) for name in self.names]
+            beyond = [name for name, k in zip(self.names, numbers, strict=True) if k >= len(recipe.prompts)]
+            if beyond:
+                raise UserError(
+                    f"{self.root / beyond[0]} is none of the pictures of recipe.yaml, which has "
+                    f"{len(recipe.prompts)} prompts; move it away"
+                )
+            return [recipe.prompts[k] for k in numbers]
         files = {name: size for name, size, _ in list_files(self.root).files}
         found = CaptionFiles()(self.root, self.names, files).captions
         return [found[name][0] for name in self.names] if all(found.get(name) for name in self.names) else []

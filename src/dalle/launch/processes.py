@@ -42,6 +42,8 @@ def call(command: Sequence[str], lock: int | None = None, **environment: str) ->
         signal.SIGINT: lambda *_: None,  # Ctrl-C reaches the process itself: wait till it has saved
         signal.SIGTERM: lambda *_: process.terminate(),
     }
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        handlers[signal.SIGHUP] = lambda *_: process.send_signal(signal.SIGHUP)
     if hasattr(signal, "SIGUSR1") and signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL:
         handlers[signal.SIGUSR1] = lambda *_: process.send_signal(signal.SIGUSR1)
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}

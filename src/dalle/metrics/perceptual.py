@@ -24,6 +24,7 @@ from dalle.finite import check_finite
 from dalle.images import from_uint8
 from dalle.metrics.effnet import EffNetFeatures
 from dalle.ranges import File
+from dalle.reading import check_file
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ class LPIPS(nn.Module):
         super().__init__()
         self.net = _NoTrainLpips(net="vgg", pnet_rand=True)
         try:
+            check_file(weights)
             saved = torch.load(weights, map_location="cpu", weights_only=True)
             # torchvision's names are features.N; LPIPS keeps the N, cut into five slices
             own = {k: saved[f"features.{k.split('.', 1)[1]}"] for k in self.net.net.state_dict()}

@@ -161,6 +161,7 @@ def sample(config: dict[str, Any]) -> Path:
         frames, figures = edited(edit, pipeline, recipe, options)
     else:
         frames = draw(kind, pipeline, recipe, options)
+    check_drawn(frames)
     out = out if request.out else new_folder(usual)
     write(frames, recipe, out)
     for name, value in figures.items():
@@ -215,6 +216,15 @@ def check_parts(recipe: SampleRecipe, kind: type[SamplingConfig], where: str) ->
 
 def _is_upsampler(name: str) -> bool:
     return re.fullmatch(UPSAMPLER.format(r"\d+"), name) is not None
+
+
+def check_drawn(frames: Tensor | list[Tensor]) -> None:
+    """Raises UserError where a picture is no numbers, which a file of 8 bits would hide."""
+    if bad := sum(not bool(frame.isfinite().all()) for frame in frames):
+        raise UserError(
+            f"{bad} of {len(frames)} pictures are no numbers (NaN), so nothing is written: a setting is far "
+            "out (guidance, noise, blur), or the network is broken; precision=fp32 stands more"
+        )
 
 
 def write(frames: Tensor | list[Tensor], recipe: SampleRecipe, out: Path) -> None:
@@ -293,7 +303,7 @@ def arguments(node: dict[str, Any], stage: str) -> dict[str, Any]:
 
 def next_folder(parent: Path) -> Path:
     """parent/001, or the number after the last one there."""
-    taken = [int(p.name) for p in parent.glob("[0-9]*") if p.name.isdigit()]
+    taken = [int(p.name) for p in parent.glob("[0-9]*") if p.name.isdecimal()]
     return parent / f"{max(taken, default=0) + 1:03d}"
 
 

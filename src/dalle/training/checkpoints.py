@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
+from dalle.data.datamodules import STOPPING
 from dalle.errors import UserError, instead
 from dalle.finite import check_finite
 from dalle.ranges import Place, PositiveInt, Text
@@ -39,8 +40,8 @@ STOP_EVERY = (
 class LastCheckpoint(Checkpoint):
     """Keeps ``last.ckpt`` current: every `every` steps, at the end, and when training is stopped.
 
-    Ctrl-C, SIGTERM and SIGUSR1 (the warning of a cluster that time runs out) take effect when a step is done,
-    on all ranks at the same one; a second Ctrl-C stops at once.
+    Ctrl-C, SIGTERM, SIGHUP (a terminal that is closed) and SIGUSR1 (the warning of a cluster that time runs
+    out) take effect when a step is done, on all ranks at the same one; a second Ctrl-C stops at once.
 
     Args:
         keep: how many checkpoints there are at most; earlier ones are ``step-<step>.ckpt``.
@@ -55,7 +56,7 @@ class LastCheckpoint(Checkpoint):
         facts: what the run is made from (`dalle.training.resume.facts`), kept in the checkpoint.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
+    SIGNALS = STOPPING
 
     def __init__(
         self,
@@ -133,7 +134,7 @@ class LastCheckpoint(Checkpoint):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
         self.saved_step = trainer.global_step
         if threading.current_thread() is threading.main_thread():
-            taken = [n for n in self.SIGNALS if n in (signal.SIGINT, signal.SIGTERM) or _is_free(n)]
+            taken = [n for n in self.SIGNALS if _may_be_taken(n)]
             self.handlers = {number: signal.signal(number, self.on_signal) for number in taken}
 
     def on_signal(self, number: int, frame: Any) -> None:
@@ -141,9 +142,9 @@ class LastCheckpoint(Checkpoint):
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
             return  # a group and whoever passes signals on are heard twice
-        self.asked, self.out_of_time = True, number not in (signal.SIGINT, signal.SIGTERM)
-        # print may not be entered twice
-        os.write(2, b"\nstopping after this step; once more stops at once\n")
+        self.asked, self.out_of_time = True, number == getattr(signal, "SIGUSR1", None)
+        with contextlib.suppress(OSError):  # the terminal may be gone; print may not be entered twice
+            os.write(2, b"\nstopping after this step; once more stops at once\n")
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
         """The last of all callbacks to see a step. Lightning's counters are remembered as they are here,
@@ -237,9 +238,14 @@ class LastCheckpoint(Checkpoint):
         self.handlers = {}
 
 
-def _is_free(number: int) -> bool:
-    """Whether nobody answers a signal: submitit may, on a cluster."""
-    return signal.getsignal(number) == signal.SIG_DFL
+def _may_be_taken(number: int) -> bool:
+    """Whether a signal is ours to answer: of SIGUSR1 submitit may be asked, on a cluster, and nohup has
+    SIGHUP ignored.
+    """
+    found = signal.getsignal(number)
+    if number == getattr(signal, "SIGUSR1", None):
+        return found == signal.SIG_DFL
+    return number != getattr(signal, "SIGHUP", None) or found != signal.SIG_IGN
 
 
 # What a checkpoint must be, looked at before anything is begun with it.

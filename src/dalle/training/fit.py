@@ -210,6 +210,8 @@ def check_machine(config: Config) -> None:
             "a GPU was asked for (trainer.accelerator=gpu) but PyTorch sees none; "
             "use trainer=cpu, or trainer=auto"
         )
+    if not config.get("preflight") and trainer.get("plugins") is None:
+        slurm.check_started(trainer.get("num_nodes"))
     if trainer.get("precision") == "auto":
         trainer["precision"] = "bf16-mixed" if fast_in_bf16() else "32-true"
     fsdp.check(config)

@@ -6,8 +6,14 @@ Lightning's own way saves amid a step, in a file of its own. Ours saves between 
 
 import os
 import subprocess
+from typing import Any
 
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments import (
+    LSFEnvironment,
+    MPIEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 
 from dalle.errors import UserError
 from dalle.ranges import shown
@@ -35,6 +41,26 @@ def environment() -> SLURMEnvironment | None:
             f"srun has started {tasks} processes, and SLURM does not say how many on each machine; "
             "give --ntasks-per-node in place of --ntasks"
         ) from None
+
+
+def check_started(nodes: Any) -> None:
+    """Refuses to wait for processes on other machines that nobody has started: they would never come.
+
+    Raises:
+        UserError: several machines, no launcher, and the environment does not say which of them this is.
+    """
+    if not isinstance(nodes, int) or nodes <= 1:  # another type is said elsewhere
+        return
+    launchers = (TorchElasticEnvironment, SLURMEnvironment, LSFEnvironment, MPIEnvironment)
+    if any(launcher.detect() for launcher in launchers):
+        return
+    number = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK"))
+    needed = ("MASTER_PORT",) if number == "0" else ("MASTER_ADDR", "MASTER_PORT")
+    if number is None or any(name not in os.environ for name in needed):
+        raise UserError(
+            f"trainer.num_nodes={nodes}, but nothing has started this command on the other machines; start "
+            "it on each by torchrun or srun, or by hand with MASTER_ADDR, MASTER_PORT and NODE_RANK set"
+        )
 
 
 def job() -> str | None:

@@ -5,11 +5,10 @@ It also completes the lineage of runs that were offline and have been uploaded s
 said to use the weights that its configuration names.
 """
 
-import argparse
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from dalle.errors import UserError
+from dalle.errors import UserError, Words
 from dalle.training.dashboard_spec import PICTURES, is_curve, panels, pattern
 from dalle.training.loggers import has_account
 
@@ -70,7 +69,7 @@ def complete_lineage(api: Any, project: str, runs: Iterable[Any]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="dalle workspace", description=(__doc__ or "").splitlines()[0])
+    parser = Words(prog="dalle workspace", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("project", help="ENTITY/PROJECT at W&B")
     path = parser.parse_args(arguments).project
     entity, _, project = path.partition("/")

@@ -14,7 +14,7 @@ import yaml
 
 from dalle.errors import UserError
 from dalle.files import atomic_folder
-from dalle.run_dir import Run
+from dalle.run_dir import Run, check_usable
 from dalle.run_lock import claimed
 
 FILES = ("config.yaml", "tokenizer.json", "model.safetensors", "manifest.json")  # the last makes a run whole
@@ -50,7 +50,7 @@ def pull(repository: str, logs: Path, name: str, revision: str | None = None) ->
     """Downloads a run that was pushed into ``logs/<name>/<stage>``.
 
     Raises:
-        UserError: there is none, it is damaged, or the directory holds a run already.
+        UserError: there is none, it is damaged or could not be used, or the directory holds a run already.
     """
     hub, kept = _hub(), logs / name / ".pulled"
     with atomic_folder(kept) as folder:
@@ -62,8 +62,11 @@ def pull(repository: str, logs: Path, name: str, revision: str | None = None) ->
         stage = found.manifest("stage")["stage"]
         if not stage.isidentifier():
             raise UserError(f"{repository}: manifest.json is damaged (stage); tell who made it")
-        found.config("model")
-        found.weights()
+        try:
+            check_usable(folder)
+        except UserError as error:
+            said = str(error).replace(str(folder), repository)
+            raise UserError(f"{repository} at the Hugging Face hub cannot be used: {said}") from None
         run = Run(logs / name / stage)
         if run.occupied:
             raise UserError(f"{run} already holds a run; give another name=, or delete it")
