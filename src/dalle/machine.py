@@ -28,6 +28,16 @@ def started_by_others() -> bool:
     return "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
 
 
+RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "MASTER_PORT")
+
+
+def check_ranks() -> None:
+    """Raises UserError where the environment, which says which process this is, holds no numbers."""
+    for name in RANKS:
+        if not os.environ.get(name, "0").isdecimal():
+            raise UserError(f"{name}={os.environ[name]!r} is no number: unset it, or leave it to torchrun")
+
+
 def fast_in_bf16() -> bool:
     """Whether this machine multiplies bf16 matrices in hardware (AVX512-BF16 or AMX on a CPU)."""
     if torch.cuda.is_available():

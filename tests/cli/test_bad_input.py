@@ -354,3 +354,8 @@ def test_why_a_job_failed_is_noted_whatever_bytes_are_in_it(tmp_path, monkeypatc
     with pytest.raises(SystemExit):
         entry.run(fail, [])
     assert (tmp_path / "why").read_text() == r"a\udcff is broken"
+
+
+def test_hydras_own_report_is_never_asked_for(command, no_training, monkeypatch):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    assert "there is no model=pirior" in command("train.py", "model=pirior").error

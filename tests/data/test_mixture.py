@@ -217,3 +217,11 @@ def test_no_sources():
 def test_a_name_of_a_kind_is_no_source():
     with pytest.raises(UserError, match=r"data.sources.a is no source; \+data@data.sources.a=folder"):
         Mixture("train", {"a": "folder"}, 64)
+
+
+def test_a_source_that_cannot_be_made_is_named():
+    def broken(**_):
+        raise UserError("data.root=nowhere does not exist")
+
+    with pytest.raises(UserError, match=r"\Adata.sources.b: data.root=nowhere does not exist\Z"):
+        Mixture("train", {"b": broken}, 8)

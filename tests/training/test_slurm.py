@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from tiny import ENVIRONMENT, ROOT, SECONDS, column, configure, overrides
 
 from dalle.errors import UserError
-from dalle.machine import is_main_process, started_by_others
+from dalle.machine import RANKS, is_main_process, started_by_others
 from dalle.run_dir import Run
 from dalle.training import slurm
 from dalle.training.fit import lightning_trainer
@@ -187,3 +187,10 @@ def test_nobody_waits_for_machines_that_will_not_come(task, monkeypatch, environ
             UserError, match=r"\Atrainer.num_nodes=2, but nothing has started .* NODE_RANK set\Z"
         ):
             slurm.check_started(2)
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_ranks_that_are_no_numbers(command, no_training, monkeypatch, name):
+    monkeypatch.setenv(name, "first")
+    line = f"{name}='first' is no number: unset it, or leave it to torchrun"
+    assert line in command("train.py", *overrides("clip", Path("logs"))).error

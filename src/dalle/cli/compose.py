@@ -121,7 +121,7 @@ def compose(
     main = hydra.main(version_base=VERSION, config_path=str(conf_dir()), config_name=command)(collect)
     before = sys.argv
     program = before[0] if Path(before[0]).name == f"{command}.py" else f"dalle {command}"
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra's own report is long; this makes it raise instead
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra's own report is long; this makes it raise instead
     at = next((k for k, word in enumerate(rest) if not word.startswith("-") and "=" in word), 0)
     sys.argv = [program, *given, *rest[:at], f"hydra.job.name={command}", *rest[at:]]  # settings in one row
     try:

@@ -61,9 +61,10 @@ def encode(config: dict[str, Any]) -> None:
     from dalle.data.sources import source_of
     from dalle.files import check_writable
     from dalle.instantiate import check_arguments
-    from dalle.machine import pick_device, settle_threads
+    from dalle.machine import check_ranks, pick_device, settle_threads
     from dalle.trust import set_trusted
 
+    check_ranks()
     set_trusted(config.get("trust"))
     if not config.get("out"):
         raise UserError("out is needed: give it as out=FOLDER")

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from dalle.cli.entry import check_text
 from dalle.errors import UserError, instead, printable
 
 UPSTREAM = {
@@ -31,6 +32,7 @@ def main(arguments: list[str]) -> None:
     if kind not in IMPORTERS:
         given = f"there is no dalle import {kind}" if kind else "dalle import needs a kind"
         raise UserError(f"{given}{instead(kind, IMPORTERS, '')}")
+    check_text(words)
     places = [word for word in words if "=" not in word or Path(word).exists()]
     if len(places) != 1:
         raise UserError(f"dalle import {kind} takes one file or folder, and settings as SETTING=VALUE")

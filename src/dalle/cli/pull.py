@@ -6,6 +6,7 @@ trust=[mylab] is for classes of your own, as everywhere.
 
 from pathlib import Path
 
+from dalle.cli.entry import check_text
 from dalle.cli.import_weights import setting
 from dalle.errors import UserError, instead
 
@@ -20,6 +21,7 @@ def main(arguments: list[str]) -> None:
     from dalle.trust import set_trusted
     from dalle.weights.hub import pull
 
+    check_text(arguments)
     settings = dict(word.split("=", 1) for word in arguments if "=" in word)
     if unknown := [key for key in settings if key not in SETTINGS]:
         raise UserError(f"there is no setting {unknown[0]} of dalle pull{instead(unknown[0], SETTINGS, '')}")

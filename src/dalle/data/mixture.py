@@ -72,7 +72,7 @@ class Mixture:
             if isinstance(make, partial):
                 given = {**make.keywords, "split": split, "image_size": image_size}
                 check_arguments(make.func, given, f"data.sources.{name}", partial_call=False)
-        self.sources: list[Source] = [make(split=split, image_size=image_size) for make in sources.values()]
+        self.sources = [_made(name, make, split, image_size) for name, make in sources.items()]
         for name, source in zip(sources, self.sources, strict=True):
             if not isinstance(source, Source):
                 raise UserError(f"data.sources.{name} is no source of pictures but a {type(source).__name__}")
@@ -218,6 +218,14 @@ class MixedOrder:
             some = passes == number
             items[some] = self._pass(source, int(number))(places[some])
         return self.mixture._number[self.mixture._starts[source] + items]
+
+
+def _made(name: str, make: Callable[..., Source], split: Split, image_size: int) -> Source:
+    """A source; what is wrong with it is said with its name."""
+    try:
+        return make(split=split, image_size=image_size)
+    except UserError as error:
+        raise UserError(f"data.sources.{name}: {error}") from None
 
 
 def _checked(names: Sequence[str], weights: Mapping[str, Any] | None) -> dict[str, float]:

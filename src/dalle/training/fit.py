@@ -27,7 +27,7 @@ from dalle.data.tokenizers import save_tokenizer
 from dalle.errors import UserError
 from dalle.files import write_text
 from dalle.instantiate import instantiate
-from dalle.machine import fast_in_bf16, is_main_process, settle_threads
+from dalle.machine import check_ranks, fast_in_bf16, is_main_process, settle_threads
 from dalle.run_dir import Run
 from dalle.run_lock import check_ours, check_place, claimed
 from dalle.sharded import all_whole
@@ -204,6 +204,7 @@ def missing_runs(config: Config, coming: Container[Path] = ()) -> dict[str, Run]
 
 def check_machine(config: Config) -> None:
     """What this machine cannot do is refused before anything is read or written."""
+    check_ranks()
     trainer = config["trainer"]
     if trainer.get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
         raise UserError(
