@@ -272,7 +272,7 @@ def test_nothing_is_trained_yet(command, tmp_path):
             "there is no setting sampler.eta; there are method, spa",
         ),
         (["prompt=x", "steps=0"], "steps must be a whole number from 1 to 100000 or null, got 0"),
-        (["prompt=x", "n=ten"], "n must be a whole number of at least 1, got 'ten'"),
+        (["prompt=x", "n=ten"], "n must be a whole number from 1 to 1048576, got 'ten'"),
         (["prompt=x", "promt=y"], "there is no setting promt; did you mean prompt"),
         (["prompt=x", "precision=fp8"], "there is no precision=fp8; "),
         (["recipe=broken.yaml"], "broken.yaml"),

@@ -44,7 +44,7 @@ def test_pictures_and_a_recipe_that_makes_them_again(command, logs, kind):
         (["pipeline=vae", "guidance=2"], "guidance=2: pipeline=vae knows none; leave it out"),
         (["pipeline=vae", "prompt=x"], "pipeline=vae reads no prompts; leave them out"),
         (["pipeline=gan"], "give a prompt: prompt="),
-        (["pipeline=vae", "n=0"], "n must be a whole number of at least 1, got 0"),
+        (["pipeline=vae", "n=0"], "n must be a whole number from 1 to 1048576, got 0"),
         (["pipeline=vae", "name=nobody"], "nobody/vae holds no finished run"),
     ],
 )

@@ -192,8 +192,9 @@ def test_an_occupied_folder_stays_as_it_is(make, tmp_path):
         ),
         ([PROMPT, "prior=arprior"], "default.arprior holds no finished run"),
         ([PROMPT, "prior=clip"], "clip holds a clip, but a prior or ar_prior is needed here"),
-        ([PROMPT, "n=ten"], "n must be a whole number of at least 1, got 'ten'"),
-        ([PROMPT, "n=0"], "n must be a whole number of at least 1, got 0"),
+        ([PROMPT, "n=ten"], "n must be a whole number from 1 to 1048576, got 'ten'"),
+        ([PROMPT, "n=99999999999"], "n must be a whole number from 1 to 1048576"),  # nor could it be read
+        ([PROMPT, "n=0"], "n must be a whole number from 1 to 1048576, got 0"),
         ([PROMPT, "guidance=strong"], "guidance must be a number from 0 to 1000 or null"),
         ([PROMPT, "precision=fp16"], "precision must be one of auto, 32-true, bf16-mixed, got '16-mixed'"),
         ([PROMPT, "device=tpu"], "device must be one of auto, cpu, cuda"),

@@ -25,8 +25,9 @@ from dalle.metrics.intervals import of_share
 from dalle.metrics.judge import Judge
 from dalle.metrics.metric import update_all, values_of, without_marks
 from dalle.pipelines.load import PRIORS, Loaded, load_dalle, load_unclip
-from dalle.ranges import PositiveInt, Seed, check_value
+from dalle.ranges import Seed, check_value
 from dalle.run_dir import Run
+from dalle.schemas import Many
 from dalle.training.callbacks import usual_metrics
 
 KINDS = {"one object": "one", "two objects, relation": "two"}
@@ -127,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=64)
     args = parser.parse_args(arguments)
-    for option, hint in {"n": PositiveInt, "seed": Seed, "batch_size": PositiveInt}.items():
+    for option, hint in {"n": Many, "seed": Seed, "batch_size": Many}.items():
         check_value(getattr(args, option), hint, f"--{option.replace('_', '-')}")
     settle_threads()
     loaded = load(args.runs, args.pipeline, args.prior)

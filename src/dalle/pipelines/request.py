@@ -44,6 +44,7 @@ from dalle.ranges import (
 )
 from dalle.reading import read_text
 from dalle.run_dir import Run
+from dalle.schemas import Many
 
 SAMPLER = "dalle.diffusion.samplers.Sampler"
 PRIOR_TAKES = {  # by stage that makes image embeddings, what it can be told
@@ -73,10 +74,10 @@ class SamplingConfig:
     name: str
     prompt: str | list[str | int | float] | None
     prompts: Text | None
-    n: PositiveInt
+    n: Many
     seed: Seed
     guidance: Guidance | None
-    batch_size: PositiveInt
+    batch_size: Many
     precision: Literal["auto", "32-true", "bf16-mixed"]
     device: Literal["auto", "cpu", "cuda"]
     compile: Literal["auto", "none", "graphs", "full"]
