@@ -422,6 +422,19 @@ def test_another_setting_is_refused_by_name(fit, stopped, setting):
     assert {p: p.read_bytes() for p in stopped.path.rglob("*") if p.is_file()} == before
 
 
+def test_an_end_that_is_over_is_refused(fit, stopped):
+    before = {p: p.read_bytes() for p in stopped.path.rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match=r"has done 2 steps already, so trainer.max_steps=1 is over"):
+        fit("resume=true", steps=1)
+    state = torch.load(stopped.checkpoint, weights_only=True)
+    state["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"] = 3
+    torch.save(state, stopped.checkpoint)
+    before[stopped.checkpoint] = stopped.checkpoint.read_bytes()
+    with pytest.raises(UserError, match=r"has done 3 epochs already, so trainer.max_epochs=2 is over"):
+        fit("resume=true", "trainer.max_epochs=2")
+    assert {p: p.read_bytes() for p in stopped.path.rglob("*") if p.is_file()} == before
+
+
 def test_what_may_change_is_noted_with_its_step(fit, stopped):
     run = fit("resume=true", "trainer.val_check_interval=3", "callbacks.checkpoint.every=7", steps=8)
     (note,) = run.config()["resumed"]

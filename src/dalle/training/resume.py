@@ -97,6 +97,7 @@ def check(
             f"{run.path / 'config.yaml'}, or train another with name=other"
         )
     check_restorable(run.checkpoint, checkpoint, stage, trainer)
+    check_end(run, checkpoint, trainer)
     config["resumed"] = history
     if "command" in before:  # with which it began
         config["command"] = before["command"]
@@ -111,6 +112,19 @@ def check(
                     print("batches of buckets are made up anew: in this epoch some items may come twice")
         entry = {"step": checkpoint["global_step"], "changed": {k: list(v) for k, v in noted.items()}}
         config["resumed"] = [*history, entry]
+
+
+def check_end(run: Run, checkpoint: dict[str, Any], trainer: lightning.Trainer) -> None:
+    """Raises UserError where a run is to end before the point at which it is."""
+    epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+    done = {"max_steps": checkpoint["global_step"], "max_epochs": epochs}
+    for name, count in done.items():
+        end = getattr(trainer, name)
+        if end is not None and 0 <= end < count:
+            raise UserError(
+                f"{run} has done {count} {name.removeprefix('max_')} already, so trainer.{name}={end} is "
+                f"over; trainer.{name}={count} ends it here, more goes on"
+            )
 
 
 def other_ranks(before: int, now: int, batch_size: int) -> str:
