@@ -85,7 +85,7 @@ def test_pictures_of_another_shape(make):
 
 def test_pictures_that_are_no_numbers_are_not_written(make, tmp_path, monkeypatch):
     def draw(*args, **more):
-        frames = drawn(*args, **more)
+        frames = drawn(*args, **more).clone()
         frames[1, ..., 3] = torch.nan
         return frames
 

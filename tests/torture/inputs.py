@@ -45,6 +45,7 @@ MISTAKES: tuple[tuple[str, ...], ...] = (
     ("callbacks.checkpoint.keep=0",), ("callbacks.checkpoint.best=''",),
     ("callbacks.checkpoint.best_is=mean",), ("callbacks.checkpoint.directory=/elsewhere",),
     ("callbacks.grid.directory=/proc/nowhere",),
+    ("trainer=ddp_cpu", "trainer.num_nodes=2"), ("data=mixture", "+data@data.sources.x=folder"),
 )  # fmt: skip
 
 

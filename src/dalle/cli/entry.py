@@ -36,8 +36,9 @@ def run(main: Callable[[list[str]], None], arguments: Sequence[str]) -> None:
         # which reads it where torch is loaded): as fast on a quiet machine, far less slow on a busy one.
         os.environ["GOMP_SPINCOUNT"] = "10000"
     warnings.formatwarning = warning
+    told: list[signal.Signals] = []
     try:
-        with told_to_stop() as told:
+        with stopping(told):
             main(list(map(at_home, arguments)))
     except KeyboardInterrupt:
         _leave(STOPPED)
@@ -55,12 +56,11 @@ def run(main: Callable[[list[str]], None], arguments: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def told_to_stop() -> Iterator[list[signal.Signals]]:
-    """Lets SIGTERM and SIGHUP end a command as Ctrl-C does, with all that is cleared away then; gives the
-    signals that came. The second one ends it at once. A signal that somebody else answers, or that is to be
-    ignored (nohup), stays as it is.
+def stopping(told: list[signal.Signals]) -> Iterator[None]:
+    """Lets SIGTERM and SIGHUP end a command as Ctrl-C does, with all that is cleared away then; the one that
+    came is added to `told`, and a second one ends it at once. A signal that somebody else answers, or that is
+    to be ignored (nohup), stays as it is.
     """
-    told: list[signal.Signals] = []
 
     def stop(number: int, frame: Any) -> None:
         told.append(signal.Signals(number))
@@ -73,7 +73,7 @@ def told_to_stop() -> Iterator[list[signal.Signals]]:
     for number in taken:
         signal.signal(number, stop)
     try:
-        yield told
+        yield
     finally:
         for number in taken:
             signal.signal(number, signal.SIG_DFL)
