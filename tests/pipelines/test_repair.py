@@ -195,7 +195,7 @@ def test_little_strength_keeps_the_picture_and_all_of_it_follows_the_prompt(pipe
     [
         (lambda p: p.denoise(torch.zeros(3, 8, 16)), "the picture has 16 x 8 px; the decoder draws 16 x 16"),
         (lambda p: p.denoise(torch.zeros(3, 16, 16), noise=0.0), r"noise is a standard deviation .* not 0.0"),
-        (lambda p: p.deblur(torch.zeros(3, 16, 16), blur_sigma=-1.0), r"blur is .* above 0, not -1.0"),
+        (lambda p: p.deblur(torch.zeros(3, 16, 16), blur_sigma=-1.0), r"blur is .* above 0 .* not -1.0"),
         (lambda p: p.enhance(torch.zeros(3, 16, 16)), "enhance makes pictures of 8, 4, 2 px ones of 16 px"),
         (lambda p: p.enhance(torch.zeros(3, 5, 5)), "the picture has 5 x 5 px"),
         (
@@ -204,6 +204,10 @@ def test_little_strength_keeps_the_picture_and_all_of_it_follows_the_prompt(pipe
         ),
         (lambda p: p.denoise(torch.zeros(3, 16, 16), noise=math.inf), r"noise is .* not inf"),
         (lambda p: p.deblur(torch.zeros(3, 16, 16), blur_sigma=math.nan), r"blur is .* not nan"),
+        (
+            lambda p: p.deblur(torch.zeros(3, 16, 16), blur_sigma=1e9),
+            "side of 16, not 1000000000.0",
+        ),
         (lambda p: p.denoise(NO_NUMBERS), "the picture holds values that are no finite numbers"),
         (lambda p: p.enhance(NO_NUMBERS[:, :8, :8]), "the picture holds values that are no finite"),
         (lambda p: p.restyle(NO_NUMBERS, "a"), "the picture holds values that are no finite numbers"),

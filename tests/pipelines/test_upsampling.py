@@ -12,6 +12,7 @@ from dalle.diffusion.samplers import Sampler
 from dalle.images import from_uint8, save_png, to_pil
 from dalle.pipelines.load import load_vae, with_upsamplers
 from dalle.run_dir import load_stage
+from dalle.stages.decoder import DecoderStage
 
 FAST = ("precision=fp32", "steps=2", "upsampling.steps=2", "pipeline.prior_sampler.steps=2")
 LARGER = ("data.image_size=32",)
@@ -120,11 +121,16 @@ def test_a_folder_of_pictures_of_any_size(logs, folder, command, tmp_path):
         (["upsamplers=upsampler"], "upsamplers must be a list"),
         (["upsamplers=[upsampler]", "upsampling.steps=0"], "upsampling.steps must be a whole number from 1"),
         (["upsamplers=[upsampler]", "upsampling.noise_level=2"], "upsampling.noise_level must be"),
+        (["upsamplers=[upsampler]", "upsampling.noise_level=0.3"], "noise_level=0.3 is not from 0 to 0.2"),
         (["upsamplers=[upsampler]", "upsampling.tile=4"], "tile=4 with an overlap of 4 is too small"),
         (["pipeline=dalle", "upsamplers=[upsampler]", "progress_strip=true"], "leave out upsamplers"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit(logs, command, words, line):
+def test_what_does_not_fit(logs, command, monkeypatch, words, line):
+    def refuse(*args, **kwargs):
+        raise AssertionError("something was drawn")
+
+    monkeypatch.setattr(DecoderStage, "sample", refuse)
     assert line in command("sample.py", f"paths.logs='{logs}'", "prompt=a ring", *words).error
 
 

@@ -1,5 +1,6 @@
 """The upsampler's stage: noise conditioning augmentation, sampling at any size, in tiles."""
 
+import math
 from functools import partial
 
 import pytest
@@ -90,3 +91,9 @@ def test_tiles_are_the_whole_but_for_what_norms_see():
 def test_more_noise_than_trained_with_is_refused():
     with pytest.raises(UserError, match=r"noise_level=0.5 is more noise than model.noise_max=0.2"):
         make_stage(noise_level=0.5)
+    stage = make_stage()
+    with pytest.raises(UserError, match=r"noise_level=nan is not from 0 to 0.2, the most noise"):
+        stage.sample(make_batch(), noise_level=math.nan)
+    with pytest.raises(UserError, match=r"noise_level=0.3 is not from 0 to 0.2"):
+        stage.check(noise_level=0.3)
+    stage.check(noise_level=0.2)

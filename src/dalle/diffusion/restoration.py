@@ -157,7 +157,16 @@ def nothing(size: int) -> Separable:
 
 
 def blur(size: int, sigma: float) -> Separable:
-    """A Gaussian of this standard deviation in pixels; beyond the edges the picture goes on as it ends."""
+    """A Gaussian of this standard deviation in pixels; beyond the edges the picture goes on as it ends.
+
+    Raises:
+        UserError: none, or one that is wider than the picture.
+    """
+    if not 0 < sigma <= size:
+        raise UserError(
+            "blur is the standard deviation of a Gaussian in pixels, above 0 and at most the picture's side "
+            f"of {size}, not {sigma}"
+        )
     half = max(1, round(3 * sigma))
     place = torch.arange(-half, half + 1, dtype=torch.float64)
     weight = torch.exp(-0.5 * (place / sigma).square())

@@ -38,6 +38,22 @@ def window(start: int, end: int, size: int, overlap: int) -> Float[Tensor, "N"]:
     return weight
 
 
+def overlap_of(tile: int, step: int = 1) -> int:
+    """How much two tiles of this side overlap, a quarter of it, where a network takes sides of `step`.
+
+    Raises:
+        UserError: tiles that are no larger than their overlap or than a step.
+    """
+    return check_overlap(tile, max(4, tile // 4), step)
+
+
+def check_overlap(tile: int, overlap: int, step: int) -> int:
+    """The overlap, if tiles can have it; else raises UserError."""
+    if tile - overlap < step or overlap < 4:
+        raise UserError(f"tile={tile} with an overlap of {overlap} is too small: tiles need {overlap + step}")
+    return overlap
+
+
 def tiled(
     denoise: Callable[..., Tensor],
     low: Float[Tensor, "B 3 h w"],
@@ -56,9 +72,7 @@ def tiled(
     Raises:
         UserError: tiles that are no larger than their overlap or than a step of the network.
     """
-    overlap = max(4, tile // 4) if overlap is None else overlap
-    if tile - overlap < step or overlap < 4:
-        raise UserError(f"tile={tile} with an overlap of {overlap} is too small: tiles need {overlap + step}")
+    overlap = overlap_of(tile, step) if overlap is None else check_overlap(tile, overlap, step)
 
     @cache
     def weight_of(

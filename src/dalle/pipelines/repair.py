@@ -81,13 +81,9 @@ class Repairing:
         """Without a Gaussian blur of this standard deviation in pixels.
 
         Raises:
-            UserError: a picture of another size, no blur.
+            UserError: a picture of another size, no blur, one that is wider than the picture.
         """
         self.check_size(image)
-        if not 0 < blur_sigma < math.inf:
-            raise UserError(
-                f"blur is the standard deviation of a Gaussian in pixels, above 0, not {blur_sigma}"
-            )
         return self.restore(image, blur(self.image_size, blur_sigma), prompt, noise=noise, **options)
 
     def fill(

@@ -71,6 +71,8 @@ def draw(
     """The recipe's pictures, enlarged by the upsamplers there are; `SamplingConfig.draw` has the rest."""
     told = {name: node for name, node in options.items() if _is_upsampler(name)}
     own = {name: node for name, node in options.items() if name not in told}
+    if pipeline.upsamplers is not None:
+        pipeline.upsamplers.check(told)
     frames = kind.draw(pipeline, recipe, own, **more)
     if pipeline.upsamplers is None:
         return frames
@@ -92,9 +94,11 @@ def edited(
     drawing: dict[str, Any] = {"n": recipe.n, "seed": recipe.seed, "batch_size": recipe.batch_size}
     drawing["precision"] = recipe.precision
     watching, estimates = watched(recipe, options)
+    told = {name: node for name, node in options.items() if _is_upsampler(name)}
+    if pipeline.upsamplers is not None:
+        pipeline.upsamplers.check(told)
     images, figures = edit.draw(pipeline, recipe.pipeline, recipe.prompts[0], drawing, watching)
     if pipeline.upsamplers is not None:
-        told = {name: node for name, node in options.items() if _is_upsampler(name)}
         images = pipeline.upsample(images, **drawing, options=told)
     return estimates.strip(images), figures
 

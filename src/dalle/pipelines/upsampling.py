@@ -27,7 +27,8 @@ class Upsamplers(nn.Module):
     """Trained upsamplers, one after the other; `upsample` enlarges pictures.
 
     Args:
-        stages: each with `sample(batch, randn=...) -> (B, 3, H, W)`, `low_size` and `net.factor`.
+        stages: each with `sample(batch, randn=...) -> (B, 3, H, W)`, `low_size`, `net.factor` and
+            `check`, which refuses what `sample` cannot be told.
         image_size: side of the pictures that the first one gets; None: of whatever size.
 
     Raises:
@@ -47,6 +48,13 @@ class Upsamplers(nn.Module):
                 )
             self.image_size = stage.net.image_size
         self.eval()
+
+    def check(self, options: Mapping[str, Mapping[str, Any]]) -> None:
+        """Raises UserError for options that a stage cannot be told: before anything is drawn for it."""
+        for name, module in self.stages.items():
+            stage: Any = module
+            told = options.get(name, {})
+            stage.check(told.get("noise_level"), told.get("tile"))
 
     @torch.inference_mode()
     def upsample(

@@ -20,7 +20,7 @@ from dalle.data.batch import Batch
 from dalle.diffusion.denoiser import Denoiser
 from dalle.diffusion.guidance import threshold
 from dalle.diffusion.samplers import Denoise, OnStep, Randn, Sampler
-from dalle.diffusion.tiles import tiled
+from dalle.diffusion.tiles import overlap_of, tiled
 from dalle.errors import UserError
 from dalle.nets.interfaces import UpsamplerNet, check_interface
 from dalle.optim.factory import OptimizerFactory
@@ -89,6 +89,20 @@ class UpsamplerStage(Stage):
         losses, t = self.denoiser.losses(image, low=low, level=level)
         return {"loss": losses.mean(), "per_sample": losses, "t": t}
 
+    def check(self, noise_level: float | None = None, tile: int | None = None) -> None:
+        """What `sample` is told, before there are pictures to enlarge.
+
+        Raises:
+            UserError: more noise than in training, tiles that are too small.
+        """
+        if noise_level is not None and not 0 <= noise_level <= self.noise_max:
+            raise UserError(
+                f"noise_level={noise_level} is not from 0 to {self.noise_max}, the most noise that the "
+                "upsampler was trained with (model.noise_max)"
+            )
+        if tile is not None:
+            overlap_of(tile, self.net.whole)
+
     @torch.inference_mode()
     def sample(
         self,
@@ -106,7 +120,11 @@ class UpsamplerStage(Stage):
             noise_level: of noise that the small pictures get.
             tile: side of the tiles in which large pictures are looked at; None: all at once.
             wrap: puts in what is known of the images (`dalle.diffusion.restoration.given`).
+
+        Raises:
+            UserError: as `check` does.
         """
+        self.check(noise_level, tile)
         low = batch["low"]
         s = self.noise_level if noise_level is None else noise_level
         level = torch.full((len(low),), float(s), device=low.device)
