@@ -53,10 +53,11 @@ def generate(
     """
     check_options(net.image_vocab, temperature, top_k, top_p)
     options = Options(temperature, top_k, top_p, guidance)
-    whole = prefix is None and known is None
+    first = None if known is not None else 0 if prefix is None else prefix.shape[1]
     known = known_codes(text, net.codes, net.image_vocab, prefix, known)
     codes, drawn = known.clamp(min=0), known < 0
-    places = list(range(net.codes)) if whole else drawn.any(dim=0).nonzero().flatten().tolist()
+    anywhere = first is None
+    places = drawn.any(dim=0).nonzero().flatten().tolist() if anywhere else list(range(first, net.codes))
     if not places:
         return codes
     if static is not None and cached and hasattr(net, "reach"):

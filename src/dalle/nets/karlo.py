@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dalle.errors import UserError
+from dalle.machine import precise
 from dalle.nets.sizes import map_sides
 from dalle.ranges import Depth, Dropout, Length, Multipliers, NonNegativeInt, PositiveInt, Side, Steps, Width
 
@@ -27,7 +28,7 @@ SNAP = 1e-3  # of a level: what rounding of t moves it by
 
 def time_features(t: Float[Tensor, "B"], width: int, steps: int) -> Float[Tensor, "B D"]:
     """Cosines and sines of the discrete level, 0 to steps - 1, that t = (level + 1) / steps means."""
-    level = t.double() * steps
+    level = precise(t) * steps
     level = torch.where((level - level.round()).abs() < SNAP, level.round(), level) - 1
     # in this order: float32 turns another into another angle of the last levels
     exponents = -math.log(10_000) * torch.arange(width // 2, dtype=torch.float32, device=t.device)
@@ -555,10 +556,10 @@ class KarloUpsampler(nn.Module):
         both = torch.cat((x, base), dim=1)
         both = F.pad(both, (0, more[1], 0, more[0]), mode="replicate") if any(more) else both
         last = t * self.steps < 1 + SNAP
+        number = int(last.sum())  # the one question to the device: only `t` says which network is meant
+        if number in (0, len(t)):
+            return (self.super_res_last if number else self.super_res_first)(both, t)[..., :height, :width]
         out = torch.empty_like(both[:, : self.channels])
         for net, rows in ((self.super_res_first, ~last), (self.super_res_last, last)):
-            if rows.all():
-                out = net(both, t)
-            elif rows.any():
-                out[rows] = net(both[rows], t[rows]).to(out.dtype)
+            out[rows] = net(both[rows], t[rows]).to(out.dtype)
         return out[..., :height, :width]

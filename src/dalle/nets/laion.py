@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from dalle.errors import UserError
+from dalle.machine import precise
 from dalle.nets.blocks import keep_or_null
 from dalle.ranges import Depth, Dropout, Length, PositiveInt, Steps, Width
 
@@ -222,7 +223,7 @@ class LaionPrior(nn.Module):
         text_mask: Bool[Tensor, "B T"],
         keep_text: Bool[Tensor, "B"] | None = None,
     ) -> Float[Tensor, "B E"]:
-        level = (t.double() * self.steps).round().long().clamp(1, self.steps) - 1
+        level = (precise(t) * self.steps).round().long().clamp(1, self.steps) - 1
         embed = F.normalize(text_embed.float(), dim=-1).to(x.dtype)
         nulls = self.null_text_encodings
         room = nulls.shape[1] - text_hidden.shape[1]
