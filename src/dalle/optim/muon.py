@@ -85,10 +85,16 @@ class Muon(Optimizer):
         return loss
 
     def muon(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
+            alike[p.flatten(1).shape].append(p)
+        for some in alike.values():  # one shape in one product; one after the other, for what that takes
+            self.muon_alike(some, group)
+
+    def muon_alike(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """The step of matrices of one shape."""
         grads: Any = [p.grad for p in params]
         averages = [self.state[p]["momentum"] for p in params]
         kept = 1 - group["lr"] * group["weight_decay"]
@@ -97,15 +103,17 @@ class Muon(Optimizer):
             grads = [torch.where(bad, average, grad) for average, grad in zip(averages, grads, strict=True)]
             kept = torch.where(bad, 1.0, kept)
         torch._foreach_lerp_(averages, grads, 1 - group["momentum"])
-        for p, update in zip(params, torch._foreach_lerp(grads, averages, group["momentum"]), strict=True):
-            alike[update.flatten(1).shape].append((p, update.flatten(1)))
+        updates = torch._foreach_lerp(grads, averages, group["momentum"])
+        del grads  # copies, where a step may be a bad one
+        matrices = torch.stack([update.flatten(1) for update in updates])
+        del updates
+        matrices = orthogonalize(matrices)
+        if bad is not None:
+            matrices = torch.where(bad, 0.0, matrices)
+        size = group["lr"] * 0.2 * max(matrices.shape[1:]) ** 0.5
         torch._foreach_mul_(params, kept)
-        for shape, pairs in alike.items():  # matrices of one shape in one product
-            updates = orthogonalize(torch.stack([update for _, update in pairs]))
-            if bad is not None:
-                updates = torch.where(bad, 0.0, updates)
-            steps = [u.view_as(p) for u, (p, _) in zip(updates, pairs, strict=True)]
-            torch._foreach_add_([p for p, _ in pairs], steps, alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)
+        steps = [step.view_as(p) for step, p in zip(matrices, params, strict=True)]
+        torch._foreach_add_(params, steps, alpha=-size)
 
 
 def adamw_step(
