@@ -248,9 +248,17 @@ class VQGAN(nn.Module):
         """
         z = self.latents(image)
         with torch.autocast(image.device.type, enabled=False):
-            quantized, codes, *commitment = self.codebook(z)
+            found: Any = self.learned(z) if self.levels is None else self.codebook(z)
+        quantized, codes, *commitment = found
         pull = commitment[0].sum() if commitment else z.new_zeros(())
         return self.draw(quantized), codes.long().flatten(1), pull
+
+    @torch.compiler.disable()
+    def learned(self, z: Float[Tensor, "B D h w"]) -> Any:
+        """A learned codebook asks for numbers, which would break a compiled network into many graphs, and
+        into others once it has begun.
+        """
+        return self.codebook(z)
 
     def encode(self, image: Float[Tensor, "B 3 H W"]) -> Int64[Tensor, "B N"]:
         """The nearest code of every place, row by row; the codebook stays as it is."""

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+import torch._functorch.config as functorch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -97,6 +98,9 @@ class VQGANStage(Stage):
         made, out = self.reconstruct(batch)
         return {"loss": out["nll"] + out["commitment"], **out, "reconstruction": made.clamp(-1, 1)}
 
+    # `adaptive_weight` goes back through the network twice before its step does: where that is compiled, in
+    # the first step, nothing that the backward pass reads may be written over.
+    @functorch.patch(donated_buffer=False)
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         self.seed_batch()
         made, out = self.reconstruct(batch)
@@ -117,10 +121,6 @@ class VQGANStage(Stage):
     def check_trainer(self, trainer: Any) -> None:
         """Besides, whether the perceptual distance can be had: now, and not when training has begun."""
         super().check_trainer(trainer)
-        if self.adversarial_weight > 0:
-            # `adaptive_weight` goes back through the network twice before its step does: where that is
-            # compiled, nothing that the backward pass reads may be written over.
-            torch._functorch.config.donated_buffer = False  # pyright: ignore[reportAttributeAccessIssue]  # torch has no stubs of it
         if self.perceptual_weight:
             self.frozen = (self.make_perceptual().requires_grad_(False),)
 
