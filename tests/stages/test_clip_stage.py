@@ -23,7 +23,7 @@ from dalle.stages.clip import (
     classification_loss,
     contrastive_loss,
 )
-from dalle.training.preflight import Saved
+from dalle.training.memory import Saved
 
 IMAGE = torch.tensor([[1.0, 0, 0], [0, 1, 0], [1, 1, 1]])
 TEXT = torch.tensor([[2.0, 0.5, 0], [0, 1, 1], [1, 0.5, 1]])

@@ -13,7 +13,8 @@ from dalle.instantiate import instantiate
 from dalle.training import costs
 from dalle.training.costs import Device, Step, plans
 from dalle.training.fit import fill_sizes
-from dalle.training.preflight import Saved, count
+from dalle.training.memory import Saved
+from dalle.training.preflight import count
 
 SIZES = {"image_size": 16, "context_length": 6, "vocab_size": 32, "embed_dim": 8, "text_width": 16,
          "dims": 7, "buckets": 32, "text_vocab": 40, "text_length": 6, "image_vocab": 32, "grid": 4,

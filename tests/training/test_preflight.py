@@ -1,5 +1,7 @@
 """What preflight says is what is true, for every stage, and it leaves nothing behind."""
 
+import gc
+import itertools
 import re
 import shutil
 from pathlib import Path
@@ -16,8 +18,10 @@ from torch.utils.data import DataLoader
 
 from dalle.errors import UserError
 from dalle.optim.factory import OptimizerFactory
+from dalle.run_dir import Run
 from dalle.stages.base import Stage
-from dalle.training import preflight
+from dalle.training import fit, memory, preflight
+from dalle.training.checks import build_stage
 
 NEEDED = {"clip": (), "dvae": (), "vqgan": (), "vae": (), "dalle": ("clip", "dvae")}  # others need a CLIP
 
@@ -40,7 +44,7 @@ def test_every_stage(command, untrained_stages, tmp_path, model):
     assert re.match(r"[\d.]+ GFLOP and [\d.]+ s a device, [\d.]+ GFLOP/s \(cpu, 32-true\)$", said["step"])
     assert re.match(r"30 steps on 1 device: \d+ s without validation and tests$", said["to the end"])
     assert "activations" in said["memory"]
-    alone = ("clip", "dvae", "vqgan", "vae", "upsampler")
+    alone = ("clip", "dvae", "vae", "upsampler")  # a VQGAN has its perceptual distance's
     assert ("frozen networks" in said["memory"]) == (model not in alone)
     assert ("clip" in said["upstream"]) == (model in ("prior", "ar_prior", "decoder", "dit", "gan"))
 
@@ -90,9 +94,10 @@ def test_figures_of_a_network_small_enough_to_count(tmp_path, capsys, accumulate
     assert "30 steps on 1 device" in said
     kib = f"{4 * weights / 1024:.3g} KiB"
     assert f"weights {kib} + gradients {kib} + optimizer {8 * weights / 1024:.3g} KiB" in said
-    held = weights * (4 + 8) + (max if accumulate == 1 else lambda a, b: a + b)(4 * weights, kept)
-    (at_once,) = re.findall(r"; ([\d.]+) KiB of these at once", said)
-    assert float(at_once) == pytest.approx(held / 1024, rel=0.01)
+    stays = weights * (4 + 8 + 4 * (accumulate > 1))
+    (at_once,) = re.findall(r"; ([\d.]+) KiB at once", said)
+    most = kept + 4 * weights + 2 * 4 * batch * width  # gradients, and of activations in the making
+    assert stays + kept <= 1024 * float(at_once) <= stays + most
     per_step = watched.flops * accumulate / 1e9
     assert f"{per_step:.4g} GFLOP" in said
 
@@ -184,6 +189,59 @@ def test_a_step_too_large_for_the_device(command, monkeypatch, tmp_path):
     assert "a step does not fit into the memory of cpu; give a smaller batch_size" in line
 
 
+class Allocated(memory.Live):
+    """What the allocator gives and takes back meanwhile, beside what is counted."""
+
+    most = 0
+
+    def __enter__(self) -> Any:
+        gc.collect()  # what earlier tests have left would be given back meanwhile
+        self.before = self.now
+        self.profile = torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        )
+        self.profile.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.profile.__exit__(None, None, None)
+        made: Any = self.profile.profiler
+        events = [e for e in made.kineto_results.events() if e.name() == "[memory]"]
+        events.sort(key=lambda e: e.start_ns())
+        Allocated.most = self.before + max(itertools.accumulate(e.nbytes() for e in events))
+
+
+def foretold(monkeypatch, model: str, logs: Path, *more: str) -> tuple[int, int]:
+    """Bytes at once, as they are counted, and by the allocator."""
+    monkeypatch.setattr(preflight, "Live", Allocated)
+    monkeypatch.setattr(preflight, "WARM", 0)
+    monkeypatch.setattr(preflight, "TIMED", 1)
+    config = configure(model, logs, f"paths.run='{logs / 'run' / model}'", *more)
+    datamodule, _ = fit.prepare(config, Run(Path(config["paths"]["run"])))
+    stage: Any = build_stage(config["model"])
+    watched = preflight.watch(config, stage, datamodule)
+    found = preflight.at_once(config, stage, datamodule, watched)
+    return found, found - watched.live + Allocated.most
+
+
+HALF = ("precision=bf16", "callbacks.ema=null")
+WAYS = [
+    *((model, ("optimizer=adamw",)) for model in NETS),
+    *((model, (*HALF, "optimizer=adamw")) for model in ("clip", "decoder", "dvae", "dalle")),
+    *((model, ("optimizer=muon",)) for model in ("prior", "decoder")),
+    ("dalle", ("model.net.checkpoint=true", "trainer.accumulate_grad_batches=2")),
+    ("dit", ("optimizer=adamw_8bit",)),
+]
+
+
+@pytest.mark.parametrize(("model", "way"), WAYS, ids=lambda given: given if isinstance(given, str) else None)
+def test_memory_is_what_the_allocator_sees(monkeypatch, untrained_stages, tmp_path, model, way):
+    shutil.copytree(untrained_stages, tmp_path / "logs")
+    counted, seen = foretold(monkeypatch, model, tmp_path / "logs", *way)
+    assert counted == pytest.approx(seen, rel=0.1)
+
+
 class Clock:
     """Stands for the time of a run whose batches take so many seconds."""
 
@@ -209,10 +267,13 @@ class Elsewhere(Stage):
 def watch_batches(watched: preflight.Watch, device: str) -> int:
     """Batches on a stage that says it is on this device, until the watch has seen enough; how many."""
     stage = Elsewhere(torch.device(device))
-    trainer: Any = SimpleNamespace(should_stop=False, accumulate_grad_batches=1)
+    strategy = SimpleNamespace(root_device=stage.device, batch_to_device=lambda batch: batch)
+    trainer: Any = SimpleNamespace(should_stop=False, strategy=strategy)
+    watched.on_fit_start(trainer, stage)
     for k in range(50):
         if trainer.should_stop:
             return k
+        strategy.batch_to_device({})
         watched.on_train_batch_start(trainer, stage, {}, k)
         watched.on_train_batch_end(trainer, stage)
     raise AssertionError("never enough")
@@ -230,8 +291,16 @@ def test_compiling_takes_no_batch_away(monkeypatch, seconds, timed):
     Clock(monkeypatch, seconds)
     watched = preflight.Watch(compiled=True)
     batches = watch_batches(watched, "cpu")
-    assert batches - preflight.WATCHED - preflight.WARM - 1 == timed
-    assert watched.seconds == seconds[-1]
+    assert batches - watched.watched - preflight.WARM - 1 == watched.timed == timed
+    assert watched.seconds(1) == seconds[-1]
+
+
+def test_a_step_of_many_batches_has_one_that_takes_longer(monkeypatch):
+    Clock(monkeypatch, [1.0, 3.0] * 20)
+    watched = preflight.Watch(compiled=False, accumulated=2)
+    watch_batches(watched, "cpu")
+    assert watched.seconds(2) == 4
+    assert watched.seconds(8) == 7 + 3
 
 
 def test_on_a_gpu_it_says_so_and_what_was_in_use_there(monkeypatch, tmp_path, capsys):

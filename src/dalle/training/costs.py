@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from dalle.errors import UserError
 from dalle.ranges import Positive, PositiveInt, Share
 from dalle.training.fsdp import blocks
-from dalle.training.preflight import Saved, count
+from dalle.training.memory import Saved
+from dalle.training.preflight import count
 
 SIMULATED = 2  # items in the step that is counted
 WIDE = 4  # bytes of a number in fp32, HALF: in bf16

@@ -8,9 +8,6 @@ is written to the run directory.
 
 import statistics
 import time
-import weakref
-from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +22,10 @@ from dalle.instantiate import instantiate
 from dalle.machine import peak_memory
 from dalle.run_dir import Run
 from dalle.stages.base import Stage
+from dalle.training.memory import Live, Saved, storages
 
-WATCHED = 1  # the batch whose operations and memory are counted; the one before makes the optimizer's state
+ACCUMULATED = 2  # batches of a step, where there are several; more take no more memory
+PASSING = ("activations", "gradients")  # what a step makes and lets go of
 WARM = 2  # batches that are not timed
 TIMED = 7
 SECONDS = 60.0  # no further batch is timed after so long
@@ -110,51 +109,37 @@ def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
-class Saved:
-    """Counts the bytes that autograd keeps for backward passes: each storage once, and not the weights."""
-
-    def __init__(self, weights: set[int]) -> None:
-        self.weights, self.uses = weights, Counter[int]()
-        self.now = self.peak = 0
-
-    def pack(self, tensor: Tensor) -> "Kept":
-        storage = tensor.untyped_storage()
-        place = storage._cdata if tensor.is_meta else storage.data_ptr()
-        kept, size = Kept(tensor), storage.nbytes()
-        if place not in self.weights:
-            if not self.uses[place]:
-                self.now += size
-                self.peak = max(self.peak, self.now)
-            self.uses[place] += 1
-            weakref.finalize(kept, self.release, place, size)
-        return kept
-
-    def release(self, place: int, size: int) -> None:
-        self.uses[place] -= 1
-        if not self.uses[place]:
-            self.now -= size
-
-
-class Kept:
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
 class Watch(lightning.Callback):
     """Watches the steps of a short training.
 
     Args:
         compiled: compile the network once its operations, which are then hidden, have been counted.
+        accumulated: batches of a step. The last of the second step is the one whose operations and memory are
+            counted: the optimizer has made its state.
     """
 
-    def __init__(self, compiled: bool) -> None:
-        self.compiled = compiled
+    def __init__(self, compiled: bool, accumulated: int = 1) -> None:
+        self.compiled, self.accumulated = compiled, accumulated
+        self.watched = 2 * accumulated - 1
         self.ends: list[float] = []
         self.device = torch.device("cpu")  # the one trained on: afterwards the stage is moved back
-        self.flops = self.activations = self.batches = self.peak = 0
+        self.flops = self.activations = self.live = self.batches = self.peak = 0
+
+    def on_fit_start(self, trainer: Any, pl_module: Stage) -> None:
+        """A batch counts from when it goes to the device, where frozen networks look at it."""
+        device, move = trainer.strategy.root_device, trainer.strategy.batch_to_device
+        self.memory = Live(device)
+
+        def watched(batch: Any, *args: Any, **more: Any) -> Any:
+            if self.batches == self.watched:
+                self.memory.see(storages(batch))
+                self.memory.__enter__()
+            return move(batch, *args, **more)
+
+        trainer.strategy.batch_to_device = watched
 
     def on_train_batch_start(self, trainer: Any, pl_module: Stage, batch: Any, batch_idx: int) -> None:
-        if self.batches == WATCHED:
+        if self.batches == self.watched:
             self.saved = Saved({p.untyped_storage().data_ptr() for p in pl_module.parameters()})
             self.counter = FlopCounterMode(display=False)
             self.hooks = torch.autograd.graph.saved_tensors_hooks(self.saved.pack, lambda kept: kept.tensor)
@@ -162,10 +147,12 @@ class Watch(lightning.Callback):
             self.hooks.__enter__()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Stage, *_: Any) -> None:
-        if self.batches == WATCHED:
+        if self.batches == self.watched:
             self.hooks.__exit__()
             self.counter.__exit__(None, None, None)
+            self.memory.__exit__(None, None, None)
             self.flops, self.activations = self.counter.get_total_flops(), self.saved.peak
+            self.live = self.memory.peak
             if self.compiled:
                 pl_module.net.compile(dynamic=False)
         self.batches += 1
@@ -174,21 +161,27 @@ class Watch(lightning.Callback):
             torch.cuda.synchronize(self.device)
             self.peak = torch.cuda.max_memory_allocated(self.device)
             first = self.batches == 1  # in which kernels are tried
-            if first or (self.compiled and self.batches == WATCHED + 1):  # what follows keeps less
+            if first or (self.compiled and self.batches == self.watched + 1):  # what follows keeps less
                 torch.cuda.reset_peak_memory_stats(self.device)
         self.ends.append(time.perf_counter())
-        timed = self.batches - WATCHED - 1 - WARM
         # The time that compiling takes, in the warm batches, is not counted.
-        if timed >= max(TIMED, trainer.accumulate_grad_batches) or (
-            timed >= 1 and self.ends[-1] - self.ends[WATCHED + WARM] > SECONDS
+        if self.timed >= TIMED or (
+            self.timed >= self.accumulated and self.ends[-1] - self.ends[self.watched + WARM] > SECONDS
         ):
             trainer.should_stop = True
 
     @property
-    def seconds(self) -> float:
-        """Of a batch, loading included: the median."""
-        ends = self.ends[WATCHED + WARM :]
-        return statistics.median(b - a for a, b in pairwise(ends))
+    def timed(self) -> int:
+        """Batches."""
+        return self.batches - self.watched - 1 - WARM
+
+    def seconds(self, batches: int) -> float:
+        """Of a step of so many batches, loading included, by the medians."""
+        began, ended = self.ends[self.watched + WARM : -1], self.ends[self.watched + WARM + 1 :]
+        took = [b - a for a, b in zip(began, ended, strict=True)]
+        ways = [took[first :: self.accumulated] for first in range(self.accumulated)]  # one ends the step
+        each = [statistics.median(way) for way in ways]
+        return sum(each) + (batches - self.accumulated) * min(each)
 
 
 def average_of(config: dict[str, Any]) -> dict[str, Any] | None:
@@ -207,10 +200,16 @@ def watch(config: dict[str, Any], stage: Stage, datamodule: Any) -> Watch:
     Raises:
         UserError: a step does not fit into the device's memory.
     """
-    watched, ema = Watch(bool(config["compile"])), average_of(config)
+    accumulated = min(ACCUMULATED, config["trainer"]["accumulate_grad_batches"])
+    watched, ema = Watch(bool(config["compile"]), accumulated), average_of(config)
     callbacks = [watched, *([instantiate(ema, "callbacks.ema")] if ema else [])]
     trainer = instantiate(
-        {"_target_": "lightning.Trainer", **config["trainer"], **SHORT},
+        {
+            "_target_": "lightning.Trainer",
+            **config["trainer"],
+            **SHORT,
+            "accumulate_grad_batches": accumulated,
+        },
         "trainer",
         callbacks=callbacks,
     )
@@ -242,7 +241,7 @@ def report(config: dict[str, Any], stage: Stage, datamodule: Any, done: int) -> 
         print(f"careful: {line}")
     watched = watch(config, stage, datamodule)
     batches = config["trainer"]["accumulate_grad_batches"]
-    step, flops = watched.seconds * batches, watched.flops * batches
+    step, flops = watched.seconds(batches), watched.flops * batches
     left = max(0, (total_steps(config, datamodule, world) or 0) - done)
     compiled = ", compiled" if config["compile"] else ""
     lines = {
@@ -254,7 +253,7 @@ def report(config: dict[str, Any], stage: Stage, datamodule: Any, done: int) -> 
         "to the end": f"{left:,} steps on {world} device{'s' * (world > 1)}: {in_time(left * step)} "
         "without validation and tests",
         "memory": memory(config, stage, datamodule, watched),
-        "measured": f"median of {len(watched.ends) - WATCHED - WARM - 1} batches, "
+        "measured": f"median of {watched.timed} batches, "
         f"{time.perf_counter() - started:.0f} s with what had to be prepared",
     }
     for name, line in lines.items():
@@ -263,18 +262,19 @@ def report(config: dict[str, Any], stage: Stage, datamodule: Any, done: int) -> 
 
 def memory(config: dict[str, Any], stage: Stage, datamodule: Any, watched: Watch) -> str:
     """What a device holds, by kind, how much of it at once, and what was seen to be in use."""
-    kinds = kept(config, stage, datamodule, watched)
+    kinds, most = kept(config, stage, datamodule, watched), at_once(config, stage, datamodule, watched)
     if watched.device.type == "cuda":
         seen = f"seen at most {in_bytes(watched.peak)}"
     else:
         seen = f"seen at most {in_bytes(peak_memory())} of the whole process"
     estimate = " + ".join(f"{name} {in_bytes(n)}" for name, n in kinds.items() if n)
-    return f"{estimate}; {in_bytes(at_once(config, kinds))} of these at once a device; {seen}"
+    return f"{estimate}; {in_bytes(most)} at once a device; {seen}"
 
 
 def kept(config: dict[str, Any], stage: Stage, datamodule: Any, watched: Watch) -> dict[str, int]:
     """Bytes of a device, by kind."""
     frozen = [module for module in vars(datamodule).values() if isinstance(module, nn.Module)]
+    frozen += getattr(stage, "frozen", ())  # of the loss
     optimizers: Any = stage.trainer.optimizers
     states = [state for optimizer in optimizers for state in optimizer.state.values()]
     return {
@@ -287,18 +287,17 @@ def kept(config: dict[str, Any], stage: Stage, datamodule: Any, watched: Watch) 
     }
 
 
-def at_once(config: dict[str, Any], kinds: dict[str, int]) -> int:
-    """The most bytes of them at one time: a backward pass makes gradients as it lets go of activations, which
-    only an accumulated step has both of in full.
-    """
-    accumulates = config["trainer"]["accumulate_grad_batches"] > 1
-    return sum(kinds.values()) - (0 if accumulates else min(kinds["gradients"], kinds["activations"]))
+def at_once(config: dict[str, Any], stage: Stage, datamodule: Any, watched: Watch) -> int:
+    """The most bytes at one time: what stays from step to step, and the peak of what a step makes."""
+    kinds = kept(config, stage, datamodule, watched)
+    passing = ("activations",) if config["trainer"]["accumulate_grad_batches"] > 1 else PASSING
+    return sum(n for kind, n in kinds.items() if kind not in passing) + watched.live
 
 
 def foretold(config: dict[str, Any], stage: Stage, datamodule: Any) -> tuple[int, int]:
     """Bytes of a GPU that a training is said to need, and the most that a few steps of it had in use."""
     watched = watch(config, stage, datamodule)
-    return at_once(config, kept(config, stage, datamodule, watched)), watched.peak
+    return at_once(config, stage, datamodule, watched), watched.peak
 
 
 def held(module: nn.Module) -> int:
