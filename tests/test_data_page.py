@@ -1,7 +1,9 @@
 """The lines of the page on formats as they stand, on a small made sample of each."""
 
 import re
+import shutil
 import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -12,6 +14,7 @@ from PIL import Image
 from tiny import ROOT
 
 from dalle.cli import command as cli
+from dalle.data.file_listing import list_files
 from dalle.run_dir import Run
 
 PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
@@ -84,6 +87,7 @@ def test_the_lines_train_sample_and_evaluate_as_they_stand(title, block, shell, 
         ("MNIST", "data=idx data.root=MNIST"),
         ("a folder, with texts", "data=folder \"data.root='a folder, with texts'\""),
         ("classes", "data=imagefolder data.root=classes"),
+        ("COCO.zip", "data=coco data.root=COCO.zip"),
     ],
 )
 def test_data_check_says_what_is_there_and_the_line_for_it(samples, monkeypatch, capsys, path, settings):
@@ -91,6 +95,7 @@ def test_data_check_says_what_is_there_and_the_line_for_it(samples, monkeypatch,
         write(picture(samples / "a folder, with texts" / f"{k}.png", k).with_suffix(".txt"), f"thing {k}")
         picture(samples / "classes" / ("cats", "dogs")[k % 2] / f"{k}.png", k)
     shards(samples / "SHARDS")
+    shutil.make_archive("COCO", "zip", ".", "COCO")
     said = check(monkeypatch, capsys, path)
     assert f"\nsettings       {settings}" in said
     sheet = re.search(r"contact sheet +(.*)", said)
@@ -140,6 +145,9 @@ def test_data_check_counts(tmp_path, monkeypatch, capsys):
         ("one.png", "is one picture; give the folder"),
         ("empty", "empty holds 0 files in no format that is read"),
         ("lone", "no usable picture"),
+        ("latin", "captions.csv is not UTF-8 text; save it as UTF-8"),
+        ("packed", "packed holds 2 zip files (a.zip, b.zip): unpack them beside one another"),
+        ("packed/captions.tsv.gz", "captions.tsv.gz is packed; unpack it first"),
     ],
 )
 def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch, capsys, name, message):
@@ -149,6 +157,34 @@ def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch, capsys, name, me
     picture(tmp_path / "one.png", 0)
     picture(tmp_path / "lone" / "0.png", 0)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SystemExit, match=message) as ended:
+    picture(tmp_path / "latin" / "birds" / "0.png", 0)
+    write(tmp_path / "latin" / "captions.csv", "file_name,text\n0.png,caf\xe9\n", "latin-1")
+    for file in ("a.zip", "b.zip", "captions.tsv.gz"):
+        write(tmp_path / "packed" / file, "x")
+    with pytest.raises(SystemExit, match=re.escape(message)) as ended:
         check(monkeypatch, capsys, name)
     assert str(ended.value.code).count("\n") == 0
+
+
+def test_data_check_says_which_tables_beside_class_folders_it_did_not_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for k in range(2):
+        picture(tmp_path / "set" / ("cats", "dogs")[k] / f"{k}.png", k)
+    write(tmp_path / "set" / "captions.csv", "bild,wort\n0.png,eine Katze\n")
+    said = check(monkeypatch, capsys, "set", "--quick")
+    assert "data=imagefolder" in said
+    assert "captions       2, 1.0 a picture" in said  # each of two pictures is in all splits
+    assert "not read       captions.csv is without columns that are known: it has bild, wort" in said
+
+
+def test_what_data_check_writes_is_no_data(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for k in range(3):
+        write(picture(tmp_path / "logs" / f"{k}.png", k).with_suffix(".txt"), f"pile of logs {k}")
+    write(tmp_path / "logs" / "first" / "clip" / "manifest.json", "{}")
+    picture(tmp_path / "logs" / "first" / "clip" / "samples" / "0.png", 9)
+    for _ in range(2):
+        assert "captions       3" in (said := check(monkeypatch, capsys, ".", "--quick"))
+        assert "left out       0" in said
+    assert len(list(Path("logs/data_check").iterdir())) == 1
+    assert len(list_files(tmp_path / "logs" / "first").files) == 2  # where they are asked for

@@ -25,15 +25,20 @@ def can_compile(device: torch.device) -> bool:
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """A few operations as kernels of their own, for tensors of all sizes."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+    allow_variants()
     return torch.compile(function, dynamic=True)
 
 
 @cache
 def compiled_for_size(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same, anew for each size."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+    allow_variants()
     return torch.compile(function, dynamic=False)
+
+
+def allow_variants() -> None:
+    """Without it the ninth size and all later ones would run as if they were not compiled."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
 
 
 def keep_kernels(directory: str | Path) -> None:

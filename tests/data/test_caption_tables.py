@@ -43,6 +43,8 @@ EXPECTED = {"0.jpg": ["thing 0"], "1.jpg": ["thing 1"]}
         ("results.csv", "image_name| comment_number| comment\n0.jpg| 0| thing 0\n1.jpg| 0| thing 1\n"),
         ("Flickr8k.token.txt", "0.jpg#0\tthing 0\n1.jpg#0\tthing 1\n"),
         ("captions.csv", "0.jpg,thing 0\n1.jpg,thing 1\n"),
+        ("captions.csv", "file_name,text\n%30.jpg,thing 0\n%31.jpg,\u200bthing 1\ufeff\n"),
+        ("metadata.jsonl", "".join(f'{{"img": "{k}", "txt": "[\\"thing {k}\\"]"}}\n' for k in range(2))),
         ("metadata.json", json.dumps([{"file_name": f"{k}.jpg", "text": f"thing {k}"} for k in range(2)])),
         ("metadata.json", json.dumps({f"{k}.jpg": f"thing {k}" for k in range(2)})),
         ("metadata.jsonl", "".join(f'{{"file_name": "{k}.jpg", "prompt": "thing {k}"}}\n' for k in range(2))),

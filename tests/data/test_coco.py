@@ -47,8 +47,9 @@ def test_a_zip_file_of_it(tmp_path):
     assert zipped == loose
 
 
-def test_karpathys_splits(tmp_path):
+def test_karpathys_splits(tmp_path, capsys):
     found = splits(karpathy(tmp_path))
+    assert "(as the tables say)" in capsys.readouterr().out  # not "by the folders val2014"
     numbers = {split: [int(name[-8:-4]) for name in some] for split, some in found.items()}
     assert numbers == {"train": [0, 1, 4, 5], "val": [2, 6], "test": [3, 7]}
     assert found["val"]["val2014/COCO_val2014_000000000002.jpg"] == ["thing 2", "a thing 2"]

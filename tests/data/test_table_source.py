@@ -43,6 +43,7 @@ TSV = "filepath\ttitle\nimages/0.png\tthing 0\nimages/1.png\ta thing, 1\n"
     [
         ("train.tsv", TSV, "utf-8"),
         ("train.csv", TSV, "utf-8-sig"),
+        ("train.csv", TSV.replace("images/", "images%2F"), "utf-8"),
         ("train.csv", TSV.replace("\n", "\r\n"), "utf-16"),
         ("train.csv", TSV, "utf-16-le"),
         ("train.csv", TSV.replace("\n", "\r"), "utf-8"),

@@ -80,13 +80,21 @@ def test_kinds_of_pictures_captions_and_names(tmp_path):
         "a/b.JPG": picture(0, "JPEG"), "a/b.txt": b"\xef\xbb\xbfone\r\ncaption\n",
         "b.webp": picture(1, "WEBP"), "b.json": b'{"width": 3, "caption": "two"}',
         f"{long}.png": picture(2), f"{long}.txt": "drei ü".encode(),
-        "d.png": picture(3), "d.caption": b"four",
+        "d.png": picture(3), "d.caption": "four".encode("utf-16"),
     }  # fmt: skip
     for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
         path = tar(tmp_path / f"{form}.tar", members, form=form)
         assert captions(read(path)) == [["one caption"], ["two"], ["drei ü"], ["four"]]
     assert captions(read(path, lines="all"))[0] == ["one", "caption"]
     assert captions(read(path, lines="first"))[0] == ["one"]
+
+
+def test_names_with_dots_are_named(tmp_path):
+    path = tar(tmp_path / "a.tar", sample(0), {"1.image.png": picture(1), "1.caption.txt": b"thing 1"})
+    with pytest.warns(
+        UserWarning, match=r"2 not named KEY.jpg or KEY.txt, where KEY has no dot \(a.tar/1.image"
+    ):
+        assert captions(read(path)) == [["thing 0"]]
 
 
 def test_a_named_column_of_the_json(tmp_path):

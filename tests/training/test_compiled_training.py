@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import lightning
 import pytest
@@ -9,10 +10,13 @@ import torch
 from conftest import untrained
 from tiny import configure
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
 from dalle import compiler
+from dalle.data.buckets import shapes
 from dalle.training import fit as training
+from dalle.training.callbacks import Compile
 
 UNET = (
     "model/net=unet", "model.net.width=16", "model.net.multipliers=[1,1]", "model.net.blocks=1",
@@ -105,3 +109,16 @@ def test_kernels_are_kept_with_what_else_is(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "elsewhere")
     compiler.keep_kernels(tmp_path)
     assert compiler.os.environ["TORCHINDUCTOR_CACHE_DIR"] == "elsewhere"
+
+
+@pytest.mark.compile
+def test_every_shape_of_buckets_is_compiled():
+    """By default torch gives up after eight and runs the rest as it is."""
+    seen = CompileCounter()
+    net = nn.Conv2d(3, 3, 1)
+    with torch._dynamo.config.patch(recompile_limit=8):
+        Compile().on_fit_start(Mock(), Mock(net=net))
+        net.compile(backend=seen, dynamic=False)
+        for height, width in (found := shapes(256, 16)):
+            net(torch.zeros(1, 3, height, width))
+    assert seen.frame_count == len(found) == 11

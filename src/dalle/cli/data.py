@@ -43,14 +43,17 @@ def main(arguments: list[str]) -> None:
         "--sheet", type=Path, help="where the contact sheet goes; else logs/data_check/NAME.png"
     )
     args = parser.parse_args(arguments)
-    words, module, said = find(args.path, args.settings)
-    for line in report(args.path, words, module, said, args.quick, args.sheet):
+    words, module, said, unread = find(args.path, args.settings)
+    for line in report(args.path, words, module, said, unread, args.quick, args.sheet):
         print(printable(line), flush=True)
 
 
-def find(path: str, given: Sequence[str]) -> tuple[list[str], Any, list[str]]:
-    """The settings that read a path, the DataModule of a CLIP that they make, and what was warned of."""
+def find(path: str, given: Sequence[str]) -> tuple[list[str], Any, list[str], list[str]]:
+    """The settings that read a path, the DataModule of a CLIP that they make, what was warned of, and which
+    files other guesses could not read.
+    """
     from dalle.data.guess import guesses
+    from dalle.data.pictures import NothingUsable
 
     if chosen := [word for word in given if word.startswith("data=")]:
         kind = chosen[-1].partition("=")[2]
@@ -63,7 +66,9 @@ def find(path: str, given: Sequence[str]) -> tuple[list[str], Any, list[str]]:
     for settings in tried:
         words = [f"{key}={_value(value)}" for key, value in settings.items()] + list(given)
         try:
-            return words, *_module(words)
+            module, said = _module(words)
+            unread = [line for error in failed if isinstance(error, NothingUsable) for line in error.unread]
+            return words, module, said, unread
         except UserError as error:
             failed.append(error)
     raise failed[0]
@@ -105,7 +110,13 @@ class Survey:
 
 
 def report(
-    path: str, words: Sequence[str], module: Any, said: Sequence[str], quick: bool, sheet: Path | None
+    path: str,
+    words: Sequence[str],
+    module: Any,
+    said: Sequence[str],
+    unread: Sequence[str],
+    quick: bool,
+    sheet: Path | None,
 ) -> Iterator[str]:
     """What there is, line by line."""
     splits = {name: module.split(name) for name in SPLITS}
@@ -115,7 +126,7 @@ def report(
     yield row("pictures", f"{len(found.splits):,} ({sizes})")
     yield from shapes(found, splits["train"])
     yield from captions(splits, module.tokenizer)
-    yield from left_out(found, splits["train"], said)
+    yield from left_out(found, splits["train"], said, unread)
     yield from duplicates(found)
     yield row("contact sheet", contact_sheet(path, splits, set(chain(*found.broken.values())), sheet))
     line = " ".join(map(_for_shell, words))
@@ -183,8 +194,11 @@ def captions(splits: dict[str, Any], tokenizer: Any) -> Iterator[str]:
 
     from dalle.data.sources import captions_of
 
-    some = [captions_of(source, range(min(len(source), CHECKED))) for source in splits.values()]
-    found = list(chain(*some))
+    by_name: dict[str, list[str]] = {}  # a small set is in every split
+    for source in splits.values():
+        some = range(min(len(source), CHECKED))
+        by_name |= zip(map(source.called, some), captions_of(source, some), strict=True)
+    found = list(by_name.values())
     texts = list(chain(*found))
     yield row("captions", f"{len(texts):,}, {len(texts) / len(found):.1f} a picture")
     yield row("words", spread([len(text.split()) for text in texts]))
@@ -199,7 +213,7 @@ def captions(splits: dict[str, Any], tokenizer: Any) -> Iterator[str]:
         yield row("", f"the longest: {max(cut, key=len)[:100]!r} ...")
 
 
-def left_out(found: Survey, source: Any, said: Sequence[str]) -> Iterator[str]:
+def left_out(found: Survey, source: Any, said: Sequence[str], unread: Sequence[str]) -> Iterator[str]:
     from dalle.data.pictures import Pictures
 
     out = source.scan.out if isinstance(source, Pictures) else {}
@@ -210,6 +224,10 @@ def left_out(found: Survey, source: Any, said: Sequence[str]) -> Iterator[str]:
     for why, names in (out | found.broken).items():
         more = ", ..." if len(names) > NAMED else ""
         yield row("", f"{len(names):,} {why}: {', '.join(names[:NAMED])}{more}")
+    unread = [*unread, *(source.scan.unread if isinstance(source, Pictures) else ())]
+    more = f"; and {len(unread) - NAMED} others" if len(unread) > NAMED else ""
+    if unread:
+        yield row("not read", "; ".join(unread[:NAMED]) + more)
 
 
 def duplicates(found: Survey) -> Iterator[str]:

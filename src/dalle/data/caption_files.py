@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import unquote
 
 from dalle.data.caption_tables import SUFFIXES, Columns, NotATable, Table, read_table
 from dalle.data.splits import folder_splits, split_folder, split_names
@@ -277,7 +278,7 @@ class Names:
             folder: that of the table.
             shift: folders at the front that all names of the table have, and that may not be here.
         """
-        for name in dict.fromkeys((written, re.sub(r"#\d+$", "", written))):
+        for name in dict.fromkeys((written, re.sub(r"#\d+$", "", written), unquote(written))):
             local = self._local(name)
             for path in (posixpath.normpath(posixpath.join(folder, local)), posixpath.normpath(local)):
                 if path in self.pictures:

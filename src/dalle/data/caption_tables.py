@@ -41,7 +41,7 @@ PICTURE_COLUMNS = (
 )  # fmt: skip
 # The first of these groups of which a table has a column is read, with all of its columns.
 CAPTION_COLUMNS = (
-    r"(text|caption|prompt|sentence)s?\d*",
+    r"(text|txt|caption|prompt|sentence)s?\d*",
     r"(title|description|alt|alttext|comment|raw|summary)s?\d*",
     r"(label|class|classname|category|tag|keyword|name)s?",
 )
@@ -290,8 +290,12 @@ def _unwrapped(whole: Any) -> list[Any]:
 
 
 def texts(value: Any, depth: int = 0) -> list[str]:
-    """The texts in a value: one or a list, numbers as text, of {"raw": ...} what its usual names hold."""
+    """The texts in a value: one or a list, also one written as JSON or Python do, numbers as text, of
+    {"raw": ...} what its usual names hold.
+    """
     if isinstance(value, str):
+        if depth < 3 and (parts := _written_list(value.strip())):
+            return texts(parts, depth + 1)
         return [text] if (text := tidy(value)) else []
     if isinstance(value, int) and not isinstance(value, bool):  # of any number of digits
         return [str(value)]
@@ -434,18 +438,19 @@ def _rejoined(raw: str, fields: list[str], separator: str, width: int, places: S
 
 
 def _listed(value: str) -> list[str]:
-    """The texts of a field, which may be a list as JSON or Python write it; "nan" and "null" are none."""
-    text = value.strip()
-    if text.casefold() in ("nan", "null"):
+    """The texts of a field; "nan" and "null" are none."""
+    return [] if value.strip().casefold() in ("nan", "null") else texts(value)
+
+
+def _written_list(text: str) -> list[str]:
+    """The texts of a list as JSON or Python write it; none where it is no such."""
+    if text[:2] not in ('["', "['") or text[-1] != "]":
         return []
-    if text[:2] in ('["', "['") and text[-1] == "]":
-        try:
-            found = json.loads(text) if text[1] == '"' else ast.literal_eval(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            found = None
-        if isinstance(found, list) and found and all(isinstance(part, str) for part in found):
-            return texts(found)
-    return texts(value)
+    try:
+        found = json.loads(text) if text[1] == '"' else ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return []
+    return found if isinstance(found, list) and all(isinstance(part, str) for part in found) else []
 
 
 def _unknown(names: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dalle.data.splits import split_names
 
+RESULTS = Path("logs")  # where commands write, below the folder in which they are started
 ELSEWHERE = "links to folders that are read under another name"
 
 
@@ -23,13 +24,13 @@ def list_files(root: Path) -> Listing:
     """Every folder is read once, so links cannot lead in circles or bring a picture twice.
 
     Of several names of one folder that of a split (a link `val`) comes first, then its own. Hidden files and
-    folders are left out.
+    folders are left out, and what was written by runs that were started in the root or above.
     """
     files: list[tuple[str, int, int]] = []
     odd: list[tuple[str, str]] = []
-    seen: set[tuple[int, int]] = set()
     status = root.stat()
     waiting = [(0, "", (status.st_dev, status.st_ino))]
+    seen = _results() - {waiting[0][2]}
     while waiting:
         rank, folder, identity = heapq.heappop(waiting)
         if identity in seen:
@@ -60,3 +61,10 @@ def list_files(root: Path) -> Listing:
             else:
                 odd.append((name, "no regular files"))
     return Listing(tuple(sorted(files)), tuple(sorted(odd)))
+
+
+def _results() -> set[tuple[int, int]]:
+    """The folders of runs and contact sheets; what else is in `logs` may be pictures of a class."""
+    places = {RESULTS / "data_check", *(file.parents[1] for file in RESULTS.glob("*/*/manifest.json"))}
+    found = [place.stat() for place in places if place.is_dir()]
+    return {(status.st_dev, status.st_ino) for status in found}

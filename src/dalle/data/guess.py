@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path, PurePosixPath
 
+from dalle.data.caption_files import GENERIC
 from dalle.data.caption_tables import PARQUET, Columns, holds_pictures
 from dalle.data.caption_tables import SUFFIXES as TABLES
 from dalle.data.coco import CAPTIONS, KARPATHY, annotation_files
@@ -11,8 +12,9 @@ from dalle.data.file_listing import list_files
 from dalle.data.hf import HUB, SAVED
 from dalle.data.idx import NAME as IDX
 from dalle.data.image_files import SUFFIXES as PICTURES
+from dalle.data.splits import split_names
 from dalle.data.text import shown
-from dalle.data.zip_files import is_zip
+from dalle.data.zip_files import Archive, is_zip
 from dalle.errors import UserError
 
 Settings = dict[str, str]
@@ -47,7 +49,7 @@ def _of_file(path: str, place: Path) -> list[Settings]:
     name = place.name.lower()
     parent = os.path.dirname(path) or "."
     if is_zip(place):
-        return [{"data": "folder", "data.root": path}, {"data": "imagefolder", "data.root": path}]
+        return _of_zip(path, [name for name, _, _ in Archive(place).listing().files])
     if name.endswith((".tar", ".tar.gz", ".tgz")):
         return [{"data": "webdataset", "data.shards": path}]
     if IDX.fullmatch(place.name):
@@ -61,7 +63,27 @@ def _of_file(path: str, place: Path) -> list[Settings]:
         return [{"data": "table", "data.path": path}]
     if name.endswith(PICTURES):
         raise UserError(f"{shown(path)} is one picture; give the folder of pictures with captions")
+    if name.endswith((".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")):
+        raise UserError(f"{shown(path)} is packed; unpack it first, and check what comes out")
     raise UserError(f"{shown(path)} is in no format that is read{_pickled([name])}")
+
+
+def _of_zip(path: str, names: list[str]) -> list[Settings]:
+    """Of what a zip file holds: COCO's annotations, captions, or else folders that name classes."""
+    kinds = ["coco"] if annotation_files(names) else []
+    kinds += ["folder", *(["imagefolder"] if _in_classes(names) else [])]
+    return [{"data": kind, "data.root": path} for kind in kinds]
+
+
+def _in_classes(names: list[str]) -> bool:
+    """Whether folders may name classes: several do, or one does and there is no table of captions."""
+    pictures = [name.replace("\\", "/") for name in names if name.lower().endswith(PICTURES)]
+    places = {PurePosixPath(name).parts[:-1] for name in pictures}
+    classes = {
+        tuple(p for p in place if not GENERIC.fullmatch(p) and not split_names([p])) for place in places
+    }
+    tables = any(name.lower().endswith(TABLES) for name in names)
+    return len(classes - {()}) > (1 if tables else 0)
 
 
 def _is_coco(place: Path) -> bool:
@@ -99,14 +121,19 @@ def _of_folder(path: str, place: Path) -> list[Settings]:
         found.append({"data": "webdataset", "data.shards": _pattern(path, tars)})
     if pictures:
         found.append({"data": "folder", "data.root": path})
-        found.append({"data": "imagefolder", "data.root": path})
+        if _in_classes(names):
+            found.append({"data": "imagefolder", "data.root": path})
     if tables and not found:
         found.append({"data": "table", "data.path": path})
     if any(name.lower().endswith(".arrow") for name in names) and not found:
         found.append({"data": "hf", "data.path": path})
+    if len(zips) > 1 and not found:
+        raise UserError(
+            f"{shown(path)} holds {len(zips)} zip files ({shown(zips[0])}, {shown(zips[1])}"
+            f"{', ...' if len(zips) > 2 else ''}): unpack them beside one another, or check one of them"
+        )
     if zips and not found:
-        found.append({"data": "folder", "data.root": os.path.join(path, zips[0])})
-        found.append({"data": "imagefolder", "data.root": os.path.join(path, zips[0])})
+        found += _of_file(os.path.join(path, zips[0]), place / zips[0])
     if not found:
         raise UserError(f"{shown(path)} holds {len(names)} files in no format that is read{_pickled(names)}")
     return found

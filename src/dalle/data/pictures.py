@@ -86,6 +86,7 @@ class Scan:
     looks: dict[str, Look]
     out: dict[str, list[str]]  # why -> what is left out
     notes: dict[str, list[str]]
+    unread: Sequence[str]
     _divided: dict[tuple[float, float, int], dict[str, list[str]]] = field(default_factory=dict)
 
     def divided(self, val_fraction: float, test_fraction: float, seed: int) -> dict[str, list[str]]:
@@ -94,6 +95,14 @@ class Scan:
         if key not in self._divided:
             self._divided[key] = divide(list(self.captions), *key, self.given, self.digests)
         return self._divided[key]
+
+
+class NothingUsable(UserError):
+    """`unread`: files that may hold captions, and why they were not read."""
+
+    def __init__(self, line: str, unread: Sequence[str]) -> None:
+        super().__init__(line)
+        self.unread = unread
 
 
 class Pictures(PictureReader):
@@ -246,7 +255,7 @@ def scan(collection: Collection, max_pixels: int, filters: Filters | None = None
     )
     notes |= _equal(digests, given)
     if not digests:
-        raise UserError(_nothing(collection, found, out))
+        raise NothingUsable(_nothing(collection, found, out), found.unread)
     _warn(collection.place, len(digests), out, notes, found.unread)
     return Scan(
         {name: captions[name] for name in digests},
@@ -257,6 +266,7 @@ def scan(collection: Collection, max_pixels: int, filters: Filters | None = None
         looks,
         dict(out),
         dict(notes),
+        found.unread,
     )
 
 
@@ -316,8 +326,9 @@ def say(line: str) -> None:
 def introduce(collection: Collection, scanned: Scan, sizes: Mapping[str, int], fit: str, crop: str) -> None:
     """Says in one line what was read and how it is divided, and in another what a square crop loses."""
     n, captions = len(scanned.captions), sum(map(len, scanned.captions.values()))
-    parents = {name.rpartition("/")[0] for name in scanned.given}
-    folders = sorted({word for parent in parents if (word := split_folder(f"{parent}/x"))})
+    places = {(name.rpartition("/")[0], split) for name, split in scanned.given.items()}
+    meant = {(word, split) for parent, split in places if (word := split_folder(f"{parent}/x"))}
+    folders = sorted(dict(meant)) if len(dict(meant)) == len(meant) else []  # else tables say otherwise
     how = "by a hash of their names"
     if len(set(scanned.digests.values())) < FEWEST:
         how = f"fewer than {FEWEST} different ones are in every split"

@@ -37,7 +37,7 @@ from dalle.errors import UserError
 from dalle.files import atomic_path, clean
 from dalle.locks import locked
 
-FORMAT = 2  # raise it when the kept files or `index_tar` change
+FORMAT = 3  # raise it when the kept files or `index_tar` change
 MOST = 1_000_000  # shards that a pattern may stand for
 READERS = 8  # shards that are indexed at a time
 LONG = 20  # shards from which a progress bar is shown

@@ -232,7 +232,7 @@ class _Found:
     def _locate(self, written: str, folder: Path) -> tuple[str, Stamp] | None:
         if ADDRESS.match(written):
             return None
-        ways = [written, written.replace("\\", "/"), re.sub(r"#\d+$", "", written)]
+        ways = [written, written.replace("\\", "/"), re.sub(r"#\d+$", "", written), unquote(written)]
         if written.startswith("file://"):
             ways = [unquote(written.removeprefix("file://"))]
         for way in dict.fromkeys(ways):

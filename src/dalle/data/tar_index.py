@@ -64,6 +64,7 @@ def index_tar(path: Path, max_bytes: int, texts: bool = True) -> TarIndex:
     out: dict[str, list[str]] = defaultdict(list)
     members: dict[str, dict[str, tuple[int, int]]] = {}
     digest = hashlib.sha256()
+    odd: dict[str, list[str]] = defaultdict(list)  # key -> members that KEY.jpg and the like do not say
     with path.open("rb", buffering=0) as file:
         for name, offset, size, header in _members(file.fileno(), out):
             digest.update(header)
@@ -72,7 +73,8 @@ def index_tar(path: Path, max_bytes: int, texts: bool = True) -> TarIndex:
             kind = kind.lower()
             if not stem or not kind:
                 continue
-            if kind.rpartition(".")[2] in PICKLES:
+            last = kind.rpartition(".")[2]
+            if last in PICKLES:
                 out["files that may hold Python objects, which are not opened"].append(name)
             elif f".{kind}" in SUFFIXES or kind in (*TEXTS, *METADATA):
                 parts = members.setdefault(f"{folder}/{stem}", {})
@@ -80,8 +82,14 @@ def index_tar(path: Path, max_bytes: int, texts: bool = True) -> TarIndex:
                     out["there twice, of which the first is read"].append(name)
                 else:
                     parts[kind] = offset, size
+            elif f".{last}" in SUFFIXES or last in TEXTS:
+                odd[f"{folder}/{stem}"].append(name)
     kinds = (*TEXTS, *METADATA) if texts else METADATA
     made = [(_row(key, parts, kinds, max_bytes, out), _beside(parts)) for key, parts in members.items()]
+    for key, names in odd.items():
+        parts = members.get(key, {})
+        if not any(f".{kind}" in SUFFIXES for kind in parts) or not parts.keys() & {*kinds}:
+            out["not named KEY.jpg or KEY.txt, where KEY has no dot"] += names
     rows = [row for row, _ in made if row]
     beside = np.array([place for row, place in made if row], np.int64).reshape(-1, 2)
     return TarIndex(np.array(rows, ROW), digest.hexdigest()[:32], counted(out), beside)

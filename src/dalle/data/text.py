@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 from dalle.reading import check_file
 
 UTF16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks of what Windows calls Unicode
+UNSEEN = "\u200b\u2060\ufeff"  # white space that Python does not take for such
 
 
 @runtime_checkable
@@ -29,6 +30,11 @@ def read_text(path: str | Readable) -> str:
         content = Path(path).read_bytes()
     else:
         content = path.read_bytes()
+    return decoded(content)
+
+
+def decoded(content: bytes) -> str:
+    """The same of the bytes of a file. Raises UnicodeDecodeError."""
     return content.decode("utf-16" if content.startswith(UTF16) else _unmarked(content))
 
 
@@ -55,7 +61,10 @@ def tidy(text: str) -> str:
     """Without white space around it and without NULs; halves of a pair of surrogates, which no UTF-8 can
     hold, are U+FFFD.
     """
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "").strip()
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "").strip()
+    while text and (text[0] in UNSEEN or text[-1] in UNSEEN):
+        text = text.strip(UNSEEN).strip()
+    return text
 
 
 def encoded(name: str) -> bytes:

@@ -27,8 +27,8 @@ from dalle.data.shards import Shard, addresses, index, kept_sizes, told
 from dalle.data.shuffling import ShardOrder
 from dalle.data.splits import FEWEST, Split, folder_splits, owners
 from dalle.data.tar_index import ROW, TarIndex, counted
+from dalle.data.text import decoded, shown, tidy
 from dalle.data.text import lines as lines_of
-from dalle.data.text import shown, tidy
 from dalle.errors import UserError
 from dalle.ranges import Fraction, NonNegative, Place, PositiveInt, Seed, Side, Text
 
@@ -174,7 +174,7 @@ class Texts:
         """Raises BadPicture where there are none that can be used."""
         content = shard.read(int(row["caption"]), int(row["caption_bytes"]))
         try:
-            text = content.decode("utf-8-sig")
+            text = decoded(content)
             found = self._of_json(text) if row["json"] else self._of_text(text)
         except (ValueError, RecursionError):
             found = []
@@ -236,7 +236,7 @@ class Sieve:
 
     def _beside(self, shard: Shard, place: np.ndarray) -> dict[str, Any]:
         try:
-            said = json.loads(shard.read(*map(int, place)).decode("utf-8-sig")) if place[1] else {}
+            said = json.loads(decoded(shard.read(*map(int, place)))) if place[1] else {}
         except (ValueError, RecursionError):
             return {}
         return said if isinstance(said, dict) else {}

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 
+from dalle.compiler import allow_variants
 from dalle.data.batch import Batch
 from dalle.data.datamodules import datamodule_of
 from dalle.data.shapes import Shapes
@@ -252,8 +253,8 @@ class Throughput(lightning.Callback):
 
 
 class Compile(lightning.Callback):
-    """Compiles the network for training steps, once, as their shapes never change. Validations, tests and
-    pictures on the way have others, for which it runs as it is.
+    """Compiles the network for training steps, once, as their shapes never change (with `data.buckets` once
+    for each shape). Validations, tests and pictures on the way have others, for which it runs as it is.
 
     Args:
         mode: torch.compile's; None: its usual one.
@@ -263,6 +264,7 @@ class Compile(lightning.Callback):
         self.mode = mode
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: Stage) -> None:
+        allow_variants()
         pl_module.net.compile(dynamic=False, mode=self.mode)
 
     def on_validation_start(self, *_: Any) -> None:
