@@ -1,6 +1,7 @@
 """The lines of the page on formats as they stand, on a small made sample of each."""
 
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -71,6 +72,25 @@ def test_the_lines_train_sample_and_evaluate_as_they_stand(title, block, shell, 
     runs = [Run(path) for path in (samples / "logs").glob("*/*") if (path / "manifest.json").exists()]
     assert len(runs) == {"COCO": 3, "Tables": 2, "Pictures in their own shape": 4}.get(title, 1)
     assert list((samples / "logs").rglob("*.png")) or title != "COCO"
+
+
+@pytest.mark.slow
+def test_the_lines_for_shards_and_for_encoding_work_as_they_stand(shell, samples, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(samples / "cache"))
+    pages = [(ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("shards", "encode")]
+    (train,), (encode, prior) = (
+        re.findall("```bash\n(.*?)```", page, re.DOTALL)[0].splitlines() for page in pages
+    )
+    shards(samples / "PATH")
+    shell(f"{train.removeprefix('python ')} trainer.enable_progress_bar=false")
+    shell("sample.py name=mine prompt='thing 1'")
+    shell("evaluate.py run=logs/mine/clip")
+    monkeypatch.setattr(sys, "argv", shlex.split(encode))
+    cli.main()
+    assert "data=encoded data.path=EMBEDDINGS reads them" in capsys.readouterr().out
+    shutil.rmtree(samples / "logs" / "mine" / "prior")
+    shell(f"{prior.removeprefix('python ')} trainer.enable_progress_bar=false")
+    assert Run(samples / "logs" / "mine" / "prior").finished
 
 
 @pytest.mark.parametrize(
