@@ -178,7 +178,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch, capsys, name, me
     picture(tmp_path / "lone" / "0.png", 0)
     (tmp_path / "empty").mkdir()
     picture(tmp_path / "latin" / "birds" / "0.png", 0)
-    write(tmp_path / "latin" / "captions.csv", "file_name,text\n0.png,caf\xe9\n", "latin-1")
+    write(tmp_path / "latin" / "captions.csv", "file_name,text\n0.png,caf\xe9\n0.png,th\xe9\n", "latin-1")
     for file in ("a.zip", "b.zip", "captions.tsv.gz"):
         write(tmp_path / "packed" / file, "x")
     with pytest.raises(SystemExit, match=re.escape(message)) as ended:
