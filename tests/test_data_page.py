@@ -75,7 +75,7 @@ def test_the_lines_train_sample_and_evaluate_as_they_stand(title, block, shell, 
 
 
 @pytest.mark.slow
-def test_the_lines_for_shards_and_for_encoding_work_as_they_stand(shell, samples, monkeypatch, capsys):
+def test_the_lines_for_shards_and_for_encoding_work_as_they_stand(shell, samples, monkeypatch, capfd):
     monkeypatch.setenv("XDG_CACHE_HOME", str(samples / "cache"))
     pages = [(ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("shards", "encode")]
     (train,), (encode, prior) = (
@@ -87,9 +87,10 @@ def test_the_lines_for_shards_and_for_encoding_work_as_they_stand(shell, samples
     shell("evaluate.py run=logs/mine/clip")
     monkeypatch.setattr(sys, "argv", shlex.split(encode))
     cli.main()
-    assert "data=encoded data.path=EMBEDDINGS reads them" in capsys.readouterr().out
+    assert "data=encoded data.path=EMBEDDINGS reads them" in capfd.readouterr().out
     shutil.rmtree(samples / "logs" / "mine" / "prior")
-    shell(f"{prior.removeprefix('python ')} trainer.enable_progress_bar=false")
+    ended = shell(f"{prior.removeprefix('python ')} trainer.enable_progress_bar=false")
+    assert "for 22 pictures: " in ended.out  # of no size
     assert Run(samples / "logs" / "mine" / "prior").finished
 
 

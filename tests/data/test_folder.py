@@ -323,6 +323,7 @@ def test_a_text_that_several_pictures_may_mean_is_nobodys(tmp_path):
         ),
         ("all.zip", "1 zip files, which data=folder data.root={root}/all.zip reads"),
         ("all.tar.gz", "1 tar.gz files, which have to be unpacked first"),
+        ("titles.tsv.gz", "1 packed table files, which have to be unpacked first"),
     ],
 )
 def test_other_formats_are_named_with_what_reads_them(tmp_path, name, said):

@@ -27,7 +27,7 @@ TEXTS = (".txt", ".caption")
 LARGEST_TEXT = 2**20  # bytes of a picture's text file; what is larger is no caption
 SHOWN = 8  # class names in the first line
 UNPACK = "have to be unpacked first"
-FOREIGN = {  # endings of files that hold pictures themselves -> what they are, and what reads them
+FOREIGN = {  # endings of files that a folder is not read from -> what they are, and what reads them
     "-ubyte": ("idx", "data=idx data.root={root} reads"),
     "-ubyte.gz": ("idx", "data=idx data.root={root} reads"),
     ".parquet": ("parquet", "data=table data.path={root} reads"),
@@ -36,6 +36,9 @@ FOREIGN = {  # endings of files that hold pictures themselves -> what they are, 
     ".zip": ("zip", "data=folder data.root={root}/{name} reads"),
     ".tgz": ("tar.gz", UNPACK),
     ".tar.gz": ("tar.gz", UNPACK),
+    ".csv.gz": ("packed table", UNPACK),
+    ".tsv.gz": ("packed table", UNPACK),
+    ".jsonl.gz": ("packed table", UNPACK),
 }
 GENERIC = re.compile(r"(image|img|picture|photo)s?", re.IGNORECASE)  # folders that name no class
 TEXT_FOLDER = re.compile(r"(caption|text|txt|prompt|description)s?", re.IGNORECASE)  # beside that of pictures

@@ -139,4 +139,5 @@ def said(config: Config, items: int, followed: Mapping[str, Any]) -> str | None:
         return None
     given = " ".join(f"{key}={str(value).replace(' ', '')}" for key, value in followed.items())
     size = config["data"].get("image_size")
-    return f"for {items:,} pictures of {size} px: {given} (each can be given)"
+    of = f" of {size} px" if size else ""  # what is encoded has none
+    return f"for {items:,} pictures{of}: {given} (each can be given)"
