@@ -4,7 +4,8 @@
     python benchmarks/peers_quality.py train dalle-pytorch --minutes 10 --out logs/peers/dalle-pytorch
     python benchmarks/peers_quality.py judge dalle-pytorch --out logs/peers/dalle-pytorch
 
-DALLE2-pytorch's CLIP is a run of ours: `--clip logs/demo/clip`.
+DALLE2-pytorch's CLIP is a run of ours: `--clip logs/demo/clip`. `judge dalle` and `judge unclip` judge runs
+of this project alike: `--out logs/demo`.
 """
 
 import argparse
@@ -27,13 +28,17 @@ from torch import Tensor, nn
 from dalle.data.shapes import Shapes, prompts
 from dalle.data.sources import EpochSampler
 from dalle.data.tokenizers import CaptionTokenizer
-from dalle.evaluation.demo import KINDS, verdicts
+from dalle.evaluation.demo import KINDS, load, verdicts
+from dalle.evaluation.seen_captions import captions_read
 from dalle.files import atomic_path, write_json
-from dalle.images import from_uint8, to_uint8
+from dalle.images import from_uint8, grid, to_uint8
+from dalle.metrics.judge import Judge
 from dalle.run_dir import load_clip
 
 SIDE, BATCH = 32, 64  # of pictures, and how many are sampled at once
 TOKENIZER_CAPTIONS = 50_000
+OURS = ("dalle", "unclip")
+PROMPTS = Path(__file__).parents[1] / "prompts" / "shapes.txt"
 
 Batch = tuple[Tensor, list[str]]
 Sample = Callable[[list[str], dict[str, Any]], Tensor]  # captions and options -> pictures in [-1, 1]
@@ -294,16 +299,25 @@ def judged(
     validation split; of equally many the first.
     """
     tried = []
-    for options in choices:
+    for options in choices if len(choices) > 1 else ():
         images, captions = drawn(sample, options, choose_n, "val")
         tried.append({**options, "right": verdicts(images, captions, read)["judge/all"]})
         print(f"validation split, {tried[-1]}", flush=True)
-    best = max(range(len(choices)), key=lambda at: tried[at]["right"])
+    best = max(range(len(tried)), key=lambda at: tried[at]["right"], default=0)
     begun = time.perf_counter()
     images, captions = drawn(sample, choices[best], n, "test")
     took = (time.perf_counter() - begun) / len(captions)
-    table = verdicts(images, captions, read)
-    return {"n": n, "options": choices[best], "tried": tried, "seconds_per_image": took, **table}
+    attributes = {name: marks.nanmean().item() for name, marks in Judge()(images, captions).items()}
+    facts = {"n": n, "options": choices[best], "tried": tried, "seconds_per_image": took}
+    return {**facts, "attributes": attributes, **verdicts(images, captions, read)}
+
+
+def sheet(sample: Sample, options: dict[str, Any], path: Path) -> None:
+    """A grid of what is drawn for the demo's prompts."""
+    captions = PROMPTS.read_text().splitlines()
+    torch.manual_seed(0)
+    with atomic_path(path) as beside:
+        grid(sample(captions, options).clamp(-1, 1), captions).save(beside, "PNG")
 
 
 def train(name: str, minutes: float, out: Path, clip: Path | None, rates: dict[str, float]) -> dict[str, Any]:
@@ -327,8 +341,22 @@ def train(name: str, minutes: float, out: Path, clip: Path | None, rates: dict[s
     return row
 
 
+def judge_ours(pipeline: str, runs: Path, n: int) -> dict[str, Any]:
+    """Samples and judges a folder of runs of this project's as its peers are."""
+    loaded = load(runs, pipeline)
+
+    def sample(captions: list[str], options: dict[str, Any]) -> Tensor:
+        return loaded.pipeline.sample(captions, batch_size=BATCH, **options)
+
+    table = judged(sample, [{"seed": 0}], captions_read(loaded.paths), n, 0)
+    sheet(sample, {"seed": 0}, runs / f"{pipeline}_grid.png")
+    row = {"peer": f"{pipeline} of {runs}", "parameters": loaded.parameters, **table}
+    write_json(runs / f"{pipeline}_row.json", row)
+    return row
+
+
 def judge(name: str, out: Path, clip: Path | None, n: int, choose_n: int) -> dict[str, Any]:
-    """Samples and judges what `train` left in `out`."""
+    """Samples and judges what `train` left in `out`; leaves `row.json` and `grid.png` there."""
     if not (out / "trained.json").exists():
         raise SystemExit(f"{out} holds no training; run `train {name} --out {out}` first.")
     peer = PEERS[name](tokenizer_of_shapes(), clip)
@@ -337,6 +365,7 @@ def judge(name: str, out: Path, clip: Path | None, n: int, choose_n: int) -> dic
     read = set(json.loads((out / "read.json").read_text()))
     with torch.no_grad():
         table = judged(peer.sample, peer.choices, read, n, choose_n)
+        sheet(peer.sample, table["options"], out / "grid.png")
     row = {**json.loads((out / "trained.json").read_text()), **table}
     write_json(out / "row.json", row)
     return row
@@ -345,7 +374,7 @@ def judge(name: str, out: Path, clip: Path | None, n: int, choose_n: int) -> dic
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=["train", "judge"])
-    parser.add_argument("peer", choices=PEERS)
+    parser.add_argument("peer", choices=[*PEERS, *OURS], help="one of the last two: judge only")
     parser.add_argument("--out", type=Path, required=True, help="folder for weights and rows")
     parser.add_argument("--minutes", type=float, default=10.0, help="of training, on the wall's clock")
     parser.add_argument("--clip", type=Path, help="a finished run of model=clip, for dalle2-pytorch")
@@ -359,9 +388,13 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     stand_ins()
-    rates: ClassVar = {part: float(rate) for part, _, rate in (given.partition("=") for given in args.lr)}
+    rates = {part: float(rate) for part, _, rate in (given.partition("=") for given in args.lr)}
     try:
-        if args.what == "train":
+        if args.peer in OURS:
+            if args.what == "train":
+                parser.error(f"train.py trains {args.peer}")
+            row = judge_ours(args.peer, args.out, args.n)
+        elif args.what == "train":
             row = train(args.peer, args.minutes, args.out, args.clip, rates)
         else:
             row = judge(args.peer, args.out, args.clip, args.n, args.choose_n)
