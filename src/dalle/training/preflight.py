@@ -294,12 +294,6 @@ def at_once(config: dict[str, Any], stage: Stage, datamodule: Any, watched: Watc
     return sum(n for kind, n in kinds.items() if kind not in passing) + watched.live
 
 
-def foretold(config: dict[str, Any], stage: Stage, datamodule: Any) -> tuple[int, int]:
-    """Bytes of a GPU that a training is said to need, and the most that a few steps of it had in use."""
-    watched = watch(config, stage, datamodule)
-    return at_once(config, stage, datamodule, watched), watched.peak
-
-
 def held(module: nn.Module) -> int:
     """Bytes of weights and buffers."""
     return sum(size(t) for t in (*module.parameters(), *module.buffers()))
