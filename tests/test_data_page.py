@@ -155,6 +155,27 @@ def test_data_check_counts(tmp_path, monkeypatch, capsys):
         assert line in said, said
     assert (tmp_path / "sheet.png").exists()
     assert "as decoding shows" not in check(monkeypatch, capsys, "set", "--quick")
+    check(monkeypatch, capsys, "set", "--quick", "--sheet", "sheet.png")  # its own may be made again
+
+
+@pytest.mark.parametrize("place", ["set/0.png", "set/0.txt", "set", "notes.txt", "link.png"])
+def test_the_contact_sheet_takes_no_other_files_place(tmp_path, monkeypatch, capsys, place):
+    monkeypatch.chdir(tmp_path)
+    for k in range(4):
+        write(picture(tmp_path / "set" / f"{k}.png", k).with_suffix(".txt"), f"thing {k}")
+    (tmp_path / "link.png").symlink_to("set/0.png")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(SystemExit, match=f"error: --sheet {place}"):
+        check(monkeypatch, capsys, "set", "--sheet", place)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert (tmp_path / "link.png").is_symlink()
+
+
+def test_data_check_names_settings_as_they_are_given(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write(picture(tmp_path / "set" / "0.png", 0).with_suffix(".txt"), "thing")
+    with pytest.raises(SystemExit, match=r"error: data\.image_size must be a number, got nan"):
+        check(monkeypatch, capsys, "set", "data.image_size=nan")
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,18 @@ def instead(wrong: str, choices: Collection[str], prefix: str, meant: Collection
     return f"; there are {', '.join(sorted(choices))}" if choices else ""
 
 
+def reason(error: Exception) -> str:
+    """What a library says went wrong, in one short line; a bare number or name has the error's kind before
+    it, and PyTorch's advice to load without safety is left out.
+    """
+    said = " ".join(str(error).split())
+    if said.startswith("Weights only load failed"):
+        return "it is no file of tensors"
+    if isinstance(error, LookupError) or not said:
+        said = f"{type(error).__name__} {said}".strip()
+    return said if len(said) <= 160 else f"{said[:150]} ..."
+
+
 def nearest(wrong: str, choices: Collection[str]) -> list[str]:
     """The right spelling of a wrong one, or several where they are equally near."""
     likeness = {name: difflib.SequenceMatcher(None, name, wrong).ratio() for name in choices}

@@ -35,6 +35,7 @@ Betas = Annotated[Sequence[Decay], Len(2, 2)]
 Seed = Annotated[int, Ge(0), Lt(2**32)]  # what numpy takes
 Text = Annotated[str, MinLen(1)]
 Place = Text | Path
+Places = Annotated[Sequence[Text], MinLen(1)]
 
 # Far beyond what anybody needs, but nothing that would fill a machine or never end
 Side = Annotated[int, Ge(1), Le(8192)]  # of a picture, in pixels
@@ -66,7 +67,7 @@ COMPARE = {Gt: operator.gt, Ge: operator.ge, Lt: operator.lt, Le: operator.le}
 LARGEST, WHOLE = sys.float_info.max, 2**63
 WORDS: dict[Any, str] = {
     float: "a number", int: "a whole number", bool: "true or false", str: "text", types.NoneType: "null",
-    dict: "a group of settings",
+    dict: "a group of settings", Mapping: "a group of settings",
 }  # fmt: skip
 
 

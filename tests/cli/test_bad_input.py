@@ -41,6 +41,16 @@ from dalle.launch.processes import REASON
             "callbacks.ema.decay must be a number of at least 0 and below 1, got 'slow'",
         ),
         (["+model.net.colour=3"], "model.net.colour is not an option of Prior; it takes embed_dim"),
+        (["optimizer=[adam]"], "optimizer is one of adam, "),
+        (
+            ["data.filters=[1]", "data=folder"],
+            "data.filters is a group of settings; give each as data.filters.NAME=",
+        ),
+        (["data=mixture", "data.weights=5"], "data.weights must be a group of settings or null, got 5"),
+        (
+            ["data=webdataset", "data.shards=[]"],
+            "data.shards must be text that is not empty or Path or a list that ",
+        ),
         (["resume=maybe"], "resume must be true or false, got 'maybe'"),
         (["preflight=soon"], "preflight must be true or false, got 'soon'"),
         (["preflight=true"], "holds no finished clip, and preflight trains none: train it first, or see"),

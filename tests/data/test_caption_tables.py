@@ -47,6 +47,11 @@ EXPECTED = {"0.jpg": ["thing 0"], "1.jpg": ["thing 1"]}
         ("metadata.jsonl", "".join(f'{{"img": "{k}", "txt": "[\\"thing {k}\\"]"}}\n' for k in range(2))),
         ("metadata.json", json.dumps([{"file_name": f"{k}.jpg", "text": f"thing {k}"} for k in range(2)])),
         ("metadata.json", json.dumps({f"{k}.jpg": f"thing {k}" for k in range(2)})),
+        ("metadata.json", '{"file_name": ["0.jpg", "1.jpg"], "text": ["thing 0", "thing 1"]}'),
+        (
+            "metadata.json",
+            '{"image": {"0": "0.jpg", "1": "1.jpg"}, "caption": {"0": "thing 0", "1": "thing 1"}}',
+        ),
         ("metadata.jsonl", "".join(f'{{"file_name": "{k}.jpg", "prompt": "thing {k}"}}\n' for k in range(2))),
         (
             "metadata.jsonl",

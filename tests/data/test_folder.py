@@ -443,7 +443,8 @@ def test_bad_pictures_are_left_out_and_reported_once(tmp_path):
         "1 pictures are used",
         "6 broken (cut_bmp.bmp, cut_gif.gif, cut_jpg.jpg, ...)",
         "1 empty (empty.png)",
-        "3 without a readable caption (blank.png, latin.png, silent.png)",
+        "2 without a readable caption (blank.png, silent.png)",
+        "1 with a caption that is not UTF-8 text, as it has to be saved (latin.png)",
         "1 larger than 10000 pixels (large.png)",
         "1 listed but not there (gone.png)",
     ):

@@ -107,6 +107,20 @@ def test_a_named_column_of_the_json(tmp_path):
 # Splits
 
 
+def test_a_column_that_is_not_there_is_told_at_once_with_those_that_are(tmp_path):
+    shard = tar(tmp_path / "a.tar", {"0.png": picture(0), "0.txt": b"x", "0.json": b'{"alt": "a bird"}'})
+    with pytest.raises(UserError, match=r"data\.caption_column=nope is in none .*/a\.tar; there are alt$"):
+        read(shard, caption_column="nope")
+
+
+def test_a_caption_in_another_encoding_says_so(tmp_path):
+    source = read(
+        tar(tmp_path / "a.tar", {"0.png": picture(0), "0.txt": "caf\xe9".encode("latin-1")}, sample(1))
+    )
+    with pytest.warns(UserWarning, match="sample 0 of train: with a caption that is not UTF-8 text"):
+        assert source.captions(0) == ["thing 1"]
+
+
 def test_few_shards_are_divided_by_their_keys_and_many_as_wholes(tmp_path):
     few = {
         s: read(shards(tmp_path / "few"), s, val_fraction=0.2, test_fraction=0.1)

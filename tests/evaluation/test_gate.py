@@ -73,6 +73,12 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     assert json.loads(file.read_text())["settings"] == list(gate.SETTINGS)
     main(monkeypatch, "logs/demo", f"--file={file}")
     assert "within their recorded intervals" in capsys.readouterr().out
+    (tmp_path / "list.json").write_text("[1]")
+    monkeypatch.setattr(gate, "measure", None)  # not asked for
+    with pytest.raises(UserError, match=r"list.json is damaged .* is kept; give another --file"):
+        main(monkeypatch, "logs/demo", f"--file={tmp_path / 'list.json'}", "--record")
+    assert (tmp_path / "list.json").read_text() == "[1]"
+    monkeypatch.setattr(gate, "measure", lambda folder, settings: found)
     found = result(judge=0.1, weights="b")
     with pytest.raises(UserError, match=r"1 figures left .* trained again, .*: judge/all is 0.1, outside"):
         main(monkeypatch, "logs/demo", f"--file={file}")

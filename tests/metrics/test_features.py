@@ -214,6 +214,9 @@ def test_missing_and_damaged_weights_are_user_errors(tmp_path):
     (tmp_path / "half.pth").write_bytes(b"PK\x03\x04 half a file")
     with pytest.raises(UserError, match="does not hold"):
         find_inception(tmp_path / "half.pth")
+    (tmp_path / "picture.pth").write_bytes(b"\x89PNG")
+    with pytest.raises(UserError, match=r"weights \(it is no file of tensors\); fetch"):
+        find_inception(tmp_path / "picture.pth")
     torch.save({"conv": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="does not hold"):
         find_inception(tmp_path / "other.pth")

@@ -110,8 +110,10 @@ def test_a_public_clip_does_without_its_weights(command_line):
     pytest.importorskip("open_clip")
     rows = command_line("model=prior", "clip=open_clip", "devices=8").splitlines()
     assert rows[-1].startswith("| `prior` | 8 |")
-    with pytest.raises(UserError, match="open_clip knows no model 'ViT-Z'"):
+    with pytest.raises(UserError, match="open_clip knows no model 'ViT-Z'; close to it: ViT-"):
         command_line("model=prior", "clip=open_clip", "clip.name=ViT-Z")
+    with pytest.raises(UserError, match=r"open_clip knows no model '\?'; open_clip.list_models"):
+        command_line("model=prior", "clip=open_clip", "clip.name='?'")
 
 
 def test_recipes_whose_pictures_and_devices_are_not_here(command_line):

@@ -33,9 +33,12 @@ def main(arguments: list[str]) -> None:
     device = costs.Device(**given)
     items = number(own["items"]) if "items" in own else None
     devices = [int(number(f"devices={n}")) for n in values(own.get("devices"))] or DEVICES
+    models = values(own.get("model")) or PAPERS
+    for model in models:  # all are looked at before the first of many minutes
+        compose("train", [f"model={model}", *rest, "precision=bf16"])
     print(costs.described(device), end="\n\n")
     print("\n".join(costs.HEAD))
-    for model in values(own.get("model")) or PAPERS:
+    for model in models:
         print("\n".join(costs.table(model, step_of(model, rest, items), devices, device)), flush=True)
 
 

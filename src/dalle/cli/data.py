@@ -26,6 +26,7 @@ from dalle.launch.overrides import quote
 CHECKED = 100_000  # captions that are measured in tokens
 PATIENCE = 2  # seconds after which a progress bar is shown
 SHEET = 36  # pictures on the contact sheet
+SOFTWARE = "dalle data check"  # what the contact sheet says made it
 NAMED = 5  # of each kind that is left out
 SPLITS = ("train", "val", "test")
 
@@ -43,9 +44,32 @@ def main(arguments: list[str]) -> None:
         "--sheet", type=Path, help="where the contact sheet goes; else logs/data_check/NAME.png"
     )
     args = parser.parse_args(arguments)
+    if args.sheet:
+        check_sheet(args.sheet)
     words, module, said, unread = find(args.path, args.settings)
     for line in report(args.path, words, module, said, unread, args.quick, args.sheet):
         print(printable(line), flush=True)
+
+
+def check_sheet(place: Path) -> None:
+    """Refuses, before any work, to write the contact sheet over what is no contact sheet.
+
+    Raises:
+        UserError: naming it.
+    """
+    from PIL import Image
+
+    from dalle.files import check_writable
+
+    if place.suffix.lower() != ".png":
+        raise UserError(f"--sheet {place}: the contact sheet is a PNG; give a file that ends in .png")
+    if os.path.lexists(place):
+        made: object = None
+        with contextlib.suppress(OSError, ValueError, SyntaxError), Image.open(place) as there:
+            made = there.info.get("Software")
+        if made != SOFTWARE:
+            raise UserError(f"--sheet {place} is there and no contact sheet; give a new name")
+    check_writable(place.parent, "place with --sheet")
 
 
 def find(path: str, given: Sequence[str]) -> tuple[list[str], Any, list[str], list[str]]:
@@ -89,9 +113,10 @@ def _for_shell(word: str) -> str:
 
 def _module(words: Sequence[str]) -> tuple[Any, list[str]]:
     """The DataModule of a CLIP, and what was warned of while its data were opened."""
-    from dalle.instantiate import instantiate
+    from dalle.instantiate import check, instantiate
 
     config = compose("train", ["model=clip", "batch_size=1", *words])[0].config
+    check(config["datamodule"]["source"], "data")
     module = instantiate(config["datamodule"], "datamodule")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -261,4 +286,5 @@ def contact_sheet(path: str, splits: dict[str, Any], bad: set[str], place: Path 
     if not images:
         raise UserError(f"{path}: no picture can be decoded")
     short = Path(os.path.abspath(path)).name.partition("*")[0] or "data"
-    return save_png(grid(torch.cat(images), texts), place or Path("logs", "data_check", f"{short}.png"))
+    place = place or Path("logs", "data_check", f"{short}.png")
+    return save_png(grid(torch.cat(images), texts), place, {"Software": SOFTWARE})

@@ -246,6 +246,8 @@ def one_line(error: Exception) -> str:
         return f"{several[1]}: several values are several jobs; say so with -m"
     if key and "Missing mandatory value" in message:
         return f"{key} is needed: give it as {key}=VALUE"
+    if merged := re.match(r"Error merging override \+*(.*?)=", message):
+        return f"{merged[1]} is a group of settings; give each as {merged[1]}.NAME=VALUE"
     return re.sub(r" (To append to your|See https?:|full_key:|Config search path:) ?.*", "", message)
 
 

@@ -18,7 +18,7 @@ from urllib.parse import unquote
 
 from dalle.data.caption_tables import SUFFIXES, Columns, NotATable, Table, read_table
 from dalle.data.splits import folder_splits, split_folder, split_names
-from dalle.data.text import lines, read_text, shown, tidy
+from dalle.data.text import NO_TEXT, lines, read_text, shown, tidy
 from dalle.data.zip_files import Archive, Member
 from dalle.errors import UserError
 
@@ -104,23 +104,32 @@ class CaptionFiles:
                 stem = PurePosixPath(name).stem.lower()
                 kinds[stem in TABLES or bool(split_names([stem]))].append(name)
         reader.try_all(kinds[True])
-        texts = {
-            name: self._lines(f"{root}/{text}" if isinstance(root, Path) else root / text, files[text])
-            for name, text in beside.items()
-            if not reader.captions.get(name)
-        }
+        texts, other = dict[str, list[str]](), list[str]()
+        for name, text in beside.items():
+            if not reader.captions.get(name):
+                try:
+                    path = f"{root}/{text}" if isinstance(root, Path) else root / text
+                    texts[name] = self._lines(path, files[text])
+                except UnicodeDecodeError:
+                    other.append(name)
         reader.captions |= texts
         if not any(reader.captions.values()):
             reader.try_all(kinds[False])
+        if other := [name for name in other if not reader.captions.get(name)]:
+            reader.left_out[NO_TEXT] += other
         if not any(reader.captions.values()):
             reader.unread += foreign(None if isinstance(root, Archive) else str(root), files)
         return reader.found(sum(map(bool, texts.values())))
 
     def _lines(self, path: str | Member, size: int) -> list[str]:
-        """The captions in a text file. One odd file among thousands has none; its picture is named."""
+        """The captions in a text file. One odd file among thousands has none; its picture is named.
+
+        Raises:
+            UnicodeDecodeError: they are in another encoding.
+        """
         try:
             text = read_text(path) if size <= LARGEST_TEXT else ""
-        except (OSError, UnicodeDecodeError):
+        except OSError:
             return []
         found = [caption for line in lines(text) if (caption := tidy(line))]
         return found[:1] if self.first_line else found

@@ -126,7 +126,7 @@ def read_table(path: Path | Member, columns: Columns, is_picture: Callable[[str]
     if not text.strip():
         raise NotATable("empty")
     if path.suffix.lower() in (".jsonl", ".ndjson", ".json"):
-        table = _from_objects(_objects(text), columns)
+        table = _from_objects(_objects(text, columns), columns)
     else:
         table = _from_records(text, columns, is_picture)
     table.broken = sorted({*table.broken, *odd})
@@ -250,7 +250,7 @@ def _row(item: dict[str, Any], columns: Columns) -> tuple[Row, list[str]] | None
     return None
 
 
-def _objects(text: str) -> Iterator[tuple[int, Any]]:
+def _objects(text: str, columns: Columns) -> Iterator[tuple[int, Any]]:
     """The objects of JSON lines, or of one list, however it is wrapped; None for what is none."""
     try:
         whole = json.loads(text)
@@ -259,7 +259,24 @@ def _objects(text: str) -> Iterator[tuple[int, Any]]:
             if line.strip():
                 yield number, _loads(line)
         return
-    yield from enumerate(_unwrapped(whole), 1)
+    yield from enumerate(_by_columns(whole, columns) or _unwrapped(whole), 1)
+
+
+def _by_columns(whole: Any, columns: Columns) -> list[Any]:
+    """The rows of what holds the values of each column, in lists or by the rows' numbers (as pandas writes
+    it); nothing where it is no such table.
+    """
+    if not isinstance(whole, dict):
+        return []
+    picture = next(iter(columns.of_picture(list(whole))), None)
+    if picture is None or not columns.of_captions(list(whole), picture):
+        return []
+    if all(isinstance(column, list) for column in whole.values()):
+        whole = {name: dict(enumerate(column)) for name, column in whole.items()}
+    first = whole[picture]
+    if not all(isinstance(column, dict) and column.keys() == first.keys() for column in whole.values()):
+        return []
+    return [{name: column[key] for name, column in whole.items()} for key in first]
 
 
 def _loads(line: str) -> Any:

@@ -29,7 +29,7 @@ from dalle.data.sources import Source
 from dalle.data.splits import Split, split_names
 from dalle.data.text import read_text, shown
 from dalle.errors import UserError
-from dalle.ranges import Fraction, Place, PositiveInt, Seed, Side, Text
+from dalle.ranges import Fraction, Place, Places, PositiveInt, Seed, Side, Text
 
 BUILDERS = {".parquet": "parquet", ".pq": "parquet", ".arrow": "arrow"}
 LOADERS = ("parquet", "arrow", "imagefolder", "json", "csv", "cache")  # of the library, that are used here
@@ -40,7 +40,7 @@ BATCH = 1000  # rows whose captions are read at a time
 
 def hugging_face(
     split: Split,
-    path: Place | Sequence[Text],
+    path: Place | Places,
     image_size: Side,
     subset: Text | None = None,
     image_column: Text | None = None,
@@ -96,7 +96,7 @@ class HuggingFace(Pictures):
     def __init__(
         self,
         split: Split,
-        path: Place | Sequence[Text],
+        path: Place | Places,
         image_size: Side,
         subset: Text | None = None,
         image_column: Text | None = None,

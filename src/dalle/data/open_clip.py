@@ -101,8 +101,7 @@ def load_open_clip(
     """
     open_clip = _open_clip()
     if name not in open_clip.list_models():
-        close = ", ".join(difflib.get_close_matches(name, open_clip.list_models(), n=5, cutoff=0.3))
-        raise UserError(f"open_clip knows no model {name!r}; close to it: {close}.")
+        raise _unknown(name, open_clip.list_models())
     tags = open_clip.list_pretrained_tags_by_model(name)
     is_tag = pretrained in tags
     if not is_tag and not Path(pretrained).is_file():
@@ -135,13 +134,19 @@ def without_weights(name: str) -> FrozenCLIP:
     """The model of such a name on the meta device: its sizes. Raises UserError where it is not known."""
     open_clip = _open_clip()
     if name not in open_clip.list_models():
-        raise UserError(f"open_clip knows no model {name!r}")
+        raise _unknown(name, open_clip.list_models())
     logging.disable(logging.WARNING)  # that it has no weights
     with torch.device("meta"):
         model = open_clip.create_model(name, load_weights=False, device="meta")
     logging.disable(logging.NOTSET)
     net = OpenClipNet(model).to("meta")
     return FrozenCLIP(net, ClipBPE(net.context_length))
+
+
+def _unknown(name: str, models: list[str]) -> UserError:
+    close = ", ".join(difflib.get_close_matches(name, models, n=5, cutoff=0.3))
+    others = f"close to it: {close}." if close else "open_clip.list_models() in Python names all."
+    return UserError(f"open_clip knows no model {name!r}; {others}")
 
 
 def _open_clip() -> Any:

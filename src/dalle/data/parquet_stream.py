@@ -40,7 +40,7 @@ from dalle.data.shuffling import ShardOrder
 from dalle.data.splits import FEWEST, Split, owners, split_names
 from dalle.data.text import shown
 from dalle.errors import UserError
-from dalle.ranges import Fraction, Place, PositiveInt, Seed, Side, Text
+from dalle.ranges import Fraction, Place, Places, PositiveInt, Seed, Side, Text
 
 SUFFIXES = (".parquet", ".pq")
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -64,7 +64,7 @@ class ParquetStream(PictureReader):
     def __init__(
         self,
         split: Split,
-        path: Place | Sequence[Text],
+        path: Place | Places,
         image_size: Side,
         subset: Text | None = None,
         image_column: Text | None = None,

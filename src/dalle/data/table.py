@@ -28,7 +28,7 @@ from dalle.data.pictures import Catalogue, Pictures
 from dalle.data.splits import Split, split_names
 from dalle.data.text import shown
 from dalle.errors import UserError
-from dalle.ranges import Fraction, Place, PositiveInt, Seed, Side, Text
+from dalle.ranges import Fraction, Place, Places, PositiveInt, Seed, Side, Text
 
 ADDRESS = re.compile(r"(?!file:)[a-z][a-z0-9+.-]+://|data:image/", re.IGNORECASE)
 IN_FOLDERS = (".csv", ".tsv", ".jsonl", ".ndjson")  # of a folder; a .txt there may be any text
@@ -49,7 +49,7 @@ class Table(Pictures):
     def __init__(
         self,
         split: Split,
-        path: Place | Sequence[Text],
+        path: Place | Places,
         image_size: Side,
         root: Place | None = None,
         image_column: Text | None = None,

@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 from dalle.reading import check_file
 
 UTF16 = (b"\xff\xfe", b"\xfe\xff")  # byte order marks of what Windows calls Unicode
+NO_TEXT = "with a caption that is not UTF-8 text, as it has to be saved"
 UNSEEN = "\u200b\u2060\ufeff"  # white space that Python does not take for such
 
 

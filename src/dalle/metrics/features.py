@@ -18,7 +18,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torchmetrics.image.fid import NoTrainInceptionV3
 
 from dalle.data.frozen import weights_hash
-from dalle.errors import UserError
+from dalle.errors import UserError, reason
 from dalle.images import from_uint8
 from dalle.metrics.effnet import ARCHITECTURE, SIDE, EffNetFeatures
 from dalle.metrics.perceptual import RandomFeatures
@@ -141,8 +141,7 @@ def find_inception(weights: str | Path | None = None, download: bool = False) ->
         torch.load(path, map_location="cpu", weights_only=True)
         return NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path), antialias=False)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        message = f"{path} does not hold the FID Inception's weights ({reason}); fetch the file again"
+        message = f"{path} does not hold the FID Inception's weights ({reason(error)}); fetch the file again"
         raise UserError(message) from error
 
 

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torchmetrics.functional.image.lpips import _NoTrainLpips
 
-from dalle.errors import UserError
+from dalle.errors import UserError, reason
 from dalle.finite import check_finite
 from dalle.images import from_uint8
 from dalle.metrics.effnet import EffNetFeatures
@@ -93,8 +93,7 @@ class LPIPS(nn.Module):
             check_finite(own, weights, "take another file")
             self.net.net.load_state_dict(own)
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"{weights} does not hold torchvision's VGG16 ({reason})") from error
+            raise UserError(f"{weights} does not hold torchvision's VGG16 ({reason(error)})") from error
         self.eval().requires_grad_(False)
 
     def forward(self, a: Float[Tensor, "B 3 H W"], b: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B"]:

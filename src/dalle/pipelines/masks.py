@@ -57,8 +57,8 @@ def check_any(mask: Bool[Tensor, "h w"]) -> None:
     """Raises UserError where there is nothing to draw."""
     if not mask.any():
         raise UserError(
-            "the mask is black all over, or darker than middle gray: nothing would be drawn; paint white "
-            "what is to change"
+            "the mask is black all over, or darker than middle gray, or white in spots too small for "
+            "pictures of this size: nothing would be drawn; paint white what is to change"
         )
 
 

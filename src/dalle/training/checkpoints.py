@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 
 from dalle.data.datamodules import STOPPING
-from dalle.errors import UserError, instead
+from dalle.errors import UserError, instead, reason
 from dalle.finite import check_finite
 from dalle.ranges import Place, PositiveInt, Text
 from dalle.stages.base import Stage
@@ -313,8 +313,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} cannot be read ({reason}); {WAYS}") from None
+        raise UserError(f"{path} cannot be read ({reason(error)}); {WAYS}") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} is no checkpoint of a training; {WAYS}")
     for key, fits in FRAME.items():

@@ -6,12 +6,12 @@ The image tokenizer is the VQGAN f16-16384 of taming-transformers, imported by i
 from pathlib import Path
 
 from dalle.data.tokenizers import DalleMiniBPE, tokenizer_facts
-from dalle.errors import UserError
+from dalle.errors import UserError, reason
 from dalle.nets.rudalle import Version
 from dalle.ranges import NonNegativeInt, Place, PositiveInt
 from dalle.reading import read_json, read_text
 from dalle.run_dir import load_image_tokenizer
-from dalle.weights.reading import ADVICE, PublicWeights, reason
+from dalle.weights.reading import ADVICE, PublicWeights
 from dalle.weights.rudalle import import_rudalle, is_rudalle
 from dalle.weights.writing import Imported, count, refuse_others, shape_of
 

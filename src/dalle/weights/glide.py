@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from dalle.data.tokenizers import GlideBPE, tokenizer_facts
-from dalle.errors import UserError
+from dalle.errors import UserError, reason
 from dalle.ranges import Place
 from dalle.run_dir import load_clip
 from dalle.weights.diffusion import ancestral, denoiser, of_clip
-from dalle.weights.reading import ADVICE, PublicWeights, reason
+from dalle.weights.reading import ADVICE, PublicWeights
 from dalle.weights.unet import unet_names, unet_sizes
 from dalle.weights.writing import Imported, count, shape_of
 

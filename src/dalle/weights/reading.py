@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dalle.errors import UserError
+from dalle.errors import UserError, reason
 from dalle.finite import check_finite
 from dalle.reading import read_json
 
@@ -330,11 +330,3 @@ def _read_before_1_6(path: Path) -> Any:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def reason(error: Exception) -> str:
-    """What went wrong, in one line; a bare number or name has the error's kind before it."""
-    said = " ".join(str(error).split())
-    if isinstance(error, LookupError) or not said:
-        said = f"{type(error).__name__} {said}".strip()
-    return said if len(said) <= 160 else f"{said[:150]} ..."

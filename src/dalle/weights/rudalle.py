@@ -9,12 +9,12 @@ from pathlib import Path
 from torch import Tensor
 
 from dalle.data.tokenizers import YttmBPE, tokenizer_facts
-from dalle.errors import UserError
+from dalle.errors import UserError, reason
 from dalle.nets.rudalle import Version, sparse_mask
 from dalle.ranges import Place
 from dalle.reading import read_text
 from dalle.run_dir import load_image_tokenizer
-from dalle.weights.reading import ADVICE, PublicWeights, reason
+from dalle.weights.reading import ADVICE, PublicWeights
 from dalle.weights.writing import Imported, count, shape_of
 
 WHAT = "transformer of ruDALL-E's"
