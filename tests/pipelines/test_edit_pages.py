@@ -16,7 +16,7 @@ LINES = [
     for page in PAGES.values()
     for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
     for line in block.splitlines()
-    if "evaluate.py" not in line and "upsampler" not in line
+    if "sample.py" in line
 ]
 FAST = " precision=fp32 steps=2 pipeline.prior_sampler.steps=2"
 
@@ -29,7 +29,10 @@ def stages(untrained_stages, tmp_path, monkeypatch):
         shutil.copytree(untrained_stages / "default", tmp_path / "logs" / name)
     inpaint = tmp_path / "logs" / "demo" / "inpaint"
     untrained("decoder", untrained_stages, "inpaint=true", f"paths.run='{inpaint}'")
-    shutil.copytree(ROOT / "prompts", tmp_path / "prompts")
+    (tmp_path / "prompts").mkdir()
+    for path in (ROOT / "prompts").glob("*.png"):  # of decoders of 32 px
+        with Image.open(path) as picture:
+            picture.resize((picture.width // 2,) * 2).save(tmp_path / "prompts" / path.name)
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     masks, small = {"mask.png", "hole.png"}, {"small.png"}
     for name in {name for line in LINES for name in re.findall(r"(?:image|other|mask)=(\w+\.png)", line)}:
