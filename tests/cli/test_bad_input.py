@@ -26,6 +26,8 @@ from dalle.launch.processes import REASON
         (["-m", "model=clip,pirior"], "there is no model=pirior"),
         (["modle=prior"], "there is no setting modle; did you mean model?"),
         (["optimizer.lrr=1"], "there is no setting optimizer.lrr; did you mean optimizer.lr?"),
+        (["model.optimizer.lrr=1"], "there is no setting model.optimizer.lrr; did you mean optimizer.lr?"),
+        (["datamodule.source.sise=9"], "no setting datamodule.source.sise; did you mean data.size?"),
         (["optimizer.lr"], "'optimizer.lr' cannot be read; write key=value"),
         (["data=folder"], "data.root is needed: give it as data.root=VALUE"),
         (["optimizer.lr=fast"], "optimizer.lr must be a number above 0 and at most 1000, got 'fast'"),

@@ -241,7 +241,7 @@ def one_line(error: Exception) -> str:
         more = "; pip install 'dalle[sweeps]' brings others" if group == "hydra/launcher" else ""
         return f"there is no {group}={name}{instead(name, facts['options'] or [], group + '=')}{more}"
     if key and re.match(r"Key '.*' (is )?not in ", str(facts.get("msg"))):
-        return f"there is no setting {key}{_settings(key, facts['parent_node'] or {})}"
+        return f"there is no setting {key}{_settings(key, facts['parent_node'])}"
     if several := re.search(r"Ambiguous value for argument '(.*?)'", message):
         return f"{several[1]}: several values are several jobs; say so with -m"
     if key and "Missing mandatory value" in message:
@@ -251,12 +251,20 @@ def one_line(error: Exception) -> str:
     return re.sub(r" (To append to your|See https?:|full_key:|Config search path:) ?.*", "", message)
 
 
-def _settings(key: str, node: Mapping[str, Any]) -> str:
+def _settings(key: str, node: Any) -> str:
     """What a setting that `node` does not have may have meant: a group (``model/nte``), the same name deeper
-    in it (``lr``), or a neighbour.
+    in it (``lr``), or a neighbour; one that only refers to settings elsewhere is empty, so they are meant.
     """
     place, dot, wrong = key.rpartition(".")
-    paths = _paths(node)
+    if not node and hasattr(node, "_get_root"):
+        paths = [path for path in _paths(node._get_root()) if "." in path and not path.startswith(place)]
+        near = nearest(wrong, {path.rpartition(".")[2] for path in paths})
+        there = [path for path in paths if path.rpartition(".")[2] in near]
+        there = [path for path in there if path.startswith(f"{place.rpartition('.')[2]}.")] or there
+        return instead(
+            wrong, [], "", [p for p in there if p.count(".") == min(t.count(".") for t in there)][:3]
+        )
+    paths = _paths(node or {})
     if "/" in wrong:
         groups = [path.replace(".", "/") for path in paths if path.count(".") == wrong.count("/")]
         meant = nearest(wrong, groups)
