@@ -95,12 +95,13 @@ def read(server: Server, name: str = "{00000..00001}.tar", **options) -> WebData
 
 
 @pytest.mark.parametrize("fault", ["busy", "silent", "break"])
-def test_a_server_that_fails_for_a_while_is_asked_again(server, tmp_path, fault):
+def test_a_server_that_fails_for_a_while_is_asked_again(server, tmp_path, caplog, fault):
     server.faults = {"00000.tar": (fault, 2), "00001.tar": (fault, 1)}
     there, here = read(server), WebDataset("train", str(tmp_path / "web"), 8, **WHOLE)
     assert there.images(range(16)).equal(here.images(range(16)))
     assert [there.captions(k) for k in range(16)] == [here.captions(k) for k in range(16)]
     assert all(left == 0 for _, left in server.faults.values())
+    assert caplog.text.count("trying again") == 1  # said when it has failed twice
     if fault == "break":
         assert server.asked["GET", "00000.tar"] == 3
 

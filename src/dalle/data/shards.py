@@ -169,7 +169,8 @@ def tried(address: str, read: Callable[[], Result]) -> Result:
                     f"{shown(address)} cannot be read, {TRIES} times in a row ({why}); a run goes on with "
                     "resume=true"
                 ) from None
-            log.info("%s: %s; trying again in %g s", address, why, PAUSE * 2**attempt)
+            level = logging.WARNING if attempt else logging.INFO  # nobody is to wait in silence
+            log.log(level, "%s: %s; trying again in %g s", shown(address), why, PAUSE * 2**attempt)
             time.sleep(PAUSE * 2**attempt)
     raise AssertionError
 
