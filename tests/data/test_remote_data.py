@@ -101,8 +101,8 @@ def test_a_server_that_fails_for_a_while_is_asked_again(server, tmp_path, caplog
     assert there.images(range(16)).equal(here.images(range(16)))
     assert [there.captions(k) for k in range(16)] == [here.captions(k) for k in range(16)]
     assert all(left == 0 for _, left in server.faults.values())
-    assert caplog.text.count("trying again") == 1  # said when it has failed twice
     if fault == "break":
+        assert caplog.text.count("trying again") == 1  # said when it has failed twice
         assert server.asked["GET", "00000.tar"] == 3
 
 

@@ -318,6 +318,18 @@ def test_mistakes_write_nothing(measure, tmp_path, monkeypatch, settings, messag
     assert files_below(tmp_path) == {}
 
 
+def test_notes_are_added_to_notes_alone(measure, out, tmp_path):
+    note = tmp_path / "notes"
+    for _ in range(2):
+        measure("metrics=[judge]", f"note='{note}'", "n=4")
+    assert note.read_text() == f"{out / '001'}\n" * 2
+    for k, content in enumerate((b"model: 1\n", b"\x89PNG\0", b"\n")):
+        (other := tmp_path / f"{k}").write_bytes(content)
+        with pytest.raises(UserError, match="holds something else; give a new file"):
+            measure(f"note='{other}'")
+        assert other.read_bytes() == content
+
+
 def test_a_stage_that_is_part_of_a_pipeline(measure, untrained_stages):
     with pytest.raises(
         UserError, match=r"holds a decoder, which is measured as part of a pipeline: give pipeline="

@@ -5,6 +5,7 @@ the Trainer (each rank every world-th one), pool the rows of all ranks, and only
 """
 
 import contextlib
+import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -46,9 +47,7 @@ def evaluate(config: dict[str, Any]) -> Path | None:
     if config["out"] and is_main_process():
         check_writable(Path(config["out"]), "folder with out=")
     if config["note"] and is_main_process():
-        check_writable(Path(config["note"]).parent, "note")
-        if Path(config["note"]).is_dir():
-            raise UserError(f"note={config['note']} is a folder; give a file")
+        check_note(Path(config["note"]))
     check_machine(config)
     quiet()
     warnings.filterwarnings("ignore", ".*predict returned None.*")  # on purpose: see `Evaluator`
@@ -69,6 +68,25 @@ def evaluate(config: dict[str, Any]) -> Path | None:
     work = workplace(home, plan.result)
     with alone(work) if is_main_process() else contextlib.nullcontext():
         return look_and_publish(config, plan, home, work, taken)
+
+
+def check_note(path: Path) -> None:
+    """Refuses to add a line to what holds no such lines.
+
+    Raises:
+        UserError: naming the file.
+    """
+    check_writable(path.parent, "note")
+    if path.is_dir():
+        raise UserError(f"note={path} is a folder; give a file")
+    if path.exists() and not path.is_file():
+        raise UserError(f"note={path} is no file (a pipe, a device); give a file")
+    if path.exists() and path.stat().st_size:
+        with explained(path), path.open("rb") as file:
+            file.seek(-min(path.stat().st_size, 2**13), os.SEEK_END)
+            last = file.read().splitlines()[-1].decode(errors="replace")
+        if not Path(last).name.isdecimal():  # a folder of `publish`
+            raise UserError(f"note={path} is there and holds something else; give a new file")
 
 
 @contextlib.contextmanager
