@@ -158,6 +158,31 @@ def test_pictures_that_were_overtaken_get_another_folder(make, untrained_stages,
     assert list((samples / "001").iterdir()) == []
 
 
+def test_two_processes_do_not_fill_one_folder(make, tmp_path, monkeypatch):
+    place, asked = tmp_path / "new" / "here", []
+    draw = sampling.draw
+
+    def meanwhile(*given):
+        asked.append(given)
+        if len(asked) == 1:
+            with pytest.raises(UserError, match=r"another process draws into .*here; give another folder"):
+                make("new/here", "prompt=b")
+        return draw(*given)
+
+    monkeypatch.setattr(sampling, "draw", meanwhile)
+    make("new/here", "prompt=a")
+    assert len(asked) == 1
+    assert yaml.safe_load((place / "recipe.yaml").read_text())["prompts"] == ["a"]
+    assert not (place / sampling.LOCK).exists()
+
+
+def test_a_lock_that_a_killed_process_left_is_nobodys(make, tmp_path):
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / sampling.LOCK).touch()
+    assert "grid.png" in pngs(make("new", PROMPT))
+    assert not (tmp_path / "new" / sampling.LOCK).exists()
+
+
 def test_an_occupied_folder_stays_as_it_is(make, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("keep")

@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,10 @@ from dalle.ranges import (
     misfit,
     shown,
 )
-from dalle.run_lock import check_name
+from dalle.run_lock import check_name, locked
 from dalle.trust import listed, set_trusted
 
+LOCK = ".lock"  # in the folder that a process fills
 OPTIONS: dict[str, Any] = {  # of stages, where they are given in words and numbers
     "guidance": Guidance,
     "text_guidance": Guidance,
@@ -141,8 +142,7 @@ def sample(config: dict[str, Any]) -> Path:
     check_name(request.name, "name")
     usual = Path(request.paths["logs"], request.name, "samples")
     out = Path(request.out) if request.out else next_folder(usual)  # another process may take it meanwhile
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is not empty; give another folder with out=")
+    check_empty(out)
     check_writable(out, "folder with out=")
 
     runs: Mapping[str, str | None] = request.runs() | request.more_runs()
@@ -159,24 +159,57 @@ def sample(config: dict[str, Any]) -> Path:
     )
 
     options = {stage: arguments(node, stage) for stage, node in recipe.options.items()}
-    loaded.pipeline.prepare(recipe.precision, recipe.compile)
-    pipeline, figures = loaded.pipeline.to(recipe.device), {}
-    if edit:
-        frames, figures = edited(edit, pipeline, recipe, options)
-    else:
-        frames = draw(kind, pipeline, recipe, options)
-    check_drawn(frames)
-    out = out if request.out else new_folder(usual)
-    write(frames, recipe, out)
-    for name, value in figures.items():
-        print(LINES[name].format(value))
-    if edit:
-        judged = edit_report.drew_shapes(loaded.paths[kind.main])
-        report = what_became(edit, pipeline, recipe, frames, figures, judged)
-        write_json(out / edit_report.FILE, report)
-        if line := edit_report.said(report):
-            print(f"{line}; each picture's in {out / edit_report.FILE}")
+    with alone(out) if request.out else contextlib.nullcontext():
+        loaded.pipeline.prepare(recipe.precision, recipe.compile)
+        pipeline, figures = loaded.pipeline.to(recipe.device), {}
+        if edit:
+            frames, figures = edited(edit, pipeline, recipe, options)
+        else:
+            frames = draw(kind, pipeline, recipe, options)
+        check_drawn(frames)
+        out = out if request.out else new_folder(usual)
+        write(frames, recipe, out)
+        for name, value in figures.items():
+            print(LINES[name].format(value))
+        if edit:
+            judged = edit_report.drew_shapes(loaded.paths[kind.main])
+            report = what_became(edit, pipeline, recipe, frames, figures, judged)
+            write_json(out / edit_report.FILE, report)
+            if line := edit_report.said(report):
+                print(f"{line}; each picture's in {out / edit_report.FILE}")
     return out
+
+
+def check_empty(out: Path) -> None:
+    """Raises UserError where something is in a folder already, or where there is a file."""
+    if out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir())):
+        raise UserError(f"{out} is not empty; give another folder with out=")
+
+
+@contextlib.contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Takes a folder that another process may have been told to fill, too; where nothing comes of it, nothing
+    is left.
+
+    Raises:
+        UserError: one does, or has done so meanwhile.
+    """
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    with explained(out):
+        out.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(out / LOCK) as free:
+            if free is None:
+                raise UserError(f"another process draws into {out}; give another folder with out=")
+            try:
+                check_empty(out)
+                yield
+            finally:
+                (out / LOCK).unlink(missing_ok=True)
+    finally:
+        for folder in made:  # those that something is in by now stay
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def what_became(
