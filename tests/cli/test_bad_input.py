@@ -17,6 +17,8 @@ from dalle.cli import entry
 from dalle.errors import UserError
 from dalle.launch.processes import REASON
 
+SWEEP = ("-m", "hydra=sweep", "model=clip")
+
 
 @pytest.mark.parametrize(
     ("arguments", "line"),
@@ -72,6 +74,11 @@ from dalle.launch.processes import REASON
         ),
         (["hparams_search=optuan"], "there is no hparams_search=optuan; did you mean hparams_search=optuna?"),
         (["-m", "model=clip", "seed=0,1", "hydra/launcher=joblib"], "hydra/launcher is for -m hydra=sweep"),
+        ([*SWEEP, "seed=0,1", "sweep=null"], "sweep must be a group of settings, got None"),
+        ([*SWEEP, "seed=0,1", "sweep.folder=/proc/x"], "/proc/x cannot be written"),
+        ([*SWEEP, "optimizer.lr=glob(*)"], "there is nothing to do: glob(...) matches no choice"),
+        ([*SWEEP, "optimizer.lr=interval(0,1)"], "interval(...) is for searches; give the values"),
+        (["hparams_search=optuna", "search=null"], "search=null: give what is to be searched"),
         (["resume=true", "overwrite=true"], "contradict each other"),
         (["sampler.steps=0"], "sampler.steps must be a whole number from 1 to 100000, got 0"),
         (["+sampler.churn=1"], "sampler ddim has no option 'churn': its options are: eta"),

@@ -137,6 +137,9 @@ def compose(
     ) in composed:  # not in Hydra's run, which would say more of what goes wrong
         config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
         jobs.append(Job(config, words, several, missing))
+    options = {word for word in rest if word.startswith("-")}
+    if not jobs and options and options <= {"-m", "--multirun"}:
+        raise UserError("there is nothing to do: glob(...) matches no choice")
     return jobs
 
 

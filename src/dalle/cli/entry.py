@@ -246,6 +246,8 @@ def one_line(error: Exception) -> str:
         return f"{several[1]}: several values are several jobs; say so with -m"
     if key and "Missing mandatory value" in message:
         return f"{key} is needed: give it as {key}=VALUE"
+    if "sweep type" in message and "INTERVAL" in message:
+        return "interval(...) is for searches; give the values themselves: key=1,2 or key=range(1,4)"
     if merged := re.match(r"Error merging override \+*(.*?)=", message):
         return f"{merged[1]} is a group of settings; give each as {merged[1]}.NAME=VALUE"
     return re.sub(r" (To append to your|See https?:|full_key:|Config search path:) ?.*", "", message)

@@ -9,13 +9,15 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from dalle.cli.compose import Job, compose, conf_dir, launch
 from dalle.errors import UserError
+from dalle.files import check_writable
 from dalle.launch.overrides import quote
 from dalle.launch.processes import call, child_command, safe_path
 from dalle.machine import is_main_process, started_by_others
+from dalle.ranges import Text, check_value, check_values
 from dalle.run_lock import only_one
 
 # What is about one stage alone; everything else also holds for those that have to be trained before it.
@@ -25,6 +27,13 @@ SEARCHPATH = "hydra.searchpath="  # where configurations are: of all
 
 
 TYPED = "DALLE_COMMAND"  # the variable by which the processes of a command know what was typed
+
+
+class Sweep(TypedDict):
+    """conf/hydra/sweep.yaml: where the table is left, and the metric that is shown."""
+
+    folder: Text
+    metric: Text
 
 
 def main(arguments: list[str]) -> None:
@@ -171,11 +180,17 @@ def sweep(jobs: list[Job], launcher: list[str]) -> int:
     """
     from dalle.launch import sweeps
 
+    about = jobs[0].config["sweep"]
+    check_value(about, dict, "sweep")
+    for key in sorted(Sweep.__required_keys__ - about.keys()):
+        raise UserError(f"sweep.{key} is needed: do not take it away")
+    check_values(about, Sweep, "sweep.")
+    check_writable(Path(about["folder"]), "sweep.folder")
+
     def elsewhere(waiting: list[sweeps.Job]) -> list[str]:
         words = [job.words for job in waiting]
         return launch("train", words, launcher, lambda number: sweeps.perform(waiting[number]))
 
-    about = jobs[0].config["sweep"]
     made = [
         sweeps.Job(
             safe_path(job.config["paths"]["run"]),
@@ -192,6 +207,8 @@ def sweep(jobs: list[Job], launcher: list[str]) -> int:
 def search(job: Job) -> int:
     from dalle.instantiate import instantiate
 
+    if job.config["search"] is None:
+        raise UserError("search=null: give what is to be searched, or leave out hparams_search")
     made = instantiate(job.config["search"], "search")
     return made.run(
         Path(job.config["paths"]["run"]), child_command("train"), job.words, job.config["overwrite"]
