@@ -23,9 +23,9 @@ FAST = " precision=fp32 steps=2 pipeline.prior_sampler.steps=2"
 
 @pytest.fixture
 def stages(untrained_stages, tmp_path, monkeypatch):
-    """logs/first and logs/demo, and pictures of all the names that lines have."""
+    """logs/first and others, and pictures of all the names that lines have."""
     monkeypatch.chdir(tmp_path)
-    for name in ("first", "demo"):
+    for name in ("first", "demo", "clipart"):
         shutil.copytree(untrained_stages / "default", tmp_path / "logs" / name)
     inpaint = tmp_path / "logs" / "demo" / "inpaint"
     untrained("decoder", untrained_stages, "inpaint=true", f"paths.run='{inpaint}'")
