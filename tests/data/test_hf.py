@@ -3,6 +3,8 @@
 import json
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from formats import WHOLE, captions, packed, parquet, picture, write
@@ -124,6 +126,13 @@ def test_bad_files_are_one_line(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message) as error:
         read(place)
     assert "\n" not in str(error.value)
+
+
+def test_a_file_without_rows_is_said_to_be_one(tmp_path):
+    schema = pa.schema([("image", pa.binary()), ("caption", pa.string())])
+    pq.write_table(schema.empty_table(), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="a parquet file there has no rows"):
+        read(tmp_path / "a.parquet")
 
 
 def test_scripts_of_a_data_set_are_never_run(tmp_path):

@@ -422,6 +422,7 @@ def _load(rows: Rows) -> Mapping[str, Any]:
         why = " ".join(f"{type(error).__name__}: {error.__cause__ or error}".split())[:240]
         what = "is no file or folder here, and the hub does not give it" if remote else "cannot be read"
         why += "; data.subset=NAME chooses one" if "onfig name is missing" in why else ""
+        why += ": a parquet file there has no rows; take it away" if "BatchSize must be" in why else ""
         raise UserError(f"data.path={shown(place)} {what} ({why})") from None
     finally:
         logging.set_verbosity(before)
